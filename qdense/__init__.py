@@ -1,0 +1,30 @@
+"""qdense: DenseLoRA (arXiv:2505.23808) on 4-bit LLaMA models, on one consumer GPU.
+
+    from qdense import DenseLoraConfig          # this also makes the method known to PEFT
+    model = get_peft_model(model, DenseLoraConfig(r=32, target_modules=["q_proj", "v_proj"]))
+
+Nothing heavy is imported before it is asked for, so that `qdense --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["DenseLoraConfig", "DenseLoraModel", "QDenseError", "__version__"]
+
+if TYPE_CHECKING:
+    from qdense.denselora import DenseLoraConfig, DenseLoraModel
+    from qdense.errors import QDenseError
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("DenseLoraConfig", "DenseLoraModel"):
+        import qdense.denselora
+
+        return getattr(qdense.denselora, name)
+    if name == "QDenseError":
+        from qdense.errors import QDenseError
+
+        return QDenseError
+    raise AttributeError(f"module 'qdense' has no attribute {name!r}")

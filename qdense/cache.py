@@ -1,0 +1,69 @@
+"""Where prepared models and downloaded data are kept, and how a folder appears there whole.
+
+`QDENSE_CACHE` names the folder; by default it is `$XDG_CACHE_HOME/qdense` or `~/.cache/qdense`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qdense.errors import QDenseError
+
+
+def cache_dir(*parts: str) -> Path:
+    """The cache folder, or a path inside it. Nothing is created."""
+    root = os.environ.get("QDENSE_CACHE")
+    if not root:
+        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "qdense")
+    return Path(root).expanduser().joinpath(*parts)
+
+
+def require_free_space(folder: Path, num_bytes: int, what: str) -> None:
+    """Raise QDenseError unless the disk that holds `folder` has `num_bytes` free for `what`."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < num_bytes:
+        raise QDenseError(
+            f"not enough disk space for {what}: {num_bytes / 2**20:,.0f} MiB needed under {folder}, "
+            f"{free_bytes / 2**20:,.0f} MiB free. Free some space, or point QDENSE_CACHE or --output to another disk."
+        )
+
+
+@contextmanager
+def appearing_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its name when the block ends without an error.
+
+    Two processes may prepare the same folder: the first to finish wins, the other's copy is dropped.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield building
+        try:
+            os.replace(building, target)
+        except OSError:
+            if not target.exists():
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` beside `path` and rename, so that a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

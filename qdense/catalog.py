@@ -1,0 +1,82 @@
+"""The models that qdense knows by name: where each lives, and its shapes, without weights or network.
+
+Shapes are those of the published config.json files. A model that is not listed here is named by its hub id or its folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# The paper's letters for the module kinds of a LLaMA decoder layer (Table 3: QKV, UD, QKVUD).
+MODULE_LETTERS = {
+    "Q": "q_proj",
+    "K": "k_proj",
+    "V": "v_proj",
+    "O": "o_proj",
+    "G": "gate_proj",
+    "U": "up_proj",
+    "D": "down_proj",
+}
+PAPER_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class CatalogModel:
+    """A LLaMA-architecture model: its name here, its home on the hub, its shapes."""
+
+    name: str
+    hub_id: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    vocab_size: int
+    has_tied_embeddings: bool = False
+    is_gated: bool = True
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Each module kind of a layer with (d_in, d_out)."""
+        hidden, kv, wide = self.hidden_size, self.num_kv_heads * self.head_dim, self.intermediate_size
+        return {
+            "q_proj": (hidden, hidden),
+            "k_proj": (hidden, kv),
+            "v_proj": (hidden, kv),
+            "o_proj": (hidden, hidden),
+            "gate_proj": (hidden, wide),
+            "up_proj": (hidden, wide),
+            "down_proj": (wide, hidden),
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters of the base, norms and embeddings included."""
+        linears = sum(d_in * d_out for d_in, d_out in self.linear_shapes().values())
+        layer = linears + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.has_tied_embeddings else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
+
+
+CATALOG = {
+    model.name: model
+    for model in (
+        CatalogModel("llama2-7b", "meta-llama/Llama-2-7b-hf", 32, 4096, 32, 32, 11008, 32000),
+        CatalogModel("llama2-13b", "meta-llama/Llama-2-13b-hf", 40, 5120, 40, 40, 13824, 32000),
+        CatalogModel("llama2-70b", "meta-llama/Llama-2-70b-hf", 80, 8192, 64, 8, 28672, 32000),
+        CatalogModel("llama3-8b", "meta-llama/Meta-Llama-3-8B", 32, 4096, 32, 8, 14336, 128256),
+        CatalogModel("llama3-70b", "meta-llama/Meta-Llama-3-70B", 80, 8192, 64, 8, 28672, 128256),
+        CatalogModel("llama3.2-1b", "meta-llama/Llama-3.2-1B", 16, 2048, 32, 8, 8192, 128256, has_tied_embeddings=True),
+        CatalogModel("llama3.2-3b", "meta-llama/Llama-3.2-3B", 28, 3072, 24, 8, 8192, 128256, has_tied_embeddings=True),
+        CatalogModel(
+            "smollm2-135m",
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            30, 576, 9, 3, 1536, 49152,
+            has_tied_embeddings=True,
+            is_gated=False,
+        ),
+    )
+}  # fmt: skip

@@ -1,0 +1,80 @@
+"""Settings of a DenseLoRA adapter, as PEFT stores them in adapter_config.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+
+from qdense.ops.denselora import ACTIVATIONS
+
+
+class _PeftTypeName(str):
+    """A PEFT type that is not in PEFT's own enum: PEFT asks for `.value`, hashes and compares it as the string."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+DENSELORA = _PeftTypeName("DENSELORA")
+
+
+@dataclass
+class DenseLoraConfig(PeftConfig):
+    """Configuration of DenseLoRA (arXiv:2505.23808).
+
+    Raises ValueError, with the field and the accepted values, when a setting is out of range.
+    """
+
+    r: int = field(default=32, metadata={"help": "Rank: encoder (r, d_in), M (r, r), decoder (d_out, r)."})
+    alpha: float | None = field(
+        default=None, metadata={"help": "The adapter's output is scaled by alpha / r. Default: 2 * r, as the authors'."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "On the input, the encoding and the output, in training."})
+    activation: str = field(
+        default="gelu",
+        metadata={"help": "After encoder and decoder: gelu, silu, tanh; none is the paper's 'only matrix', and merges."},
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of the linear modules to adapt, or a regular expression of them."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names that are left out."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Adapt these layers only."})
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the layer list, if it is not the first numbered one."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Other modules that are trained in full and saved with the adapter."}
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "Start with a zero decoder, so that the adapter adds nothing; False: a random one (tests)."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = DENSELORA
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"DenseLoraConfig.r = {self.r!r}: must be a positive integer.")
+        if self.alpha is None:
+            self.alpha = float(2 * self.r)
+        if not self.alpha > 0:
+            raise ValueError(f"DenseLoraConfig.alpha = {self.alpha!r}: must be positive.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"DenseLoraConfig.dropout = {self.dropout!r}: must be at least 0 and below 1.")
+        if self.activation not in ACTIVATIONS:
+            reason = ""
+            if self.activation == "relu":
+                reason = " ReLU has zero slope at 0, so a decoder that starts at zero would never get a gradient."
+            raise ValueError(
+                f"DenseLoraConfig.activation = {self.activation!r}: must be one of {', '.join(ACTIVATIONS)}.{reason}"
+            )
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT keeps them as a set
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("DenseLoraConfig.layers_pattern is given without layers_to_transform.")

@@ -1,0 +1,47 @@
+"""What a user is told when something is wrong.
+
+Every fault of the user, of a file or of the surroundings is a `QDenseError`: the command line prints its text and exits
+with status 2. Anything else is a fault of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QDenseError(Exception):
+    """A fault that its text explains: what, where, what is accepted, what to do next."""
+
+
+class RecipeError(QDenseError):
+    """A recipe, or a `--set` override, does not hold what it must."""
+
+
+class ModelError(QDenseError):
+    """A base model cannot be found, read or prepared."""
+
+
+class AdapterError(QDenseError):
+    """An adapter cannot be found, read, or does not fit the base."""
+
+
+class DataError(QDenseError):
+    """Training or test data cannot be found, downloaded or read."""
+
+
+class RunError(QDenseError):
+    """A training run cannot start or must not go on."""
+
+
+class EvaluationError(QDenseError):
+    """An evaluation cannot start or go on."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean "x"?` for the closest known name (empty if none is close) and the list of all."""
+    known = sorted(known)
+    folded = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.6)
+    guess = f'; did you mean "{folded[close[0]]}"?' if close else ";"
+    return f"{guess} known: {', '.join(known)}"

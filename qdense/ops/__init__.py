@@ -1,0 +1,1 @@
+"""The adapter's mathematics, apart from any model: tensors in, tensors out."""

@@ -1,0 +1,1 @@
+"""Training and test data: where it comes from, how it is checked, how a row becomes tokens."""

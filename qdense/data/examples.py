@@ -1,0 +1,157 @@
+"""From rows to training examples: which rows are used, and how each becomes tokens and labels."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qdense.data.rows import Row
+from qdense.data.templates import TEMPLATES, Template
+from qdense.errors import DataError
+
+if TYPE_CHECKING:
+    from qdense.recipe import DataRecipe
+
+IGNORED = -100  # cross entropy leaves such labels out
+
+
+class Split(NamedTuple):
+    """Row numbers of the two parts, in the order of the file."""
+
+    training: list[int]
+    validation: list[int]
+
+
+def split_rows(num_rows: int, *, validation_rows: int, fraction: float, seed: int) -> Split:
+    """Choose validation rows first, from all rows; then the fraction of the rest.
+
+    Rows are ordered by a hash of seed and number, and taken from the front: so a smaller fraction is part of a larger one
+    with the same seed, the validation rows are the same for every fraction, and no library's generator matters.
+
+    Raises:
+        DataError: too few rows for either part.
+    """
+
+    def rank(number: int) -> bytes:
+        return hashlib.sha256(f"{seed}:{number}".encode()).digest()
+
+    order = sorted(range(num_rows), key=rank)
+    if num_rows <= validation_rows:
+        raise DataError(
+            f"data.validation_rows = {validation_rows}: the data set has {num_rows} rows, so none is left to train on. "
+            'Lower data.validation_rows (0, with training.keep = "last", trains without validation).'
+        )
+    remaining = num_rows - validation_rows
+    num_training = math.floor(fraction * remaining + 1e-9)
+    if num_training < 1:
+        raise DataError(
+            f"data.fraction = {fraction:g}: of {remaining} rows that is less than one. The smallest fraction here is "
+            f"{1 / remaining:.2g}."
+        )
+    training = order[validation_rows : validation_rows + num_training]
+    return Split(sorted(training), sorted(order[:validation_rows]))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenized row.
+
+    Attributes:
+        row: its number in the data set.
+        input_ids, labels: int32 arrays of one length; labels that the loss leaves out are -100.
+    """
+
+    row: int
+    input_ids: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenized rows, with what truncation did to them.
+
+    Attributes:
+        num_truncated: rows longer than `max_length`; these have no EOS either.
+        num_without_answer: of these, rows whose whole response was cut off.
+        num_dropped: of these, rows left out because no label remained (only with train_on = "response").
+    """
+
+    examples: list[Example]
+    num_truncated: int
+    num_without_answer: int
+    num_dropped: int
+
+
+def encode_rows(rows: Sequence[Row], numbers: Sequence[int], tokenizer: Any, data: DataRecipe) -> Encoded:
+    """Tokenize `rows[n]` for each n of `numbers` as the authors do: prompt and response in one text, cut off on the right
+    at `max_length` tokens, EOS appended where it still fits (PAPER: LLM-Adapters' finetune.py).
+
+    With train_on = "response", a label counts if its token ends behind the prompt, by the tokenizer's own offsets:
+    tokenizing the prompt alone, as upstream does, can split the boundary differently.
+    """
+    template = TEMPLATES[data.template]
+    examples: list[Example] = []
+    num_truncated = num_without_answer = num_dropped = 0
+    for start in range(0, len(numbers), 1000):
+        chunk = numbers[start : start + 1000]
+        prompts = [template.training_prompt(rows[number]) for number in chunk]
+        texts = [prompt + template.response(rows[number]) for prompt, number in zip(prompts, chunk, strict=True)]
+        encodings = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False)
+        for number, prompt, ids, offsets in zip(
+            chunk, prompts, encodings["input_ids"], encodings["offset_mapping"], strict=True
+        ):
+            first_of_response = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
+            if len(ids) > data.max_length:
+                num_truncated += 1
+                ids = ids[: data.max_length]
+                num_without_answer += first_of_response >= len(ids)
+            elif len(ids) < data.max_length and ids[-1] != tokenizer.eos_token_id:
+                ids = [*ids, tokenizer.eos_token_id]
+            input_ids = np.asarray(ids, dtype=np.int32)
+            labels = input_ids.copy()
+            if data.train_on == "response":
+                labels[:first_of_response] = IGNORED
+                if first_of_response >= len(ids):
+                    num_dropped += 1
+                    continue
+            examples.append(Example(number, input_ids, labels))
+    if not examples:
+        raise DataError(
+            f"no row keeps any of its response within data.max_length = {data.max_length} tokens; raise it"
+        )
+    return Encoded(examples, num_truncated, num_without_answer, num_dropped)
+
+
+def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+    """Pad on the right to the longest example.
+
+    Padding is known by position, never by token: where pad and EOS are one token (SmolLM2), EOS still counts in the loss.
+
+    Returns:
+        input_ids, attention_mask, labels: (batch, longest), int64; row: (batch,), int64, the rows' numbers.
+    """
+    longest = max(len(example.input_ids) for example in examples)
+    input_ids = torch.full((len(examples), longest), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros(len(examples), longest, dtype=torch.int64)
+    labels = torch.full((len(examples), longest), IGNORED, dtype=torch.int64)
+    for i, example in enumerate(examples):
+        length = len(example.input_ids)
+        input_ids[i, :length] = torch.from_numpy(example.input_ids)
+        attention_mask[i, :length] = 1
+        labels[i, :length] = torch.from_numpy(example.labels)
+    rows = torch.tensor([example.row for example in examples])
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "row": rows}
+
+
+def template_named(name: str) -> Template:
+    """The template an adapter recorded. Raises DataError for one that this version does not know."""
+    if name not in TEMPLATES:
+        raise DataError(f'unknown template "{name}"; known: {", ".join(TEMPLATES)}')
+    return TEMPLATES[name]

@@ -1,0 +1,117 @@
+"""From a name or a path to rows: upstream's files, a user's own, the hub's, or the generator's.
+
+A known name is looked for in `--data-dir` (LLM-Adapters' layout), then in the cache, then downloaded. A name that is in
+none of these is an error: one data set is never taken for another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qdense.cache import cache_dir
+from qdense.data import wordproblems
+from qdense.data.catalog import TRAINING_SETS, UPSTREAM_URL, UpstreamFile
+from qdense.data.download import Progress, download, git_blob_id
+from qdense.data.rows import Columns, Row, read_rows, rows_from_records
+from qdense.errors import DataError
+
+if TYPE_CHECKING:
+    from qdense.recipe import DataRecipe
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Rows with where they come from.
+
+    Attributes:
+        origin: a path, a hub id with its revision, or what made them: for a person to read.
+        checksum: SHA-256 of the rows' content, in order: equal rows have equal checksums wherever they lie.
+    """
+
+    rows: list[Row]
+    origin: str
+
+    @property
+    def checksum(self) -> str:
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+        return digest.hexdigest()
+
+
+def load_training_set(
+    data: DataRecipe, data_dir: Path | None, progress: Callable[[str], Progress] | None = None
+) -> DataSet:
+    """The training rows that the recipe names. Raises DataError."""
+    columns = Columns(data.columns.instruction, data.columns.input, data.columns.output)
+    if data.path is not None:
+        return DataSet(read_rows(data.path, columns), origin=data.path)
+    assert data.name is not None  # the recipe has one of the two
+    if data.name == "wordproblems":
+        return DataSet(wordproblems.training_rows(), origin="qdense.data.wordproblems")
+    upstream = TRAINING_SETS.get(data.name)
+    if upstream is None:
+        return _load_hub_set(data.name, data.split, columns)
+    path = locate(upstream, data_dir, progress)
+    return DataSet(read_rows(path), origin=str(path))
+
+
+def load_test_set(
+    upstream: UpstreamFile | None, data_dir: Path | None, progress: Callable[[str], Progress] | None = None
+) -> DataSet:
+    """The rows of a test file; None stands for the generator's. Raises DataError."""
+    if upstream is None:
+        return DataSet(wordproblems.test_rows(), origin="qdense.data.wordproblems")
+    path = locate(upstream, data_dir, progress)
+    return DataSet(read_rows(path, for_test=True), origin=str(path))
+
+
+def locate(
+    upstream: UpstreamFile, data_dir: Path | None, progress: Callable[[str], Progress] | None = None
+) -> Path:
+    """The local path of an upstream file: below `data_dir`, or in the cache, downloaded if need be.
+
+    A file in `data_dir` is the user's own and is taken as it is; one in the cache is verified by its blob id.
+    """
+    if data_dir is not None:
+        if not data_dir.is_dir():
+            raise DataError(f"{data_dir}: no such data folder (given by --data-dir or QDENSE_DATA)")
+        if (data_dir / upstream.path).is_file():
+            return data_dir / upstream.path
+    cached = cache_dir("data", upstream.path)
+    if cached.is_file():
+        if git_blob_id(cached) == upstream.blob_id:
+            return cached
+        cached.unlink()
+    try:
+        download(f"{UPSTREAM_URL}/{upstream.path}", cached, upstream.blob_id,
+                 progress=progress(upstream.path) if progress else None)  # fmt: skip
+    except DataError as error:
+        looked = f"not in {data_dir}, " if data_dir else ""
+        raise DataError(
+            f"{upstream.path}: {looked}not in the cache ({cached.parent}), and {error} "
+            "Or point --data-dir or QDENSE_DATA to a copy of LLM-Adapters."
+        ) from None
+    return cached
+
+
+def _load_hub_set(name: str, split: str, columns: Columns) -> DataSet:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, split=split)
+    except Exception as error:  # `datasets` raises whatever its many readers and the network raise
+        raise DataError(
+            f'data.name = "{name}": the hub data set cannot be loaded: {type(error).__name__}: {error}. Check the name and '
+            "data.split, log in with `hf auth login` if it is private, or download it and give data.path."
+        ) from None
+    records = ((f"{name} ({split}), row {number}", record) for number, record in enumerate(loaded))
+    rows = rows_from_records(records, columns)
+    if not rows:
+        raise DataError(f"{name} ({split}): holds no rows")
+    return DataSet(rows, origin=f"hub:{name} ({split})")

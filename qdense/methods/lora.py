@@ -1,0 +1,36 @@
+"""LoRA (arXiv:2106.09685), PEFT's own: the baseline of every comparison."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qdense.methods.method import LinearShapes, Method
+
+if TYPE_CHECKING:
+    from qdense.recipe import AdapterRecipe
+
+
+def _build_config(adapter: AdapterRecipe) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.scaling_alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=list(adapter.target_modules),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _count_parameters(shapes: LinearShapes, num_layers: int, r: int) -> dict[str, int]:
+    """(d_in + d_out) r for each layer."""
+    return {kind: (d_in + d_out) * r * num_layers for kind, (d_in, d_out) in shapes.items()}
+
+
+METHOD = Method(
+    name="lora",
+    summary="two low-rank matrices A and B per layer",
+    build_config=_build_config,
+    count_parameters=_count_parameters,
+    awake_at_start=lambda name: ".lora_B." in name,
+)

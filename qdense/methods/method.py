@@ -1,0 +1,34 @@
+"""What qdense must know of an adaptation method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qdense.recipe import AdapterRecipe
+
+# Module kind -> (d_in, d_out), of the modules that are adapted.
+LinearShapes = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An adaptation method.
+
+    Attributes:
+        name: the value of `adapter.method`.
+        summary: one line for lists and help.
+        build_config: recipe -> PEFT configuration.
+        count_parameters: (shapes of one layer, number of layers, r) -> trainable parameters by module kind.
+        awake_at_start: whether the parameter of this name must have a gradient at step 1. The others are behind a
+            matrix that starts at zero: they get theirs once it has moved, at step 3 at the latest, since linear warm-up
+            makes the first update's learning rate 0.
+    """
+
+    name: str
+    summary: str
+    build_config: Callable[[AdapterRecipe], Any]
+    count_parameters: Callable[[LinearShapes, int, int], dict[str, int]]
+    awake_at_start: Callable[[str], bool]

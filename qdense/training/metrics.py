@@ -1,0 +1,41 @@
+"""metrics.jsonl: one line for each step and each validation, complete and without repeats after any number of resumes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qdense.cache import write_atomically
+from qdense.events import StepDone, Validated
+
+
+class MetricsFile:
+    """Appends steps and validations. Opened for a resume, it first drops what lies behind the checkpoint's step."""
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.seconds = max((line["seconds"] for line in kept if line["event"] == "step"), default=0.0)
+        self._stream = path.open("a", encoding="utf-8")
+
+    def __call__(self, event: Any) -> None:
+        if isinstance(event, StepDone | Validated):
+            name = "step" if isinstance(event, StepDone) else "validation"
+            self._stream.write(json.dumps({"event": name, **asdict(event)}) + "\n")
+            self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that a crash cut short is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

@@ -1,0 +1,282 @@
+"""One training run, from a validated recipe to a saved adapter.
+
+A run's folder:
+    recipe.toml     the resolved recipe, with [provenance]: versions, device, data checksum, base fingerprint, git hash
+    metrics.jsonl   a line for each step and each validation
+    adapter/        the result: PEFT's files and qdense.json
+    checkpoints/    what --resume goes on from
+    eval/           what `qdense evaluate` found
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from qdense.cache import require_free_space, write_atomically
+from qdense.data.download import Progress
+from qdense.data.examples import Encoded, encode_rows, split_rows
+from qdense.data.sources import DataSet, load_training_set
+from qdense.errors import RunError
+from qdense.events import Download, Emit, Notice, TrainingDone, TrainingStarted
+from qdense.methods import METHODS
+from qdense.modeling.adapter import AdapterCard, attach_adapter, save_adapter, trainable_parameters
+from qdense.modeling.base import BaseModel, load_base
+from qdense.recipe import Recipe, load_recipe
+from qdense.training.metrics import MetricsFile
+from qdense.training.trainer import CHECKPOINTS_TO_KEEP, AdapterTrainer, memory_total
+
+RECIPE_FILE, METRICS_FILE = "recipe.toml", "metrics.jsonl"
+ADAPTER_DIR, CHECKPOINT_DIR = "adapter", "checkpoints"
+_PACKAGES = ("qdense", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
+
+
+def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) -> Path:
+    """Train the adapter that `recipe` describes and save it.
+
+    Args:
+        resume: go on from the last checkpoint in `output.dir`; without one, start afresh and say so.
+        data_dir: a folder in LLM-Adapters' layout, for data sets known by name.
+        emit: is given the events of `qdense.events`.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        QDenseError: whatever keeps the run from starting, or must stop it.
+    """
+    run_dir = Path(recipe.output.dir)
+    checkpoint = _checkpoint_to_resume(recipe, run_dir, resume, emit)
+
+    def notice(text: str) -> None:
+        emit(Notice(text))
+
+    # Data before the model: its faults are the commonest, and found in a second.
+    data = load_training_set(recipe.data, data_dir, _downloads(emit))
+    split = split_rows(
+        len(data.rows),
+        validation_rows=recipe.data.validation_rows,
+        fraction=recipe.data.fraction,
+        seed=recipe.data.seed,
+    )
+    base = load_base(recipe.model, notice)
+    training = encode_rows(data.rows, split.training, base.tokenizer, recipe.data)
+    validation = encode_rows(data.rows, split.validation, base.tokenizer, recipe.data) if split.validation else None
+    _report_truncation(training, recipe, emit)
+    num_steps = _num_steps(recipe, len(training.examples))
+
+    set_seed(recipe.training.seed)
+    model = attach_adapter(base, recipe.adapter)
+    num_trainable = sum(parameter.numel() for _, parameter in trainable_parameters(model))
+    # bf16 weights, fp32 masters and both moments, in each checkpoint; the best adapter and the result once more.
+    require_free_space(run_dir, CHECKPOINTS_TO_KEEP * 16 * num_trainable + 64 * 2**20, "the run's checkpoints")
+    if recipe.training.gradient_checkpointing:
+        # Non-reentrant: gradients are identical, and inputs need no gradient of their own.
+        base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    _write_recipe(recipe, run_dir, data, split_sizes=(len(training.examples), len(split.validation)), base=base)
+    first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    metrics = MetricsFile(run_dir / METRICS_FILE, resume_step=first_step)
+
+    def emit_all(event: Any) -> None:
+        metrics(event)
+        emit(event)
+
+    trainer = AdapterTrainer(
+        recipe=recipe,
+        base=base,
+        model=model,
+        method=METHODS[recipe.adapter.method],
+        training=training.examples,
+        validation=validation.examples if validation else [],
+        checkpoint_dir=run_dir / CHECKPOINT_DIR,
+        emit=emit_all,
+        seconds_before=metrics.seconds,
+    )
+    emit(
+        TrainingStarted(
+            title=f"{recipe.adapter.method} on {recipe.model.name}",
+            facts=_facts(recipe, base, data, training, len(split.validation), num_trainable),
+            num_steps=num_steps,
+            first_step=first_step,
+            memory_total_bytes=memory_total(base.device),
+            memory_name="GPU" if base.device.type == "cuda" else "process",
+        )
+    )
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        metrics.close()
+    kept_step = num_steps
+    if recipe.training.keep == "best":
+        if trainer.best_weights:
+            kept_step = trainer.use_best()
+        else:
+            emit(
+                Notice(
+                    f'the run of {num_steps} steps ended before its first validation (training.eval_steps = '
+                    f"{recipe.training.eval_steps}): the last weights are kept",
+                    "warning",
+                )
+            )
+    card = AdapterCard(
+        model=recipe.model.model_dump(exclude_none=True, exclude={"device"}),
+        fingerprint=base.fingerprint,
+        template=recipe.data.template,
+        method=recipe.adapter.method,
+    )
+    save_adapter(model, run_dir / ADAPTER_DIR, card)
+    emit(
+        TrainingDone(
+            adapter_dir=str(run_dir / ADAPTER_DIR),
+            num_steps=num_steps,
+            kept_step=kept_step,
+            seconds=trainer.progress.seconds,
+            peak_memory_bytes=trainer.progress.peak_memory_bytes,
+        )
+    )
+    return run_dir
+
+
+def _checkpoint_to_resume(recipe: Recipe, run_dir: Path, resume: bool, emit: Emit) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start. Raises RunError where neither is safe."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise RunError(f"{run_dir}: is a file; output.dir (or --output) must be a folder")
+    if not run_dir.exists() or not any(run_dir.iterdir()):
+        if resume:
+            emit(Notice(f"{run_dir}: nothing to resume, starting afresh", "warning"))
+        return None
+    if not resume:
+        raise RunError(
+            f"{run_dir}: is not empty. Go on with the run that is there by --resume, or give another folder by --output."
+        )
+    if not (run_dir / RECIPE_FILE).is_file():
+        raise RunError(f"{run_dir}: holds files but no {RECIPE_FILE}, so it is no run of qdense. Give another --output.")
+    _refuse_other_recipe(recipe, run_dir)
+    if (run_dir / ADAPTER_DIR / "adapter_config.json").is_file():
+        raise RunError(
+            f"{run_dir}: this run is finished ({run_dir / ADAPTER_DIR}). Evaluate it by `qdense evaluate TASKS --adapter "
+            f"{run_dir}`, or train anew with another --output."
+        )
+    checkpoint_dir = run_dir / CHECKPOINT_DIR
+    found = get_last_checkpoint(str(checkpoint_dir)) if checkpoint_dir.is_dir() else None
+    if found is None:
+        emit(Notice(f"{run_dir}: has no checkpoint yet, starting afresh", "warning"))
+        shutil.rmtree(checkpoint_dir, ignore_errors=True)
+    else:
+        emit(Notice(f"resuming from {found}"))
+    return Path(found) if found else None
+
+
+def _refuse_other_recipe(recipe: Recipe, run_dir: Path) -> None:
+    def flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key, value in tables.items():
+            values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return values
+
+    old, new = (flat(r.resolved()) for r in (load_recipe(run_dir / RECIPE_FILE), recipe))
+    keys = sorted(key for key in old.keys() | new.keys() if key != "output.dir" and old.get(key) != new.get(key))
+    if keys:
+        lines = [f"  {key}: was {old.get(key)!r}, now {new.get(key)!r}" for key in keys]
+        raise RunError(
+            "\n".join([f"{run_dir}: --resume must go on with the same recipe; these differ:", *lines,
+                       "Give the values the run began with, or start a new run with another --output."])  # fmt: skip
+        )
+
+
+def _num_steps(recipe: Recipe, num_examples: int) -> int:
+    settings = recipe.training
+    if settings.max_steps is not None:
+        return settings.max_steps
+    return math.ceil(settings.epochs * math.ceil(num_examples / settings.batch_size))
+
+
+def _report_truncation(encoded: Encoded, recipe: Recipe, emit: Emit) -> None:
+    if not encoded.num_truncated:
+        return
+    total = len(encoded.examples) + encoded.num_dropped
+    dropped = f"; {encoded.num_dropped} of them have nothing left to learn from and are left out" if encoded.num_dropped else ""
+    emit(
+        Notice(
+            f"{encoded.num_truncated:,} of {total:,} training rows are longer than data.max_length = {recipe.data.max_length} "
+            f"tokens: they lose the end of their answer, {encoded.num_without_answer:,} all of it{dropped}",
+            "warning",
+        )
+    )
+
+
+def _facts(
+    recipe: Recipe, base: BaseModel, data: DataSet, training: Encoded, num_validation: int, num_trainable: int
+) -> tuple[tuple[str, str], ...]:
+    adapter, settings = recipe.adapter, recipe.training
+    share = 100 * num_trainable / (num_trainable + sum(_num_elements(p) for p in base.model.parameters() if not p.requires_grad))
+    modules = ", ".join(name.removesuffix("_proj") for name in adapter.target_modules)
+    epochs = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.epochs:g} epochs"
+    return (
+        ("base", f"{recipe.model.name} ({recipe.model.quantization}, {recipe.model.dtype}) on {_device_name(base.device)}"),
+        ("adapter", f"{adapter.method} r {adapter.r}, alpha {adapter.scaling_alpha:g}, on {modules}"),
+        ("trainable", f"{num_trainable:,} parameters, {share:.3g}% of the model, {adapter.dtype}"),
+        ("data", f"{recipe.data.path or recipe.data.name}: {len(training.examples):,} rows"
+                 f" of {len(data.rows) - num_validation:,}, {num_validation} more for validation"),
+        ("training", f"{epochs}, batch {settings.batch_size} ({settings.micro_batch_size} at a time), "
+                     f"lr {settings.learning_rate:g}, {settings.optimizer}"),
+    )  # fmt: skip
+
+
+def _num_elements(parameter: torch.nn.Parameter) -> int:
+    """Elements of a base tensor; two of NF4 lie in one byte."""
+    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def _downloads(emit: Emit) -> Any:
+    def of_file(name: str) -> Progress:
+        return lambda num_bytes, total_bytes: emit(Download(name, num_bytes, total_bytes))
+
+    return of_file
+
+
+def _write_recipe(
+    recipe: Recipe, run_dir: Path, data: DataSet, *, split_sizes: tuple[int, int], base: BaseModel
+) -> None:
+    provenance = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": _device_name(base.device),
+        "git_hash": _git_hash(),
+        "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
+        "data": {
+            "origin": data.origin,
+            "sha256": data.checksum,
+            "num_rows": len(data.rows),
+            "num_training_rows": split_sizes[0],
+            "num_validation_rows": split_sizes[1],
+        },
+        "base_fingerprint": base.fingerprint,
+    }
+    write_atomically(run_dir / RECIPE_FILE, tomli_w.dumps({**recipe.resolved(), "provenance": provenance}))
+
+
+def _git_hash() -> str:
+    """Commit of the checkout that qdense runs from, "-dirty" if it has changes; "unknown" for an installed package."""
+    described = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return described.stdout.strip() or "unknown"

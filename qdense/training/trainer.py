@@ -1,0 +1,270 @@
+"""transformers.Trainer, with what DenseLoRA needs of it: exact resumes, true losses, and no run that learns nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import safetensors.torch
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from qdense.data.examples import IGNORED, Example, collate
+from qdense.errors import RunError
+from qdense.events import CheckpointSaved, Emit, StepDone, Validated, ValidationProgress
+from qdense.methods import Method
+from qdense.modeling.adapter import restore_weights, save_adapter, trainable_parameters
+from qdense.modeling.base import BaseModel
+from qdense.recipe import Recipe
+from qdense.training.optimizer import build_optimizer
+
+CHECKPOINTS_TO_KEEP = 3  # as the authors'
+_BEST_WEIGHTS = "best.safetensors"
+_BEST_INFO = "best.json"
+
+
+class AdapterTrainer(Trainer):
+    """Trainer for an adapter on a frozen base.
+
+    What differs from Trainer, and why:
+      - The optimizer is `build_optimizer`'s, with fp32 masters.
+      - Checkpoints hold the adapter in PEFT's format, in its own dtype; Trainer's way of loading it back casts bf16 to
+        fp32, and a resumed run would not be the same run.
+      - Each checkpoint also holds the best adapter so far: nothing outside it decides how a resumed run ends.
+      - Validation loss is the mean over all loss tokens, whatever the batches.
+      - A loss that is not finite, and a parameter without a gradient, stop the run.
+    """
+
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        base: BaseModel,
+        model: Any,
+        method: Method,
+        training: Sequence[Example],
+        validation: Sequence[Example],
+        checkpoint_dir: Path,
+        emit: Emit,
+        seconds_before: float = 0.0,
+    ) -> None:
+        self.recipe, self.emit = recipe, emit
+        self.best_step, self.best_loss, self.best_weights = 0, math.inf, {}  # type: int, float, dict[str, Tensor]
+        self.progress = _ProgressCallback(self, emit, base.device, seconds_before)
+        super().__init__(
+            model=model,
+            args=_training_arguments(recipe, base, checkpoint_dir, has_validation=bool(validation)),
+            data_collator=lambda examples: collate(examples, base.pad_token_id),
+            train_dataset=training,
+            eval_dataset=validation or None,
+            callbacks=[_Watch(self, method), self.progress],
+        )
+        self.remove_callback(PrinterCallback)
+
+    # --- optimizer --------------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        settings = self.recipe.training
+        self.optimizer = build_optimizer(
+            settings.optimizer,
+            [parameter for _, parameter in trainable_parameters(self.model)],
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            master_weights=self.recipe.adapter.master_weights and self.recipe.adapter.dtype == "bfloat16",
+        )
+        return self.optimizer
+
+    # --- steps ------------------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        rows = inputs.pop("row").tolist()
+        self.progress.num_tokens += int(inputs["attention_mask"].sum())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.progress.micro_batches.append((loss.detach(), rows))
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validation loss: mean over all loss tokens of the validation rows."""
+        loader = self.get_eval_dataloader()
+        was_training = self.model.training
+        self.model.eval()
+        total, count = 0.0, 0
+        for number, batch in enumerate(loader, start=1):
+            batch = self._prepare_inputs(batch)
+            num_labels = int((batch["labels"][:, 1:] != IGNORED).sum())
+            with torch.no_grad():
+                loss = self.model(
+                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
+                ).loss
+            if num_labels:
+                total += float(loss) * num_labels
+                count += num_labels
+            self.emit(ValidationProgress(number, len(loader)))
+        self.model.train(was_training)
+        loss_mean = total / count
+        if not math.isfinite(loss_mean):
+            raise RunError(f"step {self.state.global_step}: the validation loss is {loss_mean}. {_REMEDY}")
+        is_best = loss_mean < self.best_loss
+        if is_best:
+            self.best_step, self.best_loss = self.state.global_step, loss_mean
+            self.best_weights = {name: p.detach().cpu().clone() for name, p in trainable_parameters(self.model)}
+        self.emit(Validated(self.state.global_step, loss_mean, is_best))
+        metrics = {"eval_loss": loss_mean}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def use_best(self) -> int:
+        """Put the weights of the lowest validation loss into the model; returns their step."""
+        for name, parameter in trainable_parameters(self.model):
+            parameter.data.copy_(self.best_weights[name])
+        return self.best_step
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_adapter(self.model, folder, card=None)
+        if self.best_weights:
+            safetensors.torch.save_file(self.best_weights, folder / _BEST_WEIGHTS)
+            (folder / _BEST_INFO).write_text(json.dumps({"step": self.best_step, "loss": self.best_loss}))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        restore_weights(self.model, folder)
+        if (folder / _BEST_INFO).is_file():
+            best = json.loads((folder / _BEST_INFO).read_text())
+            self.best_step, self.best_loss = best["step"], best["loss"]
+            self.best_weights = safetensors.torch.load_file(folder / _BEST_WEIGHTS)
+
+
+_REMEDY = "Lower training.learning_rate, or look at these rows; --resume goes on from the last checkpoint."
+
+
+class _Watch(TrainerCallback):
+    """Stops a run whose loss is not finite, or in which a parameter cannot learn."""
+
+    def __init__(self, trainer: AdapterTrainer, method: Method) -> None:
+        self.trainer, self.method = trainer, method
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step + 1
+        micro_batches = self.trainer.progress.micro_batches
+        losses = torch.stack([loss for loss, _ in micro_batches]).float().cpu()
+        if not torch.isfinite(losses).all():
+            bad = [row for loss, (_, rows) in zip(losses, micro_batches, strict=True) if not loss.isfinite() for row in rows]
+            raise RunError(f"step {step}: the loss is not finite; data rows {bad} (counted from 0). {_REMEDY}")
+        named = list(trainable_parameters(self.trainer.model))
+        # One transfer for all of them. Clipping has happened by now; it keeps zero, NaN and infinity what they are.
+        norms = torch.stack([losses.new_zeros((), device=p.device) if p.grad is None else p.grad.norm() for _, p in named])
+        norms = norms.float().cpu()
+        if not torch.isfinite(norms).all():
+            rows = [row for _, batch_rows in micro_batches for row in batch_rows]
+            raise RunError(f"step {step}: a gradient is not finite; data rows {rows} (counted from 0). {_REMEDY}")
+        if step in (1, 3):
+            dead = [
+                name for (name, _), norm in zip(named, norms, strict=True)
+                if norm == 0 and (step == 3 or self.method.awake_at_start(name))
+            ]  # fmt: skip
+            if dead:
+                raise RunError(
+                    f"step {step}: {len(dead)} of {len(named)} trainable tensors have no gradient, so they would never learn: "
+                    f"{', '.join(dead[:3])}{', ...' if len(dead) > 3 else ''}. This is a fault of the set-up, not of the data: "
+                    "check adapter.target_modules and training.gradient_checkpointing, and report it."
+                )
+
+
+class _ProgressCallback(TrainerCallback):
+    """Turns Trainer's steps into events."""
+
+    def __init__(self, trainer: AdapterTrainer, emit: Emit, device: torch.device, seconds_before: float) -> None:
+        self.trainer, self.emit, self.device = trainer, emit, device
+        self.micro_batches: list[tuple[Tensor, list[int]]] = []
+        self.num_tokens = 0
+        self.peak_memory_bytes = 0
+        self.seconds = seconds_before
+        self._step_started = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step_started = time.monotonic()
+        self.micro_batches, self.num_tokens = [], 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        loss = float(sum(float(loss) for loss, _ in self.micro_batches))
+        took = time.monotonic() - self._step_started
+        self.seconds += took
+        memory_bytes = memory_used(self.device)
+        self.peak_memory_bytes = max(self.peak_memory_bytes, memory_bytes)
+        self.emit(
+            StepDone(
+                step=state.global_step,
+                epoch=float(state.epoch),
+                loss=loss,
+                learning_rate=float(logs["learning_rate"]),
+                grad_norm=float(logs["grad_norm"]),
+                num_tokens=self.num_tokens,
+                tokens_per_second=self.num_tokens / took,
+                memory_bytes=memory_bytes,
+                seconds=self.seconds,
+            )
+        )
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.emit(CheckpointSaved(state.global_step, f"{args.output_dir}/checkpoint-{state.global_step}"))
+
+
+def memory_used(device: torch.device) -> int:
+    """Bytes: the peak of reserved GPU memory, or the process's resident memory where there is no GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+def memory_total(device: torch.device) -> int:
+    """Bytes of the card, or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
+def _training_arguments(recipe: Recipe, base: BaseModel, folder: Path, *, has_validation: bool) -> TrainingArguments:
+    settings = recipe.training
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.micro_batch_size,
+        per_device_eval_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a loss that is not finite is an error here, not something to average over
+        eval_strategy="steps" if has_validation else "no",
+        eval_steps=settings.eval_steps,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=CHECKPOINTS_TO_KEEP,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=base.device.type == "cpu",
+        dataloader_pin_memory=base.device.type == "cuda",
+        ddp_find_unused_parameters=False,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # on a machine with several GPUs, one process uses one, not DataParallel
+    return arguments

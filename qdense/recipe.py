@@ -28,7 +28,7 @@ DType = Literal["bfloat16", "float32"]
 Device = Literal["auto", "cuda", "cpu"]
 
 
-class _Refused(ValueError):
+class _RefusedError(ValueError):
     """A value that is refused for a reason its field's description does not give."""
 
 
@@ -36,8 +36,8 @@ def _known_model(name: str) -> str:
     if name in CATALOG or os.path.isdir(name) or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return name
     if name.startswith((".", "/", "~")):
-        raise _Refused("no such folder")
-    raise _Refused(
+        raise _RefusedError("no such folder")
+    raise _RefusedError(
         f"unknown model{did_you_mean(name, CATALOG)}; or a hub id (owner/name), or a local folder with config.json"
     )
 
@@ -45,12 +45,12 @@ def _known_model(name: str) -> str:
 def _known_training_set(name: str | None) -> str | None:
     if name is None or name in TRAINING_SETS or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return name
-    raise _Refused(f"unknown data set{did_you_mean(name, TRAINING_SETS)}; or a hub data set (owner/name)")
+    raise _RefusedError(f"unknown data set{did_you_mean(name, TRAINING_SETS)}; or a hub data set (owner/name)")
 
 
 def _known_method(name: str) -> str:
     if name not in METHODS:
-        raise _Refused(f"unknown method{did_you_mean(name, METHODS)}")
+        raise _RefusedError(f"unknown method{did_you_mean(name, METHODS)}")
     return name
 
 
@@ -59,14 +59,14 @@ def _module_names(value: Any) -> Any:
     if isinstance(value, str):
         letters = [MODULE_LETTERS.get(letter) for letter in value]
         if not value or None in letters or len(set(value)) < len(value):
-            raise _Refused(f"letters are {', '.join(f'{k} ({v})' for k, v in MODULE_LETTERS.items())}, each once")
+            raise _RefusedError(f"letters are {', '.join(f'{k} ({v})' for k, v in MODULE_LETTERS.items())}, each once")
         return letters
     return value
 
 
 def _not_relu(value: Any) -> Any:
     if value == "relu":
-        raise _Refused("ReLU has zero slope at 0: a decoder that starts at zero would never get a gradient")
+        raise _RefusedError("ReLU has zero slope at 0: a decoder that starts at zero would never get a gradient")
     return value
 
 
@@ -165,7 +165,7 @@ class Recipe(_Table):
     def _values_fit_together(self) -> Recipe:
         problems = list(self._conflicts())
         if problems:
-            raise _Conflicts(problems)
+            raise _ConflictsError(problems)
         return self
 
     def _conflicts(self) -> Iterator[tuple[str, Any, str]]:
@@ -192,7 +192,7 @@ class Recipe(_Table):
         return tables
 
 
-class _Conflicts(ValueError):
+class _ConflictsError(ValueError):
     def __init__(self, problems: list[tuple[str, Any, str]]) -> None:
         super().__init__("conflicts")
         self.problems = problems
@@ -257,7 +257,7 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
 def _explain(details: Any) -> Iterator[tuple[str, str]]:
     """pydantic's account of one problem as (what stands there, what is wrong with it)."""
     cause = details.get("ctx", {}).get("error")
-    if isinstance(cause, _Conflicts):
+    if isinstance(cause, _ConflictsError):
         for key, value, message in cause.problems:
             yield (key if value is None else f"{key} = {_shown(value)}"), message
         return
@@ -268,7 +268,7 @@ def _explain(details: Any) -> Iterator[tuple[str, str]]:
     elif details["type"] == "extra_forbidden":
         yield key, f"unknown key{did_you_mean(location[-1], _fields(location[:-1]))}"
     else:
-        reason = str(cause) if isinstance(cause, _Refused) else f"must be {_description(location)}"
+        reason = str(cause) if isinstance(cause, _RefusedError) else f"must be {_description(location)}"
         yield f"{key} = {_shown(details['input'])}", reason
 
 

@@ -12,7 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from qdense.cache import require_free_space, write_atomically
 from qdense.data.download import Progress
 from qdense.data.examples import template_named
 from qdense.data.sources import DataSet, load_test_set
-from qdense.errors import AdapterError, EvaluationError
+from qdense.errors import AdapterError, DataError, EvaluationError
 from qdense.events import Download, Emit, EvaluationDone, EvaluationProgress, EvaluationStarted, Notice
 from qdense.modeling.adapter import find_adapter, load_adapter, read_card
 from qdense.modeling.base import BaseModel, load_base
@@ -81,12 +81,12 @@ def evaluate(request: EvaluationRequest, emit: Emit) -> dict[str, Any]:
     def downloads(name: str) -> Progress:
         return lambda num_bytes, total_bytes: emit(Download(name, num_bytes, total_bytes))
 
-    data = {task.name: load_test_set(task.file, request.data_dir, downloads) for task in request.tasks}
+    data = {task.name: _load_items(task, request.data_dir, downloads) for task in request.tasks}
     folder = find_adapter(request.adapter) if request.adapter is not None else None
     card = read_card(folder) if folder is not None else None
     recipe = request.model or (ModelRecipe.model_validate(card.model) if card else None)
     assert recipe is not None  # the command line gives one of the two
-    base = load_base(recipe, lambda text: emit(Notice(text)))
+    base = load_base(recipe, lambda text: emit(Notice(text)), for_training=False)
     model: Any = base.model
     if folder is not None and card is not None:
         if card.fingerprint is None:
@@ -118,6 +118,14 @@ def evaluate(request: EvaluationRequest, emit: Emit) -> dict[str, Any]:
         summary["base"] = summaries["base"]
     emit(EvaluationDone(summary))
     return summary
+
+
+def _load_items(task: Task, data_dir: Path | None, downloads: Callable[[str], Progress]) -> DataSet:
+    data = load_test_set(task.file, data_dir, downloads)
+    for number, row in enumerate(data.rows):
+        if not task.answers.is_label(row.answer):
+            raise DataError(f'{data.origin}, row {number}: "{row.answer}" cannot be an answer of {task.name}')
+    return data
 
 
 class _Evaluation:
@@ -170,7 +178,10 @@ class _Evaluation:
         write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=2) + "\n")
         scores = {task.name: self._run_task(task, emit) for task in self.request.tasks}
         summary = {
-            **{key: self.settings[key] for key in ("model", "quantization", "dtype", "template", "decoding", "batch_size", "limit")},
+            **{
+                key: self.settings[key]
+                for key in ("model", "quantization", "dtype", "template", "decoding", "batch_size", "limit")
+            },
             "adapter": str(self.adapter) if self.adapter else None,
             "folder": str(self.folder),
             "device": str(self.base.device),
@@ -207,7 +218,11 @@ class _Evaluation:
         with path.open("a", encoding="utf-8") as stream:
             for batch in batches_left(batches, set(done)):
                 completions = generate(
-                    self.base, self.model, [(i, prompts[i]) for i in batch], self.request.decoding, self._max_new_tokens(task)
+                    self.base,
+                    self.model,
+                    [(i, prompts[i]) for i in batch],
+                    self.request.decoding,
+                    self._max_new_tokens(task),
                 )
                 for completion in completions:
                     num_generated += completion.num_tokens
@@ -253,7 +268,9 @@ def _read_completions(path: Path) -> dict[int, dict[str, Any]]:
             record = json.loads(line)
             records[int(record["index"])] = {key: record[key] for key in ("index", "completion", "finish")}
         except (ValueError, KeyError, TypeError) as error:
-            raise EvaluationError(f"{path}, line {number}: not a completion ({error!r}). Remove the file to start over.") from None
+            raise EvaluationError(
+                f"{path}, line {number}: not a completion ({error!r}). Remove the file to start over."
+            ) from None
     return records
 
 

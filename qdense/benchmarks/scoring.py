@@ -34,10 +34,12 @@ class AnswerKind:
     Attributes:
         extract: rule name -> (completion -> answer, or None where there is none).
         matches: (label, answer) -> whether it is right.
+        is_label: whether a text of a test file can be a label at all.
     """
 
     extract: dict[str, Callable[[str], Any]]
     matches: Callable[[str, Any], bool]
+    is_label: Callable[[str], bool]
 
     def score(self, completion: str, label: str) -> dict[str, dict[str, Any]]:
         """By each rule: `answer` (None if there is none) and `is_correct`. No answer is wrong."""
@@ -96,6 +98,13 @@ def _number_matches(label: str, answer: float) -> bool:
     return math.isfinite(answer) and abs(float(label) - answer) <= TOLERANCE
 
 
+def _is_number(label: str) -> bool:
+    try:
+        return math.isfinite(float(label))
+    except ValueError:
+        return False
+
+
 # --- choices ----------------------------------------------------------------------------------------------------------------
 
 
@@ -106,7 +115,8 @@ def paper_letter(completion: str) -> str | None:
 
 
 _ANSWER_IS = re.compile(
-    r"\b(?:answer|option|choice)\b\s*(?:choice|option)?\s*(?:is|would be|:|=)?\s*:?\s*[\"'*]*\(?([A-E])\b(?!')", re.IGNORECASE
+    r"\b(?:answer|option|choice)\b\s*(?:choice|option)?\s*(?:is|would be|:|=)?\s*:?\s*[\"'*]*\(?([A-E])\b(?!')",
+    re.IGNORECASE,
 )
 _LONE_LETTER = re.compile(r"(?<![\w'])\(?([B-E]|A(?=[).:,*\"']|\s*$|\s*\n))(?![\w'])")
 
@@ -123,5 +133,9 @@ def strict_letter(completion: str) -> str | None:
     return str(alone[-1]) if alone else None
 
 
-NUMBER = AnswerKind({"paper": paper_number, "strict": strict_number}, _number_matches)
-LETTERS = AnswerKind({"paper": paper_letter, "strict": strict_letter}, lambda label, answer: label == answer)
+NUMBER = AnswerKind({"paper": paper_number, "strict": strict_number}, _number_matches, _is_number)
+LETTERS = AnswerKind(
+    {"paper": paper_letter, "strict": strict_letter},
+    lambda label, answer: label == answer,
+    lambda label: label in ("A", "B", "C", "D", "E"),
+)

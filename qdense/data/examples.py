@@ -123,9 +123,7 @@ def encode_rows(rows: Sequence[Row], numbers: Sequence[int], tokenizer: Any, dat
                     continue
             examples.append(Example(number, input_ids, labels))
     if not examples:
-        raise DataError(
-            f"no row keeps any of its response within data.max_length = {data.max_length} tokens; raise it"
-        )
+        raise DataError(f"no row keeps any of its response within data.max_length = {data.max_length} tokens; raise it")
     return Encoded(examples, num_truncated, num_without_answer, num_dropped)
 
 

@@ -32,7 +32,10 @@ class Columns(NamedTuple):
     output: str = "output"
 
 
-def read_rows(path: str | Path, columns: Columns = Columns(), *, for_test: bool = False) -> list[Row]:
+DEFAULT_COLUMNS = Columns()
+
+
+def read_rows(path: str | Path, columns: Columns = DEFAULT_COLUMNS, *, for_test: bool = False) -> list[Row]:
     """Read the rows of a JSON (a list of objects), JSONL, CSV or Parquet file; the first two and CSV also as .gz.
 
     Args:
@@ -73,9 +76,7 @@ def read_rows(path: str | Path, columns: Columns = Columns(), *, for_test: bool 
     return rows
 
 
-def rows_from_records(
-    records: Iterable[tuple[str, Any]], columns: Columns, *, for_test: bool = False
-) -> list[Row]:
+def rows_from_records(records: Iterable[tuple[str, Any]], columns: Columns, *, for_test: bool = False) -> list[Row]:
     """Check (place, record) pairs and make rows of them; the place is named in a DataError."""
     return [_row(place, record, columns, for_test) for place, record in records]
 

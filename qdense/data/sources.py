@@ -71,9 +71,7 @@ def load_test_set(
     return DataSet(read_rows(path, for_test=True), origin=str(path))
 
 
-def locate(
-    upstream: UpstreamFile, data_dir: Path | None, progress: Callable[[str], Progress] | None = None
-) -> Path:
+def locate(upstream: UpstreamFile, data_dir: Path | None, progress: Callable[[str], Progress] | None = None) -> Path:
     """The local path of an upstream file: below `data_dir`, or in the cache, downloaded if need be.
 
     A file in `data_dir` is the user's own and is taken as it is; one in the cache is verified by its blob id.

@@ -37,7 +37,9 @@ class Template:
 def _alpaca_prompt(row: Row) -> str:
     instruction, context = row.instruction.strip(), row.input.strip()
     if context:
-        return f"{_WITH_INPUT}. {_REQUEST}\n\n### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
+        return (
+            f"{_WITH_INPUT}. {_REQUEST}\n\n### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
+        )
     return f"{_TASK}. {_REQUEST}\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 
 

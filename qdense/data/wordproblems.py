@@ -29,7 +29,10 @@ _THINGS = (
 _TRAINING_PATTERNS = (
     ("{name} has {a} {things}. {other} gives {name} {b} more {things}. How many {things} does {name} have now?", "+"),
     ("{name} had {a} {things} and gave {b} of them to {other}. How many {things} does {name} have left?", "-"),
-    ("There are {a} {things} on the table. {name} puts {b} more {things} there. How many {things} are on the table?", "+"),
+    (
+        "There are {a} {things} on the table. {name} puts {b} more {things} there. How many {things} are on the table?",
+        "+",
+    ),
     ("There were {a} {things} in the box. {name} took {b} {things} out. How many {things} are still in the box?", "-"),
     ("{name} found {a} {things} and {other} found {b} {things}. How many {things} did they find together?", "+"),
     ("{name} picked {a} {things} and lost {b} of them. How many {things} are left?", "-"),

@@ -36,7 +36,9 @@ class DenseLoraConfig(PeftConfig):
     dropout: float = field(default=0.0, metadata={"help": "On the input, the encoding and the output, in training."})
     activation: str = field(
         default="gelu",
-        metadata={"help": "After encoder and decoder: gelu, silu, tanh; none is the paper's 'only matrix', and merges."},
+        metadata={
+            "help": "After encoder and decoder: gelu, silu, tanh; none is the paper's 'only matrix', and merges."
+        },
     )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of the linear modules to adapt, or a regular expression of them."}

@@ -48,8 +48,9 @@ class DenseLoraLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
-        self.in_features: int = self.get_base_layer().in_features
-        self.out_features: int = self.get_base_layer().out_features
+        linear = self.get_base_layer()
+        assert isinstance(linear, nn.Linear)  # bitsandbytes' 4-bit and 8-bit layers are subclasses of it
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.denselora_m = nn.ParameterDict({})
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}

@@ -50,7 +50,7 @@ class DenseLoraModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: DenseLoraConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -82,11 +82,12 @@ class DenseLoraModel(BaseTuner):
         pairs = self.denselora_shared[adapter_name]
         assert isinstance(pairs, nn.ModuleDict)
         if kind not in pairs:
-            dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
+            dtype: torch.dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
             if not dtype.is_floating_point:  # 8-bit layers have no compute dtype of their own
                 dtype = torch.get_default_dtype()
-            pairs[kind] = SharedPair(config.r, base.in_features, base.out_features, dtype=dtype, device=base.weight.device)
-            pairs[kind].reset_parameters(config.init_weights)
+            new = SharedPair(config.r, base.in_features, base.out_features, dtype=dtype, device=base.weight.device)
+            new.reset_parameters(config.init_weights)
+            pairs[kind] = new
         pair = pairs[kind]
         assert isinstance(pair, SharedPair)
         d_in, d_out = pair.encoder.shape[1], pair.decoder.shape[0]
@@ -154,7 +155,8 @@ class DenseLoraModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        bent = {name: self.peft_config[name].activation for name in self.active_adapters}
+        configs: dict[str, Any] = self.peft_config
+        bent = {name: configs[name].activation for name in self.active_adapters}
         bent = {name: activation for name, activation in bent.items() if activation != "none"}
         if bent:
             names = ", ".join(f'"{name}" ({activation})' for name, activation in bent.items())
@@ -166,8 +168,9 @@ class DenseLoraModel(BaseTuner):
         for key, module in self.model.named_modules():
             if isinstance(module, DenseLoraLinear) and module.quantization_backend is not None:
                 raise ValueError(
-                    f"Merging into a quantized base would round the adapter away: {key} is {module.quantization_backend.backend_name}. "
-                    "Load the base unquantized (quantization = \"none\"), load the adapter there, and merge."
+                    f"Merging into a quantized base would round the adapter away: {key} is "
+                    f"{module.quantization_backend.backend_name}. "
+                    'Load the base unquantized (quantization = "none"), load the adapter there, and merge.'
                 )
 
 
@@ -177,6 +180,10 @@ def register_denselora() -> None:
     Not `peft.utils.register_peft_method`: it refuses names that are missing from PEFT's own enum. A name of type str with
     `.value` in the same dictionaries is all that the rest of PEFT asks for. Safe to call twice.
     """
-    PEFT_TYPE_TO_CONFIG_MAPPING[DENSELORA] = DenseLoraConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[DENSELORA] = DenseLoraModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[DENSELORA] = DenseLoraModel.prefix
+    registries: tuple[tuple[Any, Any], ...] = (
+        (PEFT_TYPE_TO_CONFIG_MAPPING, DenseLoraConfig),
+        (PEFT_TYPE_TO_TUNER_MAPPING, DenseLoraModel),
+        (PEFT_TYPE_TO_PREFIX_MAPPING, DenseLoraModel.prefix),
+    )
+    for registry, entry in registries:
+        registry[DENSELORA] = entry

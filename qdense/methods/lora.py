@@ -15,7 +15,7 @@ def _build_config(adapter: AdapterRecipe) -> Any:
 
     return LoraConfig(
         r=adapter.r,
-        lora_alpha=adapter.scaling_alpha,
+        lora_alpha=adapter.scaling_alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=adapter.dropout,
         target_modules=list(adapter.target_modules),
         task_type="CAUSAL_LM",

@@ -94,7 +94,7 @@ def restore_weights(model: Any, folder: Path) -> None:
     from peft.utils import load_peft_weights
 
     weights = _read_weights(folder, load_peft_weights)
-    outcome = set_peft_model_state_dict(model, weights)
+    outcome: Any = set_peft_model_state_dict(model, weights)
     own = [key for key in outcome.missing_keys if any(key == name for name, _ in trainable_parameters(model))]
     if own or outcome.unexpected_keys:
         raise AdapterError(
@@ -109,7 +109,11 @@ def find_adapter(path: Path) -> Path:
             return folder
     if not path.exists():
         raise AdapterError(f"{path}: no such run or adapter")
-    hint = " The run is not finished: `qdense train RECIPE --resume` goes on with it." if (path / "checkpoints").exists() else ""
+    hint = (
+        " The run is not finished: `qdense train RECIPE --resume` goes on with it."
+        if (path / "checkpoints").exists()
+        else ""
+    )
     raise AdapterError(f"{path}: holds no adapter (adapter/adapter_config.json or adapter_config.json).{hint}")
 
 
@@ -126,7 +130,9 @@ def read_card(folder: Path) -> AdapterCard:
         name = config["base_model_name_or_path"]
         method = str(config["peft_type"]).lower()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{folder / 'adapter_config.json'}: not a readable adapter configuration: {error!r}") from None
+        raise AdapterError(
+            f"{folder / 'adapter_config.json'}: not a readable adapter configuration: {error!r}"
+        ) from None
     return AdapterCard(model={"name": name}, fingerprint=None, template="alpaca", method=method)
 
 
@@ -152,6 +158,7 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
 
 def _read_weights(folder: Path, load: Any) -> dict[str, torch.Tensor]:
     try:
-        return load(str(folder), device="cpu")  # type: ignore[no-any-return]
+        weights: dict[str, torch.Tensor] = load(str(folder), device="cpu")
     except (ValueError, OSError, SafetensorError) as error:
         raise AdapterError(f"{folder}: the adapter's weights cannot be read: {error}") from error
+    return weights

@@ -63,7 +63,7 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cpu")
 
 
-def load_base(recipe: ModelRecipe, notice: Notice = lambda text: None) -> BaseModel:
+def load_base(recipe: ModelRecipe, notice: Notice = lambda text: None, *, for_training: bool = True) -> BaseModel:
     """Load the base model, frozen.
 
     NF4 is with double quantization; everything else (norms, embeddings, head) stays in `model.dtype`, nothing is cast to
@@ -71,6 +71,7 @@ def load_base(recipe: ModelRecipe, notice: Notice = lambda text: None) -> BaseMo
 
     Args:
         notice: is told what takes long.
+        for_training: False lets bitsandbytes use its fast 4-bit kernel for CPUs, which spoils later gradients.
 
     Raises:
         ModelError: the model cannot be found, reached or read, or the device is not there.
@@ -92,7 +93,8 @@ def load_base(recipe: ModelRecipe, notice: Notice = lambda text: None) -> BaseMo
     model.name_or_path = folder_name_for_peft(recipe.name, folder)
     model.config.use_cache = False
     model.requires_grad_(False)
-    _keep_autograd_on_cpu(model)
+    if for_training:
+        _keep_autograd_on_cpu(model)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return BaseModel(recipe.name, model, tokenizer, fingerprint, pad_token_id, device)
 
@@ -185,7 +187,9 @@ def fingerprint_of(folder: Path, tokenizer: Any) -> Fingerprint:
     described = {key: getattr(config, key, None) for key in _CONFIG_KEYS}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ModelError(f"{folder}: no .safetensors files. Pickled weights (.bin, .pth) are not read; convert them first.")
+        raise ModelError(
+            f"{folder}: no .safetensors files. Pickled weights (.bin, .pth) are not read; convert them first."
+        )
     weights = hashlib.sha256()
     slices = {}
     for file in files:
@@ -259,7 +263,8 @@ def _from_pretrained(folder: Path, recipe: ModelRecipe, device: torch.device, qu
 
 def _keep_autograd_on_cpu(model: Any) -> None:
     """On CPUs with AVX512-BF16 an eval forward repacks 4-bit weights for a kernel without autograd: gradients of a later
-    training step would be wrong, with no more than a warning (bitsandbytes 0.50). So this path stays off."""
+    training step would be wrong, with no more than a warning (bitsandbytes 0.50). So a run that trains keeps this path off,
+    its validation included; an evaluation, whose steps it makes half again as fast, does not."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

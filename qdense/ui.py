@@ -1,0 +1,364 @@
+"""Everything drawn in the terminal. State is kept apart from drawing: events go in, rich renderables come out.
+
+On a terminal the display is live. In a pipe or a CI log it is plain lines, some seconds apart. Console and clock can be
+given, so all of it can be tested.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from qdense.benchmarks.statistics import wilson_interval
+from qdense.events import (
+    CheckpointSaved,
+    Download,
+    EvaluationDone,
+    EvaluationProgress,
+    EvaluationStarted,
+    Notice,
+    StepDone,
+    TrainingDone,
+    TrainingStarted,
+    Validated,
+    ValidationProgress,
+)
+from qdense.planning.parameters import ParameterCount
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_PLAIN_INTERVAL_SECONDS = 10.0
+_NARROW = 80  # columns
+
+
+def make_console(stream: TextIO | None = None) -> Console:
+    return Console(file=stream or sys.stdout, highlight=False, soft_wrap=False)
+
+
+def clean(text: str) -> str:
+    """Text safe to draw: control characters, which could steer the terminal, become visible."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" if ord(c) < 256 else "�" for c in text)
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """`values` in `width` characters at most, each the mean of its share, scaled between smallest and largest."""
+    if not values or width < 1:
+        return ""
+    width = min(width, len(values))
+    edges = [round(i * len(values) / width) for i in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, high = min(means), max(means)
+    span = high - low or 1.0
+    return "".join(_BLOCKS[round((mean - low) / span * (len(_BLOCKS) - 1))] for mean in means)
+
+
+def duration(seconds: float) -> str:
+    """1:05, 2:03:04 or 3d 04:05."""
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        days, hours = divmod(hours, 24)
+        return f"{days}d {hours:02d}:{minutes:02d}"
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
+
+
+def size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+
+
+class Display:
+    """A job on the screen: `with Display(console) as show: job(emit=show)`.
+
+    Subclasses keep their state in `update`, draw it in `render`, and say it in a line in `plain`.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic, *, quiet: bool = False) -> None:
+        self.console, self.clock, self.quiet = console, clock, quiet
+        self._live: Live | None = None
+        self._last_plain = -_PLAIN_INTERVAL_SECONDS
+        self.status = ""
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal and not self.quiet:
+            self._live = Live(
+                get_renderable=self.render, console=self.console, refresh_per_second=4, vertical_overflow="visible"
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self.status = ""
+            self._live.stop()
+
+    def __call__(self, event: Any) -> None:
+        self.update(event)
+        if isinstance(event, Notice):
+            if event.level == "warning":
+                self._print(Text.assemble(("warning: ", "yellow"), clean(event.text)), even_if_quiet=True)
+            elif self._live is None:
+                self._print(Text(clean(event.text)))
+            self.status = event.text if event.level == "info" else self.status
+        elif isinstance(event, Download):
+            total = f" of {size(event.total_bytes)}" if event.total_bytes else ""
+            self.status = f"downloading {event.name}: {size(event.num_bytes)}{total}"
+            if self._live is None and self._is_time():
+                self._print(Text(clean(self.status)))
+        elif self._live is None:
+            line = self.plain(event)
+            if line:
+                self._print(Text(clean(line)))
+
+    def _print(self, text: Text, *, even_if_quiet: bool = False) -> None:
+        if not self.quiet or even_if_quiet:
+            # Lines of a log are not wrapped: what reads them later may.
+            self.console.print(text, soft_wrap=not self.console.is_terminal)
+
+    def _is_time(self) -> bool:
+        now = self.clock()
+        if now - self._last_plain < _PLAIN_INTERVAL_SECONDS:
+            return False
+        self._last_plain = now
+        return True
+
+    def _status_line(self) -> list[RenderableType]:
+        return [Text(clean(self.status), style="dim", overflow="ellipsis", no_wrap=True)] if self.status else []
+
+    def update(self, event: Any) -> None:
+        raise NotImplementedError
+
+    def render(self) -> RenderableType:
+        raise NotImplementedError
+
+    def plain(self, event: Any) -> str | None:
+        raise NotImplementedError
+
+
+def _facts_panel(title: str, facts: Sequence[tuple[str, str]]) -> Panel:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(ratio=1)
+    for label, value in facts:
+        grid.add_row(label, Text(clean(value)))
+    return Panel(grid, title=Text(clean(title), style="bold"), title_align="left", border_style="dim")
+
+
+class TrainingDisplay(Display):
+    """Recipe and model at a glance; step, loss, validation, learning rate, gradient, speed, memory, time left."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic, *, quiet: bool = False) -> None:
+        super().__init__(console, clock, quiet=quiet)
+        self.started: TrainingStarted | None = None
+        self.step: StepDone | None = None
+        self.done: TrainingDone | None = None
+        self.losses: list[float] = []
+        self.step_seconds: list[float] = []
+        self.validation: Validated | None = None
+        self.best: Validated | None = None
+
+    def update(self, event: Any) -> None:
+        if isinstance(event, TrainingStarted):
+            self.started, self.status = event, "first step"
+        elif isinstance(event, StepDone):
+            before = self.step.seconds if self.step else event.seconds - event.num_tokens / event.tokens_per_second
+            self.step_seconds = [*self.step_seconds[-49:], event.seconds - before]
+            self.step, self.status = event, ""
+            self.losses.append(event.loss)
+        elif isinstance(event, ValidationProgress):
+            self.status = f"validating, batch {event.num_done} of {event.num_batches}"
+        elif isinstance(event, Validated):
+            self.validation, self.status = event, ""
+            self.best = event if event.is_best else self.best
+        elif isinstance(event, CheckpointSaved):
+            self.status = f"checkpoint saved at step {event.step}"
+        elif isinstance(event, TrainingDone):
+            self.done, self.status = event, ""
+
+    def seconds_left(self) -> float | None:
+        if not self.step or not self.started or not self.step_seconds:
+            return None
+        ordered = sorted(self.step_seconds)
+        return ordered[len(ordered) // 2] * (self.started.num_steps - self.step.step)
+
+    def _memory(self) -> str:
+        assert self.step
+        assert self.started
+        return f"{self.started.memory_name} {size(self.step.memory_bytes)} of {size(self.started.memory_total_bytes)}"
+
+    def render(self) -> RenderableType:
+        parts: list[RenderableType] = []
+        width = self.console.width
+        if self.started:
+            parts.append(_facts_panel(self.started.title, self.started.facts))
+        if self.step and self.started:
+            total = self.started.num_steps
+            bar = Table.grid(padding=(0, 1), expand=True)
+            bar.add_column(no_wrap=True)
+            bar.add_column(ratio=1)
+            bar.add_column(no_wrap=True)
+            left = self.seconds_left()
+            time_left = "done" if self.done else f"{duration(left)} left" if left is not None else ""
+            bar.add_row(
+                f"step {self.step.step}/{total}, epoch {self.step.epoch:.2f}",
+                ProgressBar(total=total, completed=self.step.step),
+                f"{duration(self.step.seconds)}, {time_left}",
+            )
+            parts.append(bar)
+            loss = f"loss {self.step.loss:.4f} "
+            line = Text.assemble(("loss ", "dim"), (f"{self.step.loss:.4f} ", "bold"), no_wrap=True)
+            line.append(sparkline(self.losses, max(0, width - len(loss) - 1)), style="cyan")
+            parts.append(line)
+            if self.validation and self.best:
+                parts.append(
+                    Text.assemble(
+                        ("validation ", "dim"), (f"{self.validation.loss:.4f}", "bold"), f" at step {self.validation.step}",
+                        (f", best {self.best.loss:.4f} at step {self.best.step}", "dim"),
+                    )
+                )  # fmt: skip
+            parts.append(
+                Text.assemble(
+                    ("learning rate ", "dim"), f"{self.step.learning_rate:.2e}",
+                    ("  gradient norm ", "dim"), f"{self.step.grad_norm:.3g}",
+                    ("  tokens/s ", "dim"), f"{self.step.tokens_per_second:,.0f}",
+                    ("  memory ", "dim"), self._memory(),
+                )
+            )  # fmt: skip
+        parts += self._status_line()
+        if self.done:
+            parts.append(Text(self._done_line(), style="green"))
+        return Group(*parts)
+
+    def _done_line(self) -> str:
+        assert self.done
+        kept = f" (weights of step {self.done.kept_step})" if self.done.kept_step != self.done.num_steps else ""
+        return clean(
+            f"{self.done.num_steps} steps in {duration(self.done.seconds)}, peak memory {size(self.done.peak_memory_bytes)}; "
+            f"adapter in {self.done.adapter_dir}{kept}"
+        )
+
+    def plain(self, event: Any) -> str | None:
+        if isinstance(event, TrainingStarted):
+            return "\n".join([event.title, *(f"  {label}: {value}" for label, value in event.facts)]).replace(
+                "\n", "; "
+            )
+        if isinstance(event, StepDone):
+            assert self.started
+            is_edge = event.step in (1, self.started.num_steps) or event.step == self.started.first_step + 1
+            if not (self._is_time() or is_edge):
+                return None
+            left = self.seconds_left()
+            return (
+                f"step {event.step}/{self.started.num_steps} epoch {event.epoch:.2f} loss {event.loss:.4f} "
+                f"lr {event.learning_rate:.2e} grad {event.grad_norm:.3g} {event.tokens_per_second:,.0f} tokens/s "
+                f"{self._memory()}, {duration(left or 0)} left"
+            )
+        if isinstance(event, Validated):
+            return f"step {event.step} validation loss {event.loss:.4f}{' (best)' if event.is_best else ''}"
+        if isinstance(event, CheckpointSaved):
+            return f"step {event.step} checkpoint {event.path}"
+        if isinstance(event, TrainingDone):
+            return self._done_line()
+        return None
+
+
+class EvaluationDisplay(Display):
+    """A table that fills while completions come: a row for each task and model, both rules with their intervals."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic, *, quiet: bool = False) -> None:
+        super().__init__(console, clock, quiet=quiet)
+        self.started: EvaluationStarted | None = None
+        self.progress: dict[tuple[str, str], EvaluationProgress] = {}
+        self.done: EvaluationDone | None = None
+
+    def update(self, event: Any) -> None:
+        if isinstance(event, EvaluationStarted):
+            self.started, self.status = event, ""
+        elif isinstance(event, EvaluationProgress):
+            self.progress[event.task, event.column] = event
+            speed = f", {event.tokens_per_second:,.0f} tokens/s" if event.tokens_per_second else ""
+            self.status = f"{event.task} with {event.column}: {event.num_done} of {event.num_items} items{speed}"
+        elif isinstance(event, EvaluationDone):
+            self.done, self.status = event, ""
+
+    def render(self) -> RenderableType:
+        parts: list[RenderableType] = []
+        if self.started:
+            parts.append(_facts_panel(self.started.title, self.started.facts))
+            parts.append(self._table())
+        parts += self._status_line()
+        if self.done:
+            parts.append(Text(clean(self._done_line()), style="green"))
+        return Group(*parts)
+
+    def _table(self) -> Table:
+        assert self.started
+        table = Table(box=None, padding=(0, 1), header_style="dim")
+        for name in ("task", "model"):
+            table.add_column(name, no_wrap=True)
+        for name in ("items", "paper %", "strict %"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for task in self.started.tasks:
+            for column in self.started.columns:
+                progress = self.progress.get((task, column))
+                is_last = column == self.started.columns[-1]
+                style = "bold" if is_last and len(self.started.columns) > 1 else ""
+                first = task if column == self.started.columns[0] else ""
+                if progress is None or not progress.num_done:
+                    table.add_row(first, column, "", "", "", style="dim")
+                    continue
+                items = f"{progress.num_done}" + (
+                    f"/{progress.num_items}" if progress.num_done < progress.num_items else ""
+                )
+                table.add_row(
+                    first, column, items, *(self._share(progress, rule) for rule in ("paper", "strict")), style=style
+                )
+        return table
+
+    def _share(self, progress: EvaluationProgress, rule: str) -> str:
+        num_correct, num_done = progress.num_correct[rule], progress.num_done
+        low, high = wilson_interval(num_correct, num_done)
+        if self.console.width < _NARROW:
+            return f"{100 * num_correct / num_done:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+        return f"{100 * num_correct / num_done:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+    def _done_line(self) -> str:
+        assert self.done
+        return f"95% Wilson intervals; completions and summary.json in {self.done.summary['folder']}"
+
+    def plain(self, event: Any) -> str | None:
+        if isinstance(event, EvaluationStarted):
+            return "; ".join([event.title, *(f"{label}: {value}" for label, value in event.facts)])
+        if isinstance(event, EvaluationProgress):
+            is_over = event.num_done == event.num_items
+            return self.status if event.num_done and (self._is_time() or is_over) else None
+        if isinstance(event, EvaluationDone):
+            if not self.quiet:
+                self.console.print(self._table())
+            return self._done_line()
+        return None
+
+
+def show_parameters(console: Console, count: ParameterCount) -> None:
+    """The table of `qdense params`."""
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    table.add_column("module")
+    table.add_column("trainable", justify="right")
+    for name, number in count.by_module.items():
+        table.add_row(name, f"{number:,}")
+    table.add_row("all", f"{count.trainable_parameters:,}", style="bold")
+    console.print(
+        f"{count.method} r {count.r} on {count.model}: {count.percent:.4g}% of {count.base_parameters:,} parameters"
+    )
+    console.print(table)

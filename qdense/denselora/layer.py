@@ -68,10 +68,16 @@ class DenseLoraLinear(nn.Module, BaseTunerLayer):
         self.dropout[adapter_name] = config.dropout
         self.activation[adapter_name] = config.activation
         self.shared[adapter_name] = pair
-        m = torch.empty(config.r, config.r, dtype=pair.encoder.dtype, device=pair.encoder.device)
+        m = torch.empty(config.r, config.r, dtype=pair.encoder.dtype, device=self.weight.device)
         self.denselora_m[adapter_name] = nn.Parameter(m)
         nn.init.kaiming_uniform_(self.denselora_m[adapter_name], a=math.sqrt(5))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Not super()'s: it rebuilds ParameterDict entries in the base's dtype, which makes frozen ones trainable.
+        m = self.denselora_m[adapter_name]
+        if not m.is_meta:
+            m.data = m.data.to(device or self.weight.device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)

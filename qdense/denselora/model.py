@@ -75,6 +75,11 @@ class DenseLoraModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Not super()'s: M is made where the base's weight lies, and moving an 8-bit or 4-bit layer fails while M is on the
+        # meta device (low_cpu_mem_usage).
+        setattr(parent, child_name, new_module)
+
     def _shared_pair(
         self, config: DenseLoraConfig, adapter_name: str, kind: str, key: str, base: nn.Linear
     ) -> SharedPair:

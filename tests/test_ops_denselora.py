@@ -1,0 +1,97 @@
+"""The equation against hand-computed numbers, finite differences, and itself in other words."""
+
+import math
+
+import pytest
+import torch
+
+from qdense.ops.denselora import ACTIVATIONS, DropoutMasks, denselora_delta, denselora_delta_weight, draw_masks
+
+
+def gelu(x: float) -> float:
+    return 0.5 * x * (1 + math.erf(x / math.sqrt(2)))
+
+
+def test_hand_computed_case():
+    # x = (1, 2); E = [[1, 0], [0.5, 0.5]]; M = [[0, 1], [2, 0]]; D = [[1, 1]]; scaling 3
+    encoded = (gelu(1.0), gelu(1.5))
+    mixed = (encoded[1], 2 * encoded[0])
+    expected = 3 * gelu(mixed[0] + mixed[1])
+    delta = denselora_delta(
+        torch.tensor([[1.0, 2.0]], dtype=torch.float64),
+        torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64),
+        torch.tensor([[0.0, 1.0], [2.0, 0.0]], dtype=torch.float64),
+        torch.tensor([[1.0, 1.0]], dtype=torch.float64),
+        scaling=3.0,
+    )
+    assert delta.shape == (1, 1)
+    assert delta.item() == pytest.approx(expected, abs=1e-14)
+    # By a table of the normal distribution: 1 (.841345) + ..., so 3 * 3.082478 * .998974
+    assert delta.item() == pytest.approx(9.23794, abs=1e-4)
+
+
+def test_hand_computed_dropout_masks():
+    # Masks 2 (kept, p = .5) and 0 (dropped): only x[1] enters, only the second encoding stays.
+    masks = DropoutMasks(
+        torch.tensor([[0.0, 2.0]]).double(), torch.tensor([[0.0, 2.0]]).double(), torch.tensor([[2.0]]).double()
+    )
+    encoded = 2 * gelu(0.5 * 2 * 2.0)  # E[1] (0, 4) = 2
+    expected = 3 * 2 * gelu(encoded * 1.0)  # M[0][1] = 1, D = (1, 1), M[1][1] = 0
+    delta = denselora_delta(
+        torch.tensor([[1.0, 2.0]]).double(),
+        torch.tensor([[1.0, 0.0], [0.5, 0.5]]).double(),
+        torch.tensor([[0.0, 1.0], [2.0, 0.0]]).double(),
+        torch.tensor([[1.0, 1.0]]).double(),
+        scaling=3.0,
+        masks=masks,
+    )
+    assert delta.item() == pytest.approx(expected, abs=1e-14)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_gradcheck(activation, with_masks):
+    torch.manual_seed(0)
+    x, e, m, d = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5), (4, 5), (4, 4), (6, 4))
+    )
+    masks = draw_masks(x.detach(), 4, 6, 0.3) if with_masks else None
+
+    def function(x, e, m, d):
+        return denselora_delta(x, e, m, d, scaling=0.7, activation=activation, masks=masks)
+
+    assert torch.autograd.gradcheck(function, (x, e, m, d))
+
+
+def test_zero_decoder_adds_nothing_and_still_learns():
+    torch.manual_seed(0)
+    x, e, m = torch.randn(7, 5), torch.randn(3, 5, requires_grad=True), torch.randn(3, 3, requires_grad=True)
+    d = torch.zeros(6, 3, requires_grad=True)
+    delta = denselora_delta(x, e, m, d, scaling=2.0)
+    assert torch.equal(delta, torch.zeros(7, 6))
+    delta.square().sum().backward()  # its slope at 0 is 0, so ask for another
+    d.grad = None
+    denselora_delta(x, e, m, d, scaling=2.0).sum().backward()
+    assert d.grad.abs().sum() > 0
+    assert e.grad.abs().sum() == 0
+    assert m.grad.abs().sum() == 0
+
+
+def test_dropout_draws_the_masks_it_says():
+    x, e, m, d = torch.randn(64, 5), torch.randn(4, 5), torch.randn(4, 4), torch.randn(6, 4)
+    torch.manual_seed(3)
+    dropped = denselora_delta(x, e, m, d, scaling=1.0, dropout=0.5)
+    assert not torch.equal(dropped, denselora_delta(x, e, m, d, scaling=1.0))
+    share = (dropped == 0).float().mean().item()
+    assert 0.35 < share < 0.65  # the output mask alone makes half of them zero
+    torch.manual_seed(3)
+    assert torch.equal(dropped, denselora_delta(x, e, m, d, scaling=1.0, dropout=0.5))
+    masks = draw_masks(x, 4, 6, 0.5)
+    assert set(masks.output.unique().tolist()) == {0.0, 2.0}
+
+
+def test_only_matrix_is_a_matrix():
+    x, e, m, d = (torch.randn(*shape, dtype=torch.float64) for shape in ((9, 5), (4, 5), (4, 4), (6, 4)))
+    weight = denselora_delta_weight(e, m, d, scaling=0.5)
+    delta = denselora_delta(x, e, m, d, scaling=0.5, activation="none")
+    torch.testing.assert_close(x.float() @ weight.T, delta.float(), rtol=1e-4, atol=1e-5)

@@ -33,10 +33,12 @@ class _RefusedError(ValueError):
 
 
 def _known_model(name: str) -> str:
-    if name in CATALOG or os.path.isdir(name) or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if name in CATALOG or os.path.isdir(name):
         return name
     if name.startswith((".", "/", "~")):
         raise _RefusedError("no such folder")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return name
     raise _RefusedError(
         f"unknown model{did_you_mean(name, CATALOG)}; or a hub id (owner/name), or a local folder with config.json"
     )

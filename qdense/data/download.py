@@ -95,7 +95,7 @@ def _fetch(url: str, partial: Path, progress: Progress | None, timeout_seconds: 
         if total is not None:
             require_free_space(partial.parent, total - have, f"the download of {url}")
         with partial.open("ab" if have else "wb") as stream:
-            while block := response.read(1 << 16):
+            while block := response.read1(1 << 16):  # what has come is kept, should the rest not come
                 stream.write(block)
                 have += len(block)
                 if progress:

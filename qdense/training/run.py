@@ -76,6 +76,15 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
     _report_truncation(training, recipe, emit)
     num_steps = _num_steps(recipe, len(training.examples))
 
+    if recipe.training.warmup_steps >= num_steps:
+        emit(
+            Notice(
+                f"the warm-up (training.warmup_steps = {recipe.training.warmup_steps}) is as long as the run ({num_steps} steps) "
+                "or longer: the learning rate never reaches training.learning_rate",
+                "warning",
+            )
+        )
+
     set_seed(recipe.training.seed)
     model = attach_adapter(base, recipe.adapter)
     num_trainable = sum(parameter.numel() for _, parameter in trainable_parameters(model))
@@ -118,18 +127,8 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         metrics.close()
-    kept_step = num_steps
-    if recipe.training.keep == "best":
-        if trainer.best_weights:
-            kept_step = trainer.use_best()
-        else:
-            emit(
-                Notice(
-                    f"the run of {num_steps} steps ended before its first validation (training.eval_steps = "
-                    f"{recipe.training.eval_steps}): the last weights are kept",
-                    "warning",
-                )
-            )
+    # Trainer validates after the last step too, so there always is a best.
+    kept_step = trainer.use_best() if recipe.training.keep == "best" else num_steps
     card = AdapterCard(
         model=recipe.model.model_dump(exclude_none=True, exclude={"device"}),
         fingerprint=base.fingerprint,

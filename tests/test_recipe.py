@@ -1,0 +1,143 @@
+"""Recipes: everything wrong is said at once, and every recipe in the tree is right."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from qdense.errors import RecipeError
+from qdense.recipe import load_recipe, recipe_from_tables
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+MINIMAL = {"model": {"name": "llama3-8b"}, "data": {"name": "math10k"}}
+
+
+def problems_of(tables):
+    with pytest.raises(RecipeError) as caught:
+        recipe_from_tables(tables, source="x.toml")
+    return str(caught.value)
+
+
+def with_value(key, value):
+    table, name = key.split(".")
+    return MINIMAL | {table: MINIMAL.get(table, {}) | {name: value}}
+
+
+def test_every_recipe_in_the_tree_is_valid():
+    found = sorted(RECIPES.glob("*.toml"))
+    assert {path.stem for path in found} >= {"demo", "math10k", "commonsense170k-llama3-8b", "commonsense170k-llama2-7b"}
+    for path in found:
+        assert load_recipe(path).output.dir.startswith("runs/")
+
+
+@pytest.mark.parametrize("name", ["math10k", "commonsense170k-llama3-8b", "commonsense170k-llama2-7b"])
+def test_paper_recipes_follow_the_authors(name):
+    recipe = load_recipe(RECIPES / f"{name}.toml")
+    adapter, data, training = recipe.adapter, recipe.data, recipe.training
+    assert (adapter.r, adapter.scaling_alpha, adapter.dropout, adapter.activation) == (32, 64, 0.05, "gelu")
+    assert adapter.target_modules == ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    assert (data.template, data.train_on, data.max_length, data.validation_rows) == ("llm-adapters", "all", 256, 120)
+    assert (training.batch_size, training.warmup_steps, training.schedule, training.learning_rate) == (16, 100, "linear", 3e-4)
+    assert (training.eval_steps, training.keep, recipe.model.device) == (80, "best", "auto")
+
+
+def test_all_problems_are_told_together_with_the_closest_names():
+    text = problems_of(
+        {
+            "model": {"name": "llama3-8"},
+            "adapter": {"r": 0, "methd": "lora"},
+            "data": {"name": "math10"},
+            "trainng": {},
+        }
+    )
+    assert text.startswith("x.toml: 5 problems\n")
+    assert 'model.name = "llama3-8"' in text
+    assert 'did you mean "llama3-8b"?' in text
+    assert "adapter.r = 0" in text
+    assert "a whole number from 1 to 512" in text
+    assert 'adapter.methd' in text
+    assert 'did you mean "method"?' in text
+    assert 'did you mean "math10k"?' in text
+    assert 'did you mean "training"?' in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("adapter.r", 513, "from 1 to 512"),
+        ("adapter.r", True, "from 1 to 512"),
+        ("adapter.r", "32", "from 1 to 512"),
+        ("adapter.alpha", 0, "a positive number"),
+        ("adapter.alpha", float("inf"), "a positive number"),
+        ("adapter.dropout", 1.0, "not including, 1"),
+        ("adapter.method", "dense-lora", 'did you mean "denselora"?'),
+        ("adapter.activation", "relu", "zero slope at 0"),
+        ("adapter.target_modules", "QX", "letters are Q (q_proj)"),
+        ("adapter.target_modules", "QQ", "each once"),
+        ("adapter.target_modules", [], "module names"),
+        ("data.fraction", 0, "above 0, at most 1"),
+        ("data.fraction", 1.5, "above 0, at most 1"),
+        ("data.template", "alpacca", "alpaca or llm-adapters"),
+        ("training.learning_rate", float("nan"), "above 0 and below 1"),
+        ("training.micro_batch_size", 3, "must divide training.batch_size = 16"),
+        ("training.optimizer", "sgd", "paged_adamw_8bit"),
+        ("training.keep", "first", "best (lowest validation loss) or last"),
+        ("data.validation_rows", 0, 'training.keep = "last"'),
+        ("model.quantization", "gptq", "nf4, int8 or none"),
+        ("model.name", "./nowhere", "no such folder"),
+        ("output.dir", "", "a folder"),
+    ],
+)
+def test_each_bad_value_is_named_with_what_is_accepted(key, value, message):
+    text = problems_of(with_value(key, value))
+    assert key in text or message in text
+    assert message in text
+
+
+def test_missing_tables_and_data_are_named():
+    text = problems_of({})
+    assert "model" in text
+    assert "data" in text
+    assert "data.name" in problems_of({"model": {"name": "llama3-8b"}, "data": {}})
+
+
+def test_letters_and_names_mean_the_same():
+    letters = recipe_from_tables(with_value("adapter.target_modules", "QVD"), "x")
+    names = recipe_from_tables(with_value("adapter.target_modules", ["q_proj", "v_proj", "down_proj"]), "x")
+    assert letters.adapter == names.adapter
+
+
+def test_command_line_overrides_the_file(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text(tomli_w.dumps(MINIMAL))
+    recipe = load_recipe(path, ["adapter.r=64", "data.path=a b.json", "training.keep=last", "training.max_steps=20", "data.fraction=0.1"])
+    assert (recipe.adapter.r, recipe.adapter.scaling_alpha) == (64, 128)
+    assert (recipe.data.path, recipe.data.fraction) == ("a b.json", 0.1)
+    assert (recipe.training.keep, recipe.training.max_steps) == ("last", 20)
+
+
+@pytest.mark.parametrize("override", ["adapter.r", "r=3", "adapter.=3", "=3", "model.name.x=1"])
+def test_malformed_overrides_are_refused(tmp_path, override):
+    path = tmp_path / "r.toml"
+    path.write_text(tomli_w.dumps(MINIMAL))
+    with pytest.raises(RecipeError, match="--set"):
+        load_recipe(path, [override])
+
+
+def test_resolved_recipe_is_a_recipe_and_stays_itself():
+    recipe = recipe_from_tables(with_value("adapter.r", 16), "x")
+    tables = tomllib.loads(tomli_w.dumps(recipe.resolved()))
+    again = recipe_from_tables(tables, "y")
+    assert again.resolved() == recipe.resolved()
+    assert again.resolved()["adapter"]["alpha"] == 32
+
+
+@pytest.mark.parametrize("content", [b"[model", b"\xff\xfe", b"model = 3"])
+def test_unreadable_files_are_errors_not_tracebacks(tmp_path, content):
+    path = tmp_path / "bad.toml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=r"bad\.toml"):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load_recipe(tmp_path / "none.toml")

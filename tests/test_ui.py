@@ -1,0 +1,148 @@
+"""What is drawn, with an injected console and clock."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from qdense.events import (
+    CheckpointSaved,
+    Download,
+    EvaluationDone,
+    EvaluationProgress,
+    EvaluationStarted,
+    Notice,
+    StepDone,
+    TrainingDone,
+    TrainingStarted,
+    Validated,
+    ValidationProgress,
+)
+from qdense.ui import EvaluationDisplay, TrainingDisplay, clean, duration, size, sparkline
+
+STARTED = TrainingStarted(
+    title="denselora on llama3-8b",
+    facts=(("base", "llama3-8b (nf4, bfloat16) on NVIDIA GeForce RTX 3090"), ("adapter", "denselora r 32, alpha 64")),
+    num_steps=100, first_step=0, memory_total_bytes=24 * 2**30, memory_name="GPU")  # fmt: skip
+
+
+def step(number, loss=0.5):
+    return StepDone(step=number, epoch=number / 50, loss=loss, learning_rate=3e-4, grad_norm=0.25, num_tokens=1000,
+                    tokens_per_second=500.0, memory_bytes=7 * 2**30, seconds=2.0 * number)  # fmt: skip
+
+
+def drawn(display, width):
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    console.print(display.render())
+    return console.file.getvalue()
+
+
+def training(width):
+    display = TrainingDisplay(Console(file=io.StringIO(), width=width, force_terminal=True))
+    for event in (STARTED, step(1, 1.0), step(2, 0.8), ValidationProgress(1, 2), Validated(2, 0.75, True), step(3, 0.7)):
+        display.update(event)
+    return display
+
+
+@pytest.mark.parametrize("width", [120, 80, 60, 40, 20])
+def test_training_display_survives_every_width(width):
+    text = drawn(training(width), width)
+    assert all(len(line) <= width for line in text.splitlines())
+    flat = "".join(text.split())
+    for part in ("3/100", "0.7000", "0.7500", "3.00e-04", "0.25", "500"):
+        assert part in flat, part
+
+
+def test_training_display_says_all_that_matters():
+    text = drawn(training(120), 120)
+    for part in ("denselora on llama3-8b", "NVIDIA GeForce RTX 3090", "step 3/100, epoch 0.06", "loss 0.7000 █▃▁",
+                 "validation 0.7500 at step 2, best 0.7500 at step 2", "learning rate 3.00e-04", "gradient norm 0.25",
+                 "tokens/s 500", "memory GPU 7.0 GiB of 24.0 GiB", "0:06, 3:14 left"):  # fmt: skip
+        assert part in text, part
+
+
+def test_pipe_gets_plain_lines_some_seconds_apart():
+    now = [0.0]
+    console = Console(file=io.StringIO(), width=80)
+    with TrainingDisplay(console, clock=lambda: now[0]) as show:
+        show(Notice("loading"))
+        show(STARTED)
+        for number in range(1, 101):
+            now[0] += 2.0
+            show(step(number))
+        show(Validated(100, 0.4, True))
+        show(CheckpointSaved(100, "runs/x/checkpoints/checkpoint-100"))
+        show(TrainingDone("runs/x/adapter", 100, 100, 200.0, 2**30))
+    lines = console.file.getvalue().splitlines()
+    assert "\x1b" not in console.file.getvalue()
+    assert lines[0] == "loading"
+    assert lines[2].startswith("step 1/100 epoch 0.02 loss 0.5000 lr 3.00e-04 grad 0.25 500 tokens/s GPU 7.0 GiB of 24.0 GiB")
+    assert 20 <= sum(line.startswith("step ") for line in lines) <= 26
+    assert "step 100 validation loss 0.4000 (best)" in lines
+    assert lines[-1] == "100 steps in 3:20, peak memory 1.0 GiB; adapter in runs/x/adapter"
+
+
+def test_quiet_says_warnings_only():
+    console = Console(file=io.StringIO(), width=80)
+    with TrainingDisplay(console, quiet=True) as show:
+        for event in (Notice("loading"), STARTED, step(1), Notice("beware", "warning"), TrainingDone("a", 1, 1, 1.0, 1)):
+            show(event)
+    assert console.file.getvalue() == "warning: beware\n"
+
+
+def test_live_display_on_a_terminal_leaves_a_final_picture():
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    with TrainingDisplay(console) as show:
+        for event in (Notice("loading"), STARTED, Download("math_10k.json", 2**20, 2**22), step(1), step(2),
+                      TrainingDone("runs/x/adapter", 2, 1, 4.0, 2**30)):  # fmt: skip
+            show(event)
+    text = console.file.getvalue()
+    assert "adapter in runs/x/adapter (weights of step 1)" in text
+    assert text.endswith("\x1b[?25h")  # the cursor is back
+
+
+EVALUATION = (
+    EvaluationStarted("runs/x", (("base", "llama3-8b (nf4)"), ("decoding", "beam4")), ("gsm8k", "wordproblems"), ("base", "adapter")),
+    EvaluationProgress("gsm8k", "base", 1319, 1319, {"paper": 100, "strict": 101}),
+    EvaluationProgress("gsm8k", "adapter", 640, 1319, {"paper": 300, "strict": 310}, 250.0),
+)
+
+
+@pytest.mark.parametrize("width", [120, 60])
+def test_evaluation_table(width):
+    display = EvaluationDisplay(Console(file=io.StringIO(), width=width, force_terminal=True))
+    for event in EVALUATION:
+        display.update(event)
+    text = drawn(display, width)
+    assert all(len(line) <= width for line in text.splitlines())
+    for part in ("gsm8k", "wordproblems", "640/1319", "46.9", "7.6", "640 of 1319 items"):
+        assert part in text, part
+    assert ("[43.0, 50.8]" if width == 120 else "[43, 51]") in text
+
+
+def test_evaluation_in_a_pipe_ends_with_the_table():
+    console = Console(file=io.StringIO(), width=100)
+    with EvaluationDisplay(console, clock=lambda: 0.0) as show:
+        for event in (*EVALUATION, EvaluationDone({"folder": "runs/x/eval/abc"})):
+            show(event)
+    text = console.file.getvalue()
+    assert "gsm8k with base: 1319 of 1319 items" in text
+    assert "strict %" in text
+    assert text.rstrip().endswith("runs/x/eval/abc")
+
+
+def test_control_characters_in_data_do_not_steer_the_terminal():
+    assert clean("a\x1b[2Jb\x07\nc") == "a\\x1b[2Jb\\x07\\x0ac"
+    assert clean("Grüße 数") == "Grüße 数"
+    display = TrainingDisplay(Console(file=io.StringIO(), width=80, force_terminal=True))
+    display.update(TrainingStarted("x\x1b[2J", (("a", "\x1b]0;title\x07"),), 1, 0, 1, "GPU"))
+    assert "\x1b[2J" not in drawn(display, 80)
+    assert "\x1b]0" not in drawn(display, 80)
+
+
+def test_small_pieces():
+    assert sparkline([], 5) == sparkline([1.0], 0) == ""
+    assert sparkline([1.0, 1.0], 5) == "▁▁"
+    assert len(sparkline(list(range(1000)), 40)) == 40
+    assert [duration(x) for x in (0, 65, 3723, 260_000)] == ["0:00", "1:05", "1:02:03", "3d 00:13"]
+    assert [size(x) for x in (5 * 2**20, 3 * 2**30)] == ["5 MiB", "3.0 GiB"]

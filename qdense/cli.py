@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QDenseError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print("\nstopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("\nstopped; the same command goes on (train: with --resume, from the last checkpoint)", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -304,7 +304,8 @@ class EvaluationDisplay(Display):
 
     def _table(self) -> Table:
         assert self.started
-        table = Table(box=None, padding=(0, 1), header_style="dim")
+        gap = 1 if self.console.width < _NARROW else 3
+        table = Table(box=None, padding=(0, gap, 0, 0), header_style="dim")
         for name in ("task", "model"):
             table.add_column(name, no_wrap=True)
         for name in ("items", "paper %", "strict %"):
@@ -330,7 +331,7 @@ class EvaluationDisplay(Display):
         num_correct, num_done = progress.num_correct[rule], progress.num_done
         low, high = wilson_interval(num_correct, num_done)
         if self.console.width < _NARROW:
-            return f"{100 * num_correct / num_done:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+            return f"{100 * num_correct / num_done:.1f} [{100 * low:.0f},{100 * high:.0f}]"
         return f"{100 * num_correct / num_done:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
     def _done_line(self) -> str:

@@ -92,7 +92,11 @@ def hub_error(name, status):
 @pytest.mark.parametrize(
     ("error", "status", "parts"),
     [
-        ("GatedRepoError", 401, ["https://huggingface.co/meta-llama/Meta-Llama-3-8B", "HF_TOKEN", "local folder", "licence"]),
+        (
+            "GatedRepoError",
+            401,
+            ["https://huggingface.co/meta-llama/Meta-Llama-3-8B", "HF_TOKEN", "local folder", "licence"],
+        ),
         ("RepositoryNotFoundError", 404, ["knows no such model", "local folder"]),
         ("RevisionNotFoundError", 404, ['model.revision = "v9"']),
     ],
@@ -150,9 +154,21 @@ def test_catalog_shapes_are_those_of_the_real_smollm2(smollm2):
 
     entry = CATALOG["smollm2-135m"]
     config = json.loads((prepare_smollm2(print) / "config.json").read_text())
-    assert (entry.num_layers, entry.hidden_size, entry.num_heads, entry.num_kv_heads, entry.intermediate_size, entry.vocab_size) == (
-        config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"],
-        config["intermediate_size"], config["vocab_size"])  # fmt: skip
+    assert (
+        entry.num_layers,
+        entry.hidden_size,
+        entry.num_heads,
+        entry.num_kv_heads,
+        entry.intermediate_size,
+        entry.vocab_size,
+    ) == (
+        config["num_hidden_layers"],
+        config["hidden_size"],
+        config["num_attention_heads"],
+        config["num_key_value_heads"],
+        config["intermediate_size"],
+        config["vocab_size"],
+    )
     model = load_base(recipe("smollm2-135m", quantization="none")).model
     assert sum(parameter.numel() for parameter in model.parameters()) == entry.num_parameters
     assert base_module.folder_name_for_peft("smollm2-135m", prepare_smollm2(print)).endswith("smollm2-135m")

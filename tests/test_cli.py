@@ -63,7 +63,10 @@ def test_params_of_a_recipe_with_changes(capsys):
         (["train", DEMO, "--set", "adapter.r=0"], "adapter.r = 0"),
         (["train", DEMO, "--fraction", "7"], "data.fraction = 7.0"),
         (["train", DEMO, "--set", "data.path=none.json", "--output", "OUT"], "none.json: no such file"),
-        (["train", DEMO, "--set", "data.name=math10k", "--data-dir", "nowhere", "--output", "OUT"], "no such data folder"),
+        (
+            ["train", DEMO, "--set", "data.name=math10k", "--data-dir", "nowhere", "--output", "OUT"],
+            "no such data folder",
+        ),
         (["evaluate", "gsm9k"], 'did you mean "gsm8k"'),
         (["evaluate", "wordproblems"], "no finished run under runs/"),
         (["evaluate", "wordproblems", "--adapter", "nowhere"], "nowhere: no such run or adapter"),
@@ -85,7 +88,9 @@ def test_mistakes_end_with_status_2_and_one_message(arguments, message, capsys, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["evaluate", "gsm8k", "--limit", "0"], ["evaluate", "gsm8k", "--decoding", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["trian"], ["evaluate", "gsm8k", "--limit", "0"], ["evaluate", "gsm8k", "--decoding", "x"]]
+)
 def test_usage_mistakes_end_with_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -96,7 +101,7 @@ def test_usage_mistakes_end_with_status_2(arguments, capsys):
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
-        (KeyboardInterrupt(), 130, "--resume goes on"),
+        (KeyboardInterrupt(), 130, "with --resume"),
         (OSError(errno.ENOSPC, "No space left on device", "x/y"), 2, "no space left on the disk while writing x/y"),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "/root/x: Permission denied"),
     ],
@@ -121,14 +126,36 @@ def test_faults_of_ours_keep_their_traceback(monkeypatch):
 
 def test_train_then_evaluate_as_typed(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", DEMO, "--set", f"model.name={tiny_model}", "--set", "training.max_steps=2", "--set", "training.warmup_steps=1",
-                 "--set", "data.max_length=320", "--fraction", "0.1", "--output", "runs/a"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "train",
+                DEMO,
+                "--set",
+                f"model.name={tiny_model}",
+                "--set",
+                "training.max_steps=2",
+                "--set",
+                "training.warmup_steps=1",
+                "--set",
+                "data.max_length=320",
+                "--fraction",
+                "0.1",
+                "--output",
+                "runs/a",
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "step 2/2" in printed
     assert "adapter in runs/a/adapter" in printed
     assert main(["train", DEMO, "--output", "runs/a"]) == 2
     assert "--resume" in capsys.readouterr().err
-    assert main(["evaluate", "wordproblems", "--decoding", "greedy", "--limit", "3", "--max-new-tokens", "4", "--json"]) == 0
+    assert (
+        main(["evaluate", "wordproblems", "--decoding", "greedy", "--limit", "3", "--max-new-tokens", "4", "--json"])
+        == 0
+    )
     printed = capsys.readouterr()
     summary = json.loads(printed.out)
     assert 0 <= summary["tasks"]["wordproblems"]["paper"]["accuracy"] <= 1

@@ -28,7 +28,7 @@ def test_all_formats_read_alike(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    rows = [ROW, ROW | {"instruction": "Grüße, \"quoted\"\nand more", "input": "x,y"}]
+    rows = [ROW, ROW | {"instruction": 'Grüße, "quoted"\nand more', "input": "x,y"}]
     (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8-sig")
     (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows) + "\r\n")
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
@@ -58,7 +58,11 @@ def test_columns_can_be_named(tmp_path):
         ("a.json", "{}", "must hold a list of rows, not an object"),
         ("a.json", "[]", "holds no rows"),
         ("a.json", json.dumps([ROW, 3]), "row 1: must be an object with named columns, not a number"),
-        ("a.json", json.dumps([{"instruct": "x", "output": "y"}]), 'row 0: no column "instruction"; did you mean "instruct"'),
+        (
+            "a.json",
+            json.dumps([{"instruct": "x", "output": "y"}]),
+            'row 0: no column "instruction"; did you mean "instruct"',
+        ),
         ("a.json", json.dumps([ROW | {"output": 7}]), 'row 0: column "output" must be text, not a number (7)'),
         ("a.json", json.dumps([ROW | {"output": None}]), 'row 0: column "output" is empty'),
         ("a.json", json.dumps([ROW, ROW | {"output": " "}]), 'row 1: column "output" is blank'),
@@ -116,6 +120,21 @@ def test_a_data_folder_comes_first(tmp_path):
     path.write_text(json.dumps([ROW]))
     loaded = load_training_set(DataRecipe(name="math10k"), tmp_path)
     assert (loaded.rows, loaded.origin) == ([Row("How many?", "", "Seven.")], str(path))
+
+
+def test_a_hub_data_set_comes_through_datasets(tmp_path, monkeypatch):
+    """`datasets` itself, on a repository that lies on the disk under the hub's kind of name."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "owner" / "set"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text(json.dumps({"question": "Q?", "reply": "A."}) + "\n")
+    columns = {"instruction": "question", "output": "reply"}
+    loaded = load_training_set(DataRecipe(name="owner/set", columns=columns), None)
+    assert (loaded.rows, loaded.origin) == ([Row("Q?", "", "A.")], "hub:owner/set (train)")
+    with pytest.raises(DataError, match='row 0: no column "instruction"'):
+        load_training_set(DataRecipe(name="owner/set"), None)
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_training_set(DataRecipe(name="owner/set", split="nope"), None)
 
 
 # --- the generator ----------------------------------------------------------------------------------------------------------
@@ -200,7 +219,9 @@ def test_the_subset_does_not_depend_on_versions():
 def test_too_few_rows_say_so():
     with pytest.raises(DataError, match=r"validation_rows = 120: the data set has 120 rows"):
         split_rows(120, validation_rows=120, fraction=1.0, seed=0)
-    with pytest.raises(DataError, match=r"fraction = 0.001: of 100 rows that is less than one. The smallest fraction here is 0.01"):
+    with pytest.raises(
+        DataError, match=r"fraction = 0.001: of 100 rows that is less than one. The smallest fraction here is 0.01"
+    ):
         split_rows(100, validation_rows=0, fraction=0.001, seed=0)
 
 
@@ -251,9 +272,10 @@ def test_truncation_cuts_on_the_right_without_eos_and_is_counted():
 
 def test_padding_is_masked_by_position_so_that_eos_counts():
     batch = collate(
-        [Example(4, np.array([5, 6, 2]), np.array([IGNORED, 6, 2])), Example(9, np.array([7]), np.array([7]))], pad_token_id=2
+        [Example(4, np.array([5, 6, 2]), np.array([IGNORED, 6, 2])), Example(9, np.array([7]), np.array([7]))],
+        pad_token_id=2,
     )
     assert torch.equal(batch["input_ids"], torch.tensor([[5, 6, 2], [7, 2, 2]]))
     assert torch.equal(batch["attention_mask"], torch.tensor([[1, 1, 1], [1, 0, 0]]))
     assert torch.equal(batch["labels"], torch.tensor([[-100, 6, 2], [7, -100, -100]]))
-    assert batch["row"].tolist() == [4, 9]
+    assert (batch["rows"], batch["num_tokens"]) == ([4, 9], 4)

@@ -24,7 +24,11 @@ def fresh_base(tiny_model, quantization="none", dtype="float32"):
 
 def adapted(tiny_model, quantization="none", dtype="float32", **settings):
     torch.manual_seed(7)
-    settings = {"r": 4, "init_weights": False, "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]} | settings
+    settings = {
+        "r": 4,
+        "init_weights": False,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
+    } | settings
     return get_peft_model(fresh_base(tiny_model, quantization, dtype), DenseLoraConfig(**settings))
 
 
@@ -205,8 +209,20 @@ def test_other_decoders_with_these_module_names(family):
     import transformers
 
     settings = {**tiny_config().to_dict(), "head_dim": 16}
-    settings = {key: settings[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                                               "num_key_value_heads", "vocab_size", "head_dim", "eos_token_id", "pad_token_id")}  # fmt: skip
+    settings = {
+        key: settings[key]
+        for key in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "vocab_size",
+            "head_dim",
+            "eos_token_id",
+            "pad_token_id",
+        )
+    }
     base = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**settings))
     model = get_peft_model(base, DenseLoraConfig(r=4))  # target modules by the model's type
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
@@ -218,7 +234,9 @@ def test_other_decoders_with_these_module_names(family):
 def test_layers_of_unlike_shape_cannot_share(tiny_model):
     base = fresh_base(tiny_model)
     base.model.layers[1].mlp.up_proj = torch.nn.Linear(64, 96)
-    with pytest.raises(ValueError, match=r"one shape: the first maps 64 -> 128, model.layers.1.mlp.up_proj maps 64 -> 96"):
+    with pytest.raises(
+        ValueError, match=r"one shape: the first maps 64 -> 128, model.layers.1.mlp.up_proj maps 64 -> 96"
+    ):
         get_peft_model(base, DenseLoraConfig(r=4, target_modules=["up_proj"]))
 
 
@@ -264,7 +282,9 @@ def test_train_evaluate_train_gives_the_gradients_it_gave(tmp_path, quantization
 
     before = gradients()
     logits(model)
-    model.generate(input_ids=TOKENS, max_new_tokens=3, do_sample=False, use_cache=True, attention_mask=torch.ones_like(TOKENS))
+    model.generate(
+        input_ids=TOKENS, max_new_tokens=3, do_sample=False, use_cache=True, attention_mask=torch.ones_like(TOKENS)
+    )
     after = gradients()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -27,8 +27,16 @@ def finished_run(tiny_model, tmp_path_factory):
 
 
 def request_for(adapter, **changes):
-    settings = {"tasks": [TASKS["wordproblems"]], "adapter": adapter, "model": None, "with_base": False,
-                "decoding": DECODINGS["greedy"], "limit": 10, "max_new_tokens": 5, "batch_size": 4}  # fmt: skip
+    settings = {
+        "tasks": [TASKS["wordproblems"]],
+        "adapter": adapter,
+        "model": None,
+        "with_base": False,
+        "decoding": DECODINGS["greedy"],
+        "limit": 10,
+        "max_new_tokens": 5,
+        "batch_size": 4,
+    }
     return EvaluationRequest(**(settings | changes))
 
 
@@ -142,7 +150,9 @@ def test_an_adapter_made_by_peft_alone_is_scored_with_a_warning(tiny_model, tmp_
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(base.model, config).save_pretrained(tmp_path / "lora")
     events = []
-    summary = evaluate(request_for(tmp_path / "lora", model=ModelRecipe(name=str(tiny_model), device="cpu")), events.append)
+    summary = evaluate(
+        request_for(tmp_path / "lora", model=ModelRecipe(name=str(tiny_model), device="cpu")), events.append
+    )
     assert any(isinstance(event, Notice) and "no qdense.json" in event.text for event in events)
     assert summary["folder"].startswith(str(tmp_path / "lora" / "eval"))
 
@@ -187,7 +197,9 @@ def test_labels_that_are_no_answers_are_named(tmp_path):
 
 @pytest.mark.parametrize("decoding", ["greedy", "beam4"])
 def test_batched_and_single_decoding_give_the_same_tokens(tmp_path, decoding):
-    base = load_base(ModelRecipe(name=str(make_tiny_model(tmp_path / "m")), quantization="none", dtype="float32", device="cpu"))
+    base = load_base(
+        ModelRecipe(name=str(make_tiny_model(tmp_path / "m")), quantization="none", dtype="float32", device="cpu")
+    )
     torch.manual_seed(0)
     prompts = [(i, torch.randint(0, 256, (length,)).tolist()) for i, length in enumerate((3, 17, 40, 8))]
     together = generate(base, base.model, prompts, DECODINGS[decoding], 12)

@@ -65,7 +65,10 @@ def test_letters(completion, paper, strict):
     assert scores["paper"]["is_correct"] == (paper == "B")
 
 
-@pytest.mark.parametrize(("label", "answer", "right"), [("8.0", "8", True), ("8.0", "8.001", True), ("8.0", "8.0011", False), ("1.8333333333333335", "1.833", True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("label", "answer", "right"),
+    [("8.0", "8", True), ("8.0", "8.001", True), ("8.0", "8.0011", False), ("1.8333333333333335", "1.833", True)],
+)
 def test_tolerance_is_the_authors(label, answer, right):
     assert NUMBER.score(answer, label)["paper"]["is_correct"] is right
 
@@ -73,7 +76,12 @@ def test_tolerance_is_the_authors(label, answer, right):
 @pytest.mark.parametrize(
     ("folder", "task", "paper", "strict"),
     # The `output` column of the test files: completions of an old model, scored by the authors' rule and by ours.
-    [("gsm8k", "gsm8k", 771, 771), ("AddSub", "addsub", 370, 370), ("SVAMP", "svamp", 803, 803), ("AQuA", "aqua", 109, 123)],
+    [
+        ("gsm8k", "gsm8k", 771, 771),
+        ("AddSub", "addsub", 370, 370),
+        ("SVAMP", "svamp", 803, 803),
+        ("AQuA", "aqua", 109, 123),
+    ],
 )
 def test_stored_completions_of_the_real_files(shared_data, folder, task, paper, strict):
     rows = json.loads((shared_data / "dataset" / folder / "test.json").read_text())

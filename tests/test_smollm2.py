@@ -45,9 +45,29 @@ def test_the_paper_recipe_on_real_rows(shared_data, tmp_path, monkeypatch, capsy
     """recipes/math10k.toml, as a user would try it on a small model, then two real test sets."""
     monkeypatch.chdir(tmp_path)
     rows = shared_data / "ft-training_set" / "math_SUBSTITUTE_clean.json"
-    assert main(["train", str(ROOT / "recipes" / "math10k.toml"), "--set", "model.name=smollm2-135m", "--set", f"data.path={rows}",
-                 "--fraction", "0.02", "--set", "training.max_steps=3", "--set", "training.batch_size=4",
-                 "--set", "data.validation_rows=4", "--output", "runs/x"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "train",
+                str(ROOT / "recipes" / "math10k.toml"),
+                "--set",
+                "model.name=smollm2-135m",
+                "--set",
+                f"data.path={rows}",
+                "--fraction",
+                "0.02",
+                "--set",
+                "training.max_steps=3",
+                "--set",
+                "training.batch_size=4",
+                "--set",
+                "data.validation_rows=4",
+                "--output",
+                "runs/x",
+            ]
+        )
+        == 0
+    )
     assert "warm-up" in capsys.readouterr().out
     steps = [line for line in read_metrics(tmp_path / "runs/x/metrics.jsonl") if line["event"] == "step"]
     assert len(steps) == 3
@@ -55,7 +75,10 @@ def test_the_paper_recipe_on_real_rows(shared_data, tmp_path, monkeypatch, capsy
     card = json.loads((tmp_path / "runs/x/adapter/qdense.json").read_text())
     assert (card["template"], card["model"]["name"]) == ("llm-adapters", "smollm2-135m")
     monkeypatch.setenv("QDENSE_DATA", str(shared_data))
-    assert main(["evaluate", "aqua,addsub", "--limit", "2", "--max-new-tokens", "16", "--decoding", "greedy", "--json"]) == 0
+    assert (
+        main(["evaluate", "aqua,addsub", "--limit", "2", "--max-new-tokens", "16", "--decoding", "greedy", "--json"])
+        == 0
+    )
     summary = json.loads(capsys.readouterr().out)
     assert summary["template"] == "llm-adapters"
     assert [task["num_scored"] for task in summary["tasks"].values()] == [2, 2]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+
 from qdense.errors import QDenseError, RunError
 from qdense.events import CheckpointSaved, Notice, StepDone, TrainingDone, TrainingStarted, Validated
 from qdense.modeling.base import load_base
@@ -16,8 +17,16 @@ from qdense.training import trainer as trainer_module
 from qdense.training.metrics import read_metrics
 from qdense.training.run import train
 
-BASICS = {"max_steps": 6, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 1,
-          "eval_steps": 2, "save_steps": 2, "seed": 3}  # fmt: skip
+BASICS = {
+    "max_steps": 6,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "learning_rate": 1e-2,
+    "warmup_steps": 1,
+    "eval_steps": 2,
+    "save_steps": 2,
+    "seed": 3,
+}
 
 
 def recipe_for(tiny_model, output, *, quantization="nf4", **changes):
@@ -47,7 +56,12 @@ def adapter_bytes(folder):
 def test_a_run_writes_what_it_says(tiny_model, tmp_path):
     recipe = recipe_for(tiny_model, tmp_path / "run")
     events = run(recipe)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"recipe.toml", "metrics.jsonl", "adapter", "checkpoints"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "recipe.toml",
+        "metrics.jsonl",
+        "adapter",
+        "checkpoints",
+    }
     steps = [event for event in events if isinstance(event, StepDone)]
     assert [event.step for event in steps] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in events if isinstance(event, Validated)] == [2, 4, 6]
@@ -57,14 +71,22 @@ def test_a_run_writes_what_it_says(tiny_model, tmp_path):
 
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [(line["event"], line["step"]) for line in lines] == [
-        ("step", 1), ("step", 2), ("validation", 2), ("step", 3), ("step", 4), ("validation", 4), ("step", 5), ("step", 6),
-        ("validation", 6)]  # fmt: skip
+        ("step", 1),
+        ("step", 2),
+        ("validation", 2),
+        ("step", 3),
+        ("step", 4),
+        ("validation", 4),
+        ("step", 5),
+        ("step", 6),
+        ("validation", 6),
+    ]
     assert all(math.isfinite(line["loss"]) for line in lines)
 
     saved = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
     provenance = saved.pop("provenance")
     assert saved == recipe.resolved()
-    assert provenance["data"]["num_training_rows"] == 59  # 5% of 1,192
+    assert provenance["num_training_rows"] == 59  # 5% of 1,192
     assert len(provenance["data"]["sha256"]) == 64
     assert provenance["versions"]["torch"] == torch.__version__
     assert provenance["git_hash"]
@@ -132,9 +154,17 @@ def test_micro_batches_do_not_change_the_loss(tiny_model, tmp_path):
     losses = []
     for micro_batch_size in (1, 2, 4):
         events = run(
-            recipe_for(tiny_model, tmp_path / str(micro_batch_size), quantization="none", adapter__dropout=0.0, model__dtype="float32",
-                       adapter__dtype="float32", training__micro_batch_size=micro_batch_size, training__max_steps=3)
-        )  # fmt: skip
+            recipe_for(
+                tiny_model,
+                tmp_path / str(micro_batch_size),
+                quantization="none",
+                adapter__dropout=0.0,
+                model__dtype="float32",
+                adapter__dtype="float32",
+                training__micro_batch_size=micro_batch_size,
+                training__max_steps=3,
+            )
+        )
         losses.append([event.loss for event in events if isinstance(event, StepDone)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0] == pytest.approx(losses[2], rel=1e-5)
@@ -142,9 +172,17 @@ def test_micro_batches_do_not_change_the_loss(tiny_model, tmp_path):
 
 def test_the_best_weights_are_kept(tiny_model, tmp_path):
     # So large a constant learning rate makes the validation loss jump; stop just behind a step where it rose.
-    settings = {"training__learning_rate": 0.9, "training__warmup_steps": 3, "training__eval_steps": 1,
-                "training__schedule": "constant"}  # fmt: skip
-    trial = [event.loss for event in run(recipe_for(tiny_model, tmp_path / "trial", **settings)) if isinstance(event, Validated)]
+    settings = {
+        "training__learning_rate": 0.9,
+        "training__warmup_steps": 3,
+        "training__eval_steps": 1,
+        "training__schedule": "constant",
+    }
+    trial = [
+        event.loss
+        for event in run(recipe_for(tiny_model, tmp_path / "trial", **settings))
+        if isinstance(event, Validated)
+    ]
     rise = next(step for step in range(1, len(trial)) if trial[step] > min(trial[:step]))
     settings["training__max_steps"] = rise + 1
     done = run(recipe_for(tiny_model, tmp_path / "best", **settings))[-1]
@@ -210,8 +248,14 @@ def test_dead_parameters_stop_the_run(tiny_model, tmp_path, monkeypatch):
     from qdense.denselora.layer import DenseLoraLinear
 
     # An adapter whose output is thrown away has no gradients at all.
-    monkeypatch.setattr(DenseLoraLinear, "forward", lambda self, x, *args, **kwargs: self.base_layer(x) + 0 * sum(
-        p.sum() for p in (self.denselora_m["default"], *self.shared["default"].parameters())))  # fmt: skip
+    monkeypatch.setattr(
+        DenseLoraLinear,
+        "forward",
+        lambda self, x, *args, **kwargs: (
+            self.base_layer(x)
+            + 0 * sum(p.sum() for p in (self.denselora_m["default"], *self.shared["default"].parameters()))
+        ),
+    )
     with pytest.raises(RunError, match=r"step 1: 5 of 20 trainable tensors have no gradient.*decoder"):
         run(recipe_for(tiny_model, tmp_path / "run"))
 

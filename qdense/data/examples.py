@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from qdense.data.rows import Row
 from qdense.data.templates import TEMPLATES, Template
@@ -127,13 +126,14 @@ def encode_rows(rows: Sequence[Row], numbers: Sequence[int], tokenizer: Any, dat
     return Encoded(examples, num_truncated, num_without_answer, num_dropped)
 
 
-def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
     """Pad on the right to the longest example.
 
     Padding is known by position, never by token: where pad and EOS are one token (SmolLM2), EOS still counts in the loss.
 
     Returns:
-        input_ids, attention_mask, labels: (batch, longest), int64; row: (batch,), int64, the rows' numbers.
+        input_ids, attention_mask, labels: (batch, longest), int64; and two plain values, which no device need be asked for:
+        rows, the rows' numbers, and num_tokens, without padding.
     """
     longest = max(len(example.input_ids) for example in examples)
     input_ids = torch.full((len(examples), longest), pad_token_id, dtype=torch.int64)
@@ -144,8 +144,13 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
         input_ids[i, :length] = torch.from_numpy(example.input_ids)
         attention_mask[i, :length] = 1
         labels[i, :length] = torch.from_numpy(example.labels)
-    rows = torch.tensor([example.row for example in examples])
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "row": rows}
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "rows": [example.row for example in examples],
+        "num_tokens": sum(len(example.input_ids) for example in examples),
+    }
 
 
 def template_named(name: str) -> Template:

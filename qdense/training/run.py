@@ -94,7 +94,15 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
         # Non-reentrant: gradients are identical, and inputs need no gradient of their own.
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    _write_recipe(recipe, run_dir, data, split_sizes=(len(training.examples), len(split.validation)), base=base)
+    facts = _facts(recipe, base, data, training, len(split.validation), num_trainable)
+    provenance = {
+        **_provenance(data, base),
+        "num_steps": num_steps,
+        "num_training_rows": len(training.examples),
+        "num_validation_rows": len(split.validation),
+        "summary": dict(facts),
+    }
+    write_atomically(run_dir / RECIPE_FILE, tomli_w.dumps({**recipe.resolved(), "provenance": provenance}))
     first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     metrics = MetricsFile(run_dir / METRICS_FILE, resume_step=first_step)
 
@@ -116,7 +124,7 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
     emit(
         TrainingStarted(
             title=f"{recipe.adapter.method} on {recipe.model.name}",
-            facts=_facts(recipe, base, data, training, len(split.validation), num_trainable),
+            facts=facts,
             num_steps=num_steps,
             first_step=first_step,
             memory_total_bytes=memory_total(base.device),
@@ -265,26 +273,18 @@ def _downloads(emit: Emit) -> Any:
     return of_file
 
 
-def _write_recipe(
-    recipe: Recipe, run_dir: Path, data: DataSet, *, split_sizes: tuple[int, int], base: BaseModel
-) -> None:
-    provenance = {
+def _provenance(data: DataSet, base: BaseModel) -> dict[str, Any]:
+    """What made a run, for recipe.toml."""
+    return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": _device_name(base.device),
         "git_hash": _git_hash(),
         "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
-        "data": {
-            "origin": data.origin,
-            "sha256": data.checksum,
-            "num_rows": len(data.rows),
-            "num_training_rows": split_sizes[0],
-            "num_validation_rows": split_sizes[1],
-        },
+        "data": {"origin": data.origin, "sha256": data.checksum, "num_rows": len(data.rows)},
         "base_fingerprint": base.fingerprint,
     }
-    write_atomically(run_dir / RECIPE_FILE, tomli_w.dumps({**recipe.resolved(), "provenance": provenance}))
 
 
 def _git_hash() -> str:

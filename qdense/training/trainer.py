@@ -82,9 +82,9 @@ class AdapterTrainer(Trainer):
 
     # --- steps ------------------------------------------------------------------------------------------------------------
 
-    def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        rows = inputs.pop("row").tolist()
-        self.progress.num_tokens += int(inputs["attention_mask"].sum())
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        rows = inputs.pop("rows")
+        self.progress.num_tokens += inputs.pop("num_tokens")
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.progress.micro_batches.append((loss.detach(), rows))
         return loss

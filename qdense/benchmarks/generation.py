@@ -29,7 +29,7 @@ class Decoding:
 DECODINGS = {
     decoding.name: decoding
     for decoding in (
-        Decoding("beam4", num_beams=4, batch_size_cpu=4, batch_size_cuda=16),
+        Decoding("beam4", num_beams=4, batch_size_cpu=8, batch_size_cuda=16),
         Decoding("greedy", num_beams=1, batch_size_cpu=16, batch_size_cuda=64),
     )
 }

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qdense.methods.method import LinearShapes, Method
-
-if TYPE_CHECKING:
-    from qdense.recipe import AdapterRecipe
+from qdense.methods.method import AdapterSettings, LinearShapes, Method
 
 
-def _build_config(adapter: AdapterRecipe) -> Any:
+def _build_config(adapter: AdapterSettings) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from qdense.recipe import AdapterRecipe
+from typing import Any, Protocol
 
 # Module kind -> (d_in, d_out), of the modules that are adapted.
 LinearShapes = Mapping[str, tuple[int, int]]
+
+
+class AdapterSettings(Protocol):
+    """What a method may read of a recipe's [adapter] table."""
+
+    @property
+    def r(self) -> int: ...
+    @property
+    def scaling_alpha(self) -> float: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def activation(self) -> str: ...
+    @property
+    def target_modules(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True)
@@ -20,7 +32,7 @@ class Method:
     Attributes:
         name: the value of `adapter.method`.
         summary: one line for lists and help.
-        build_config: recipe -> PEFT configuration.
+        build_config: [adapter] table -> PEFT configuration.
         count_parameters: (shapes of one layer, number of layers, r) -> trainable parameters by module kind.
         awake_at_start: whether the parameter of this name must have a gradient at step 1. The others are behind a
             matrix that starts at zero: they get theirs once it has moved, at step 3 at the latest, since linear warm-up
@@ -29,6 +41,6 @@ class Method:
 
     name: str
     summary: str
-    build_config: Callable[[AdapterRecipe], Any]
+    build_config: Callable[[AdapterSettings], Any]
     count_parameters: Callable[[LinearShapes, int, int], dict[str, int]]
     awake_at_start: Callable[[str], bool]

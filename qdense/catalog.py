@@ -33,7 +33,6 @@ class CatalogModel:
     intermediate_size: int
     vocab_size: int
     has_tied_embeddings: bool = False
-    is_gated: bool = True
 
     @property
     def head_dim(self) -> int:
@@ -76,7 +75,6 @@ CATALOG = {
             "HuggingFaceTB/SmolLM2-135M-Instruct",
             30, 576, 9, 3, 1536, 49152,
             has_tied_embeddings=True,
-            is_gated=False,
         ),
     )
 }  # fmt: skip

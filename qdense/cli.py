@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from qdense import __version__
 from qdense.errors import QDenseError, did_you_mean
@@ -28,6 +27,9 @@ examples:
 """
 
 
+_GO_ON = "by the same command (train: with --resume, from the last checkpoint)"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     # Idle OpenMP threads that spin starve each other: with a busy neighbour, CPU steps take 10 to 50 times as long.
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QDenseError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on (train: with --resume, from the last checkpoint)", file=sys.stderr)
+        print(f"\nstopped; go on {_GO_ON}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(
-                f"no space left on the disk while writing {error.filename or 'a file'}. Free some, then --resume."
+                f"no space left on the disk while writing {error.filename or 'a file'}. Free some, then go on {_GO_ON}."
             )
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
             return _fail(f"{error.filename}: {error.strerror}. Check the path and its permissions.")
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "OutOfMemoryError":
             return _fail(
                 f"out of GPU memory: {str(error).splitlines()[0]}\nLower training.micro_batch_size (the batch stays the same), "
-                "switch training.gradient_checkpointing on, or lower --batch-size of an evaluation; then --resume."
+                f"switch training.gradient_checkpointing on, or lower --batch-size of an evaluation; then go on {_GO_ON}."
             )
         raise
 
@@ -147,6 +149,11 @@ def _add_data_dir(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _toml(value: str | int) -> str:
+    """A value as TOML: JSON's spelling, but for characters that JSON would write as pairs of escapes."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _positive(text: str) -> int:
     try:
         number = int(text)
@@ -167,7 +174,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.fraction is not None:
         overrides.append(f"data.fraction={arguments.fraction!r}")
     if arguments.output is not None:
-        overrides.append(f"output.dir={json.dumps(arguments.output)}")
+        overrides.append(f"output.dir={_toml(arguments.output)}")
     recipe = load_recipe(arguments.recipe, overrides)
 
     from qdense.ui import TrainingDisplay, make_console
@@ -201,11 +208,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             show(Notice(f"scoring the newest finished run, {adapter}"))
         if adapter is None and arguments.with_base:
             raise QDenseError("--with-base compares an adapter with its base; name the adapter by --adapter")
+        asked = {"name": arguments.model, "quantization": arguments.quantization, "dtype": arguments.dtype}
         summary = evaluate(
             EvaluationRequest(
                 tasks=tasks,
                 adapter=adapter,
-                model=_model_for(arguments, adapter),
+                model={key: value for key, value in asked.items() if value is not None},
                 with_base=arguments.with_base,
                 decoding=DECODINGS[arguments.decoding],
                 limit=arguments.limit,
@@ -219,22 +227,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print(json.dumps(summary, indent=2))
 
 
-def _model_for(arguments: argparse.Namespace, adapter: Path | None) -> Any:
-    """The base that the options ask for, on top of what the adapter recorded."""
-    from qdense.modeling.adapter import find_adapter, read_card
-    from qdense.recipe import recipe_from_tables
-
-    asked = {"name": arguments.model, "quantization": arguments.quantization, "dtype": arguments.dtype}
-    asked = {key: value for key, value in asked.items() if value is not None}
-    recorded: dict[str, Any] = {}
-    if adapter is not None:
-        recorded = dict(read_card(find_adapter(adapter)).model)
-        if "name" in asked:
-            recorded.pop("revision", None)  # another place, another history
-    tables = {"model": {**recorded, **asked}, "data": {"name": "wordproblems"}}
-    return recipe_from_tables(tables, source="--model" if arguments.model else str(adapter)).model
-
-
 def _params(arguments: argparse.Namespace) -> None:
     from qdense.methods import METHODS
     from qdense.planning.parameters import count_parameters
@@ -246,7 +238,7 @@ def _params(arguments: argparse.Namespace) -> None:
     asked = {"method": arguments.method, "r": arguments.r, "target_modules": arguments.target_modules}
     asked = {key: value for key, value in asked.items() if value is not None}
     if is_recipe:
-        overrides = [f"adapter.{key}={json.dumps(value)}" for key, value in asked.items()]
+        overrides = [f"adapter.{key}={_toml(value)}" for key, value in asked.items()]
         recipe = load_recipe(arguments.subject, overrides)
         model, adapter = recipe.model.name, recipe.adapter
     else:

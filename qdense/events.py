@@ -38,7 +38,12 @@ class TrainingStarted:
 
 @dataclass(frozen=True)
 class StepDone:
-    """One optimizer step. `seconds` is time trained so far, pauses between resumed parts left out."""
+    """One optimizer step.
+
+    Attributes:
+        memory_bytes: the most that was in use so far.
+        seconds: trained so far, pauses between resumed parts left out.
+    """
 
     step: int
     epoch: float
@@ -115,3 +120,7 @@ class EvaluationDone:
 
 
 Emit = Callable[[Any], None]
+
+
+def ignore(event: Any) -> None:
+    """Nobody is listening."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from qdense.catalog import CATALOG, MODULE_LETTERS, PAPER_TARGET_MODULES
 from qdense.data.catalog import TRAINING_SETS
@@ -33,9 +33,11 @@ class _RefusedError(ValueError):
 
 
 def _known_model(name: str) -> str:
+    if name.startswith("~"):
+        name = os.path.expanduser(name)
     if name in CATALOG or os.path.isdir(name):
         return name
-    if name.startswith((".", "/", "~")):
+    if name.startswith((".", "/")):
         raise _RefusedError("no such folder")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return name
@@ -122,7 +124,9 @@ class DataRecipe(_Table):
         None, description="a known data set, or a hub data set (owner/name)"
     )
     path: str | None = Field(None, min_length=1, description="a JSON, JSONL, CSV or Parquet file")
+    config: str | None = Field(None, min_length=1, description="the configuration of a hub data set that has several")
     split: str = Field("train", min_length=1, description="the split of a hub data set")
+    revision: str | None = Field(None, min_length=1, description="a branch, tag or commit of a hub data set")
     columns: ColumnsRecipe = Field(default_factory=ColumnsRecipe, description="a table of column names")
     template: TemplateName = Field("alpaca", description="alpaca or llm-adapters")
     max_length: int = Field(256, ge=8, description="a whole number of tokens, at least 8")
@@ -163,41 +167,11 @@ class Recipe(_Table):
     training: TrainingRecipe = Field(default_factory=TrainingRecipe, description="a table")
     output: OutputRecipe = Field(default_factory=OutputRecipe, description="a table")
 
-    @model_validator(mode="after")
-    def _values_fit_together(self) -> Recipe:
-        problems = list(self._conflicts())
-        if problems:
-            raise _ConflictsError(problems)
-        return self
-
-    def _conflicts(self) -> Iterator[tuple[str, Any, str]]:
-        data, training = self.data, self.training
-        if data.name is None and data.path is None:
-            yield "data.name", None, "is missing: name a data set, or give data.path a file of your own"
-        if training.batch_size % training.micro_batch_size:
-            yield (
-                "training.micro_batch_size",
-                training.micro_batch_size,
-                f"must divide training.batch_size = {training.batch_size}",
-            )
-        if training.keep == "best" and data.validation_rows == 0:
-            yield (
-                "training.keep",
-                "best",
-                'needs validation rows: set data.validation_rows above 0, or training.keep = "last"',
-            )
-
     def resolved(self) -> dict[str, Any]:
         """Plain tables for TOML: every value that is set or has a default, and no empty ones."""
         tables = self.model_dump(mode="json", exclude_none=True)
         tables["adapter"]["alpha"] = self.adapter.scaling_alpha
         return tables
-
-
-class _ConflictsError(ValueError):
-    def __init__(self, problems: list[tuple[str, Any, str]]) -> None:
-        super().__init__("conflicts")
-        self.problems = problems
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -229,12 +203,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def recipe_from_tables(tables: Mapping[str, Any], source: str) -> Recipe:
     """Validate tables as read from TOML; `source` names them in errors. Raises RecipeError as `load_recipe` does."""
+    problems: dict[str, tuple[str, str]] = {}
+    recipe = None
     try:
-        return Recipe.model_validate(tables)
+        recipe = Recipe.model_validate(tables)
     except ValidationError as error:
-        problems = [problem for details in error.errors() for problem in _explain(details)]
-    width = max(len(shown) for shown, _ in problems)
-    lines = [f"  {shown:<{width}}   {message}" for shown, message in problems]
+        for details in error.errors():
+            location = [part for part in details["loc"] if isinstance(part, str) and not part.startswith("function-")]
+            problems.setdefault(".".join(location), _explain(location, details))
+    for key, shown, message in _conflicts(tables, set(problems)):
+        problems.setdefault(key, (shown, message))
+    if recipe is not None and not problems:
+        return recipe
+    width = max(len(shown) for shown, _ in problems.values())
+    lines = [f"  {shown:<{width}}   {message}" for shown, message in problems.values()]
     count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
     raise RecipeError("\n".join([f"{source}: {count}", *lines]))
 
@@ -256,22 +238,40 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
     table[parts[-1]] = value
 
 
-def _explain(details: Any) -> Iterator[tuple[str, str]]:
+def _conflicts(tables: Mapping[str, Any], wrong: set[str]) -> Iterator[tuple[str, str, str]]:
+    """(key, what stands there, what is wrong with it) of values that are fine alone and do not fit together.
+
+    Works on the tables as read, so that these come to light together with values that are wrong alone (`wrong`).
+    """
+
+    def value(table: str, field: str) -> Any:
+        given = tables.get(table, {})
+        if table in wrong or f"{table}.{field}" in wrong or not isinstance(given, Mapping):
+            return None
+        return given.get(field, _table([table]).model_fields[field].default)
+
+    batch_size, micro_batch_size = value("training", "batch_size"), value("training", "micro_batch_size")
+    if batch_size and micro_batch_size and batch_size % micro_batch_size:
+        key = "training.micro_batch_size"
+        yield key, f"{key} = {micro_batch_size}", f"must divide training.batch_size = {batch_size}"
+    if value("training", "keep") == "best" and value("data", "validation_rows") == 0:
+        message = 'needs validation rows: set data.validation_rows above 0, or training.keep = "last"'
+        yield "training.keep", 'training.keep = "best"', message
+    is_data_readable = not wrong & {"data", "data.name", "data.path"} and isinstance(tables.get("data"), Mapping)
+    if is_data_readable and value("data", "name") is None and value("data", "path") is None:
+        yield "data.name", "data.name", "is missing: name a data set, or give data.path a file of your own"
+
+
+def _explain(location: Sequence[str], details: Any) -> tuple[str, str]:
     """pydantic's account of one problem as (what stands there, what is wrong with it)."""
     cause = details.get("ctx", {}).get("error")
-    if isinstance(cause, _ConflictsError):
-        for key, value, message in cause.problems:
-            yield (key if value is None else f"{key} = {_shown(value)}"), message
-        return
-    location = [part for part in details["loc"] if isinstance(part, str) and not part.startswith("function-")]
     key = ".".join(location)
     if details["type"] == "missing":
-        yield key, f"is missing: {_description(location)}"
-    elif details["type"] == "extra_forbidden":
-        yield key, f"unknown key{did_you_mean(location[-1], _fields(location[:-1]))}"
-    else:
-        reason = str(cause) if isinstance(cause, _RefusedError) else f"must be {_description(location)}"
-        yield f"{key} = {_shown(details['input'])}", reason
+        return key, f"is missing: {_description(location)}"
+    if details["type"] == "extra_forbidden":
+        return key, f"unknown key{did_you_mean(location[-1], _fields(location[:-1]))}"
+    reason = str(cause) if isinstance(cause, _RefusedError) else f"must be {_description(location)}"
+    return f"{key} = {_shown(details['input'])}", reason
 
 
 def _table(location: Sequence[str]) -> type[BaseModel]:

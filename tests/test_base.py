@@ -71,6 +71,10 @@ def test_folders_that_are_no_models(tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match="Pickled weights"):
         load_base(recipe(folder))
+    folder = make_tiny_model(tmp_path / "t")
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"the tokenizer in .* cannot be loaded"):
+        load_base(recipe(folder))
     folder = make_tiny_model(tmp_path / "n")
     (folder / "model.safetensors").write_bytes(b"garbage")
     with pytest.raises(ModelError, match="cannot be loaded"):

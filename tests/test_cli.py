@@ -124,6 +124,31 @@ def test_faults_of_ours_keep_their_traceback(monkeypatch):
         main(["params", "llama3-8b"])
 
 
+def test_output_folders_may_have_any_name(tmp_path, monkeypatch, tiny_model, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main(
+            [
+                "train",
+                DEMO,
+                "--set",
+                f"model.name={tiny_model}",
+                "--set",
+                "training.max_steps=1",
+                "--fraction",
+                "0.02",
+                "--set",
+                "data.max_length=320",
+                "--output",
+                "runs/größe 😀",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["größe 😀"]
+
+
 def test_train_then_evaluate_as_typed(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert (

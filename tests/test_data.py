@@ -74,6 +74,11 @@ def test_columns_can_be_named(tmp_path):
         ("a.csv", "instruction,output\na\n", 'line 2: column "output" is empty'),
         ("a.parquet", "PAR1", "not a readable Parquet file"),
         ("a.json.gz", "not gzip", "cannot be read"),
+        (
+            "a.jsonl",
+            '{"instruction": "a\\ud800", "output": "b"}',
+            'line 1: column "instruction" holds half a surrogate pair',
+        ),
         ("a.txt", "x", "unknown data format"),
     ],
 )
@@ -83,6 +88,14 @@ def test_faults_are_named_with_their_place(tmp_path, name, content, message):
         read_rows(tmp_path / name)
     assert name in str(caught.value)
     assert message in str(caught.value)
+
+
+def test_a_damaged_gzip_body_is_named(tmp_path):
+    content = bytearray(gzip.compress(json.dumps([ROW] * 50).encode()))
+    content[20:30] = b"\xff" * 10
+    (tmp_path / "a.json.gz").write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_rows(tmp_path / "a.json.gz")
 
 
 def test_text_that_is_not_utf8_names_the_line(tmp_path):
@@ -130,7 +143,7 @@ def test_a_hub_data_set_comes_through_datasets(tmp_path, monkeypatch):
     (folder / "train.jsonl").write_text(json.dumps({"question": "Q?", "reply": "A."}) + "\n")
     columns = {"instruction": "question", "output": "reply"}
     loaded = load_training_set(DataRecipe(name="owner/set", columns=columns), None)
-    assert (loaded.rows, loaded.origin) == ([Row("Q?", "", "A.")], "hub:owner/set (train)")
+    assert (loaded.rows, loaded.origin) == ([Row("Q?", "", "A.")], "hub: owner/set (train)")
     with pytest.raises(DataError, match='row 0: no column "instruction"'):
         load_training_set(DataRecipe(name="owner/set"), None)
     with pytest.raises(DataError, match="cannot be loaded"):

@@ -199,6 +199,32 @@ def test_only_matrix_merges_and_unmerges(tiny_model):
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_only_what_is_merged_must_be_a_matrix(tiny_model):
+    model = adapted(tiny_model, activation="none")
+    model.add_adapter("bent", DenseLoraConfig(r=2, init_weights=False, target_modules=["q_proj"]))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for merge in (lambda: model.merge_and_unload(adapter_names=["bent"]), lambda: model.merge_adapter(["bent"])):
+        with pytest.raises(ValueError, match=r'cannot be merged: "bent" \(gelu\)'):
+            merge()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.merge_adapter(["default"])
+
+
+def test_disabling_a_merged_adapter_gives_the_base(tiny_model):
+    model = adapted(tiny_model, activation="none")
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), logits(fresh_base(tiny_model)), rtol=1e-4, atol=1e-5)
+
+
+def test_deleting_another_adapter_leaves_a_frozen_one_frozen(tiny_model, tmp_path):
+    adapted(tiny_model).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(fresh_base(tiny_model), tmp_path)
+    model.load_adapter(tmp_path, "second")
+    model.delete_adapter("second")
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == []
+
+
 def test_merging_into_nf4_is_refused(tiny_model):
     with pytest.raises(ValueError, match=r"quantized base.*Load the base unquantized"):
         adapted(tiny_model, "nf4", "bfloat16", activation="none").merge_and_unload()

@@ -30,7 +30,7 @@ def request_for(adapter, **changes):
     settings = {
         "tasks": [TASKS["wordproblems"]],
         "adapter": adapter,
-        "model": None,
+        "model": {},
         "with_base": False,
         "decoding": DECODINGS["greedy"],
         "limit": 10,
@@ -78,7 +78,7 @@ def test_a_bare_base_equals_the_base_under_an_adapter(finished_run, tiny_model, 
     first = files(under)["wordproblems.jsonl"]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    bare = evaluate(request_for(None, model=ModelRecipe(name=str(tiny_model), device="cpu")), ignore)
+    bare = evaluate(request_for(None, model={"name": str(tiny_model)}), ignore)
     assert files(bare)["wordproblems.jsonl"] == first
     assert bare["folder"] == under["folder"]
 
@@ -115,6 +115,21 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(finished_run, monkeypatch
     assert resumed == whole
 
 
+def test_any_character_in_a_completion_survives_a_resume(finished_run, monkeypatch):
+    import shutil
+    from dataclasses import replace
+
+    shutil.rmtree(finished_run / "eval", ignore_errors=True)
+
+    def odd(*args, **kwargs):
+        return [replace(completion, completion="a\u2028b\u0085c\n7") for completion in generate(*args, **kwargs)]
+
+    monkeypatch.setattr(evaluate_module, "generate", odd)
+    first = files(evaluate(request_for(finished_run), ignore))
+    assert files(evaluate(request_for(finished_run), ignore)) == first
+    shutil.rmtree(finished_run / "eval")
+
+
 def test_other_settings_go_elsewhere(finished_run):
     folders = {
         evaluate(request_for(finished_run, **changes), ignore)["folder"]
@@ -133,14 +148,14 @@ def test_a_corrupted_completion_file_is_named(finished_run):
 
 def test_an_adapter_of_another_base_is_refused(finished_run, other_tiny_model):
     with pytest.raises(AdapterError, match=r"made for another base .* differs from it in: weights"):
-        evaluate(request_for(finished_run, model=ModelRecipe(name=str(other_tiny_model), device="cpu")), ignore)
+        evaluate(request_for(finished_run, model={"name": str(other_tiny_model)}), ignore)
 
 
 def test_the_same_base_elsewhere_is_accepted(finished_run, tiny_model, tmp_path):
     import shutil
 
     shutil.copytree(tiny_model, tmp_path / "moved")
-    summary = evaluate(request_for(finished_run, model=ModelRecipe(name=str(tmp_path / "moved"), device="cpu")), ignore)
+    summary = evaluate(request_for(finished_run, model={"name": str(tmp_path / "moved")}), ignore)
     assert summary["tasks"]["wordproblems"]["num_scored"] == 10
 
 
@@ -150,9 +165,7 @@ def test_an_adapter_made_by_peft_alone_is_scored_with_a_warning(tiny_model, tmp_
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(base.model, config).save_pretrained(tmp_path / "lora")
     events = []
-    summary = evaluate(
-        request_for(tmp_path / "lora", model=ModelRecipe(name=str(tiny_model), device="cpu")), events.append
-    )
+    summary = evaluate(request_for(tmp_path / "lora", model={"name": str(tiny_model)}), events.append)
     assert any(isinstance(event, Notice) and "no qdense.json" in event.text for event in events)
     assert summary["folder"].startswith(str(tmp_path / "lora" / "eval"))
 
@@ -168,6 +181,9 @@ def test_adapters_that_cannot_be_read(finished_run, tmp_path):
     shutil.copytree(finished_run, tmp_path / "broken")
     (tmp_path / "broken" / "adapter" / "adapter_model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(QDenseError, match="does not fit"):
+        evaluate(request_for(tmp_path / "broken"), ignore)
+    (tmp_path / "broken" / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match=r"has no adapter_model.safetensors"):
         evaluate(request_for(tmp_path / "broken"), ignore)
     (tmp_path / "broken" / "adapter" / "qdense.json").write_text("{")
     with pytest.raises(AdapterError, match="not a readable adapter card"):

@@ -72,6 +72,17 @@ def test_all_problems_are_told_together_with_the_closest_names():
     assert 'did you mean "training"?' in text
 
 
+def test_values_that_do_not_fit_together_are_told_with_the_others():
+    text = problems_of(
+        MINIMAL | {"adapter": {"r": 0}, "training": {"micro_batch_size": 3}, "data": {"validation_rows": 0}}
+    )
+    assert text.startswith("x.toml: 4 problems")
+    for part in ("adapter.r = 0", "micro_batch_size = 3", 'training.keep = "best"', "data.name"):
+        assert part in text
+    # a value that is wrong alone is not blamed twice
+    assert problems_of(MINIMAL | {"training": {"micro_batch_size": 0}}).startswith("x.toml: 1 problem\n")
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -207,8 +207,71 @@ def test_killed_between_the_last_checkpoint_and_the_result(tiny_model, tmp_path)
     with pytest.raises(Killed):
         train(cut, resume=False, data_dir=None, emit=emit)
     assert not (tmp_path / "cut" / "adapter").exists()
-    run(cut, resume=True)
+    events = run(cut, resume=True)
+    assert not any(isinstance(event, StepDone) for event in events)  # Trainer alone would take a step too many
     assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
+    assert len(read_metrics(tmp_path / "cut" / "metrics.jsonl")) == len(
+        read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    )
+
+
+def killed_run(recipe, step):
+    class Killed(BaseException):
+        pass
+
+    def emit(event):
+        if isinstance(event, StepDone) and event.step == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(recipe, resume=False, data_dir=None, emit=emit)
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(tiny_model, tmp_path):
+    whole, cut = recipe_for(tiny_model, tmp_path / "whole"), recipe_for(tiny_model, tmp_path / "cut")
+    run(whole)
+    killed_run(cut, step=5)
+    (tmp_path / "cut" / "checkpoints" / "checkpoint-4" / "trainer_state.json").unlink()
+    events = run(cut, resume=True)
+    told = [event.text for event in events if isinstance(event, Notice)]
+    assert any("checkpoint-4: is incomplete" in text for text in told)
+    assert any(text.endswith("checkpoint-2") for text in told)
+    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
+
+
+def test_resuming_with_other_rows_or_another_base_is_refused(tiny_model, other_tiny_model, tmp_path):
+    import shutil
+
+    rows = [{"instruction": f"Add {n} and 1.", "output": f"It is {n + 1}."} for n in range(40)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    shutil.copytree(tiny_model, tmp_path / "model")
+    recipe = recipe_for(
+        tmp_path / "model", tmp_path / "run", data__path=str(tmp_path / "rows.json"), data__fraction=1.0
+    )
+    killed_run(recipe, step=3)
+    (tmp_path / "rows.json").write_text(json.dumps(rows[::-1]))
+    with pytest.raises(RunError, match=r"changed since the run began: the rows of .*rows.json\."):
+        run(recipe, resume=True)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    shutil.rmtree(tmp_path / "model")
+    shutil.copytree(other_tiny_model, tmp_path / "model")
+    with pytest.raises(RunError, match=r"changed since the run began: the base"):
+        run(recipe, resume=True)
+
+
+def test_a_disk_that_fills_up_in_a_checkpoint_is_told(tiny_model, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer_module, "save_adapter", full)
+    with pytest.raises(RunError, match=r"step 2: the checkpoint cannot be written: .*No space left"):
+        run(recipe_for(tiny_model, tmp_path / "run"))
+
+
+def test_training_needs_no_git(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run(recipe_for(tiny_model, tmp_path / "run", training__max_steps=1))
+    assert tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())["provenance"]["git_hash"] == "unknown"
 
 
 def test_folders_that_are_not_empty(tiny_model, tmp_path):

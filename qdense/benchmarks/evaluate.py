@@ -12,24 +12,25 @@ import hashlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from qdense.benchmarks.generation import DECODINGS, Decoding, batches_left, generate, plan_batches
 from qdense.benchmarks.scoring import RULES
 from qdense.benchmarks.statistics import wilson_interval
 from qdense.benchmarks.tasks import Task
 from qdense.cache import require_free_space, write_atomically
-from qdense.data.download import Progress
 from qdense.data.examples import template_named
 from qdense.data.sources import DataSet, load_test_set
 from qdense.errors import AdapterError, DataError, EvaluationError
-from qdense.events import Download, Emit, EvaluationDone, EvaluationProgress, EvaluationStarted, Notice
-from qdense.modeling.adapter import find_adapter, load_adapter, read_card
+from qdense.events import Emit, EvaluationDone, EvaluationProgress, EvaluationStarted, Notice
+from qdense.modeling.adapter import AdapterCard, find_adapter, load_adapter, read_card
 from qdense.modeling.base import BaseModel, load_base
-from qdense.recipe import ModelRecipe
+from qdense.recipe import ModelRecipe, recipe_from_tables
 
 _PACKAGES = ("qdense", "torch", "transformers", "peft", "bitsandbytes")
 
@@ -40,7 +41,8 @@ class EvaluationRequest:
 
     Attributes:
         adapter: a run or an adapter's folder; None scores the bare base.
-        model: how to load the base; None takes what the adapter recorded.
+        model: `name`, `quantization` and `dtype` of the base, where they are not to be what the adapter recorded; for a bare
+            base, at least its name.
         with_base: score the base too, before the adapter.
         limit: the first N items of each task; None is all.
         max_new_tokens: None is each task's own limit.
@@ -49,7 +51,7 @@ class EvaluationRequest:
 
     tasks: Sequence[Task]
     adapter: Path | None
-    model: ModelRecipe | None
+    model: dict[str, str]
     with_base: bool
     decoding: Decoding = DECODINGS["beam4"]
     limit: int | None = None
@@ -77,15 +79,10 @@ def evaluate(request: EvaluationRequest, emit: Emit) -> dict[str, Any]:
     Raises:
         QDenseError: whatever keeps it from starting.
     """
-
-    def downloads(name: str) -> Progress:
-        return lambda num_bytes, total_bytes: emit(Download(name, num_bytes, total_bytes))
-
-    data = {task.name: _load_items(task, request.data_dir, downloads) for task in request.tasks}
+    data = {task.name: _load_items(task, request.data_dir, emit) for task in request.tasks}
     folder = find_adapter(request.adapter) if request.adapter is not None else None
     card = read_card(folder) if folder is not None else None
-    recipe = request.model or (ModelRecipe.model_validate(card.model) if card else None)
-    assert recipe is not None  # the command line gives one of the two
+    recipe = _model_recipe(request.model, card)
     base = load_base(recipe, lambda text: emit(Notice(text)), for_training=False)
     model: Any = base.model
     if folder is not None and card is not None:
@@ -120,8 +117,17 @@ def evaluate(request: EvaluationRequest, emit: Emit) -> dict[str, Any]:
     return summary
 
 
-def _load_items(task: Task, data_dir: Path | None, downloads: Callable[[str], Progress]) -> DataSet:
-    data = load_test_set(task.file, data_dir, downloads)
+def _model_recipe(asked: dict[str, str], card: AdapterCard | None) -> ModelRecipe:
+    """How to load the base: what is asked for, on top of what the adapter recorded."""
+    recorded = dict(card.model) if card else {}
+    if "name" in asked:
+        recorded.pop("revision", None)  # another place, another history
+    tables = {"model": {**recorded, **asked}, "data": {"name": "wordproblems"}}
+    return recipe_from_tables(tables, source="the model to evaluate").model
+
+
+def _load_items(task: Task, data_dir: Path | None, emit: Emit) -> DataSet:
+    data = load_test_set(task.file, data_dir, emit)
     for number, row in enumerate(data.rows):
         if not task.answers.is_label(row.answer):
             raise DataError(f'{data.origin}, row {number}: "{row.answer}" cannot be an answer of {task.name}')
@@ -160,6 +166,8 @@ class _Evaluation:
             "limit": request.limit,
             "data_sha256": {name: rows.checksum for name, rows in data.items()},
             "task_versions": {task.name: task.version for task in request.tasks},
+            "device": torch.cuda.get_device_name(base.device) if on_gpu else "CPU",
+            "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
         }
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
         if adapter is None:
@@ -180,12 +188,20 @@ class _Evaluation:
         summary = {
             **{
                 key: self.settings[key]
-                for key in ("model", "quantization", "dtype", "template", "decoding", "batch_size", "limit")
+                for key in (
+                    "model",
+                    "quantization",
+                    "dtype",
+                    "template",
+                    "decoding",
+                    "batch_size",
+                    "limit",
+                    "device",
+                    "versions",
+                )
             },
             "adapter": str(self.adapter) if self.adapter else None,
             "folder": str(self.folder),
-            "device": str(self.base.device),
-            "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
             "tasks": scores,
             "average": {rule: sum(s[rule]["accuracy"] for s in scores.values()) / len(scores) for rule in RULES},
         }
@@ -240,7 +256,13 @@ def score_task(
 ) -> dict[str, Any]:
     """Accuracy by each rule, with its 95% Wilson interval, of `completions` (by index into `labels`)."""
     scores = [task.answers.score(text, labels[index]) for index, text in completions.items()]
-    result: dict[str, Any] = {"task": task.name, "num_items": len(labels), "num_scored": len(scores)}
+    result: dict[str, Any] = {
+        "task": task.name,
+        "version": task.version,
+        "source": task.source,
+        "num_items": len(labels),
+        "num_scored": len(scores),
+    }
     for rule in RULES:
         num_correct = sum(score[rule]["is_correct"] for score in scores)
         result[rule] = {
@@ -263,7 +285,8 @@ def _read_completions(path: Path) -> dict[int, dict[str, Any]]:
     if rest:
         path.write_bytes(whole + newline)
     records = {}
-    for number, line in enumerate(whole.decode("utf-8").splitlines() if whole else [], start=1):
+    # Split at line feeds alone: str.splitlines would also split at U+2028, which JSON leaves as it is.
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
         try:
             record = json.loads(line)
             records[int(record["index"])] = {key: record[key] for key in ("index", "completion", "finish")}

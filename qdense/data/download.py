@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import http.client
 import os
 import time
 import urllib.error
@@ -64,7 +66,9 @@ def download(
         except TimeoutError:
             failure = f"no data for {timeout_seconds:g} s"
             continue
-        except (urllib.error.URLError, ConnectionError, EOFError) as error:
+        except (OSError, http.client.HTTPException, EOFError) as error:  # refused, unreachable, reset, cut short, TLS
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise
             failure = str(getattr(error, "reason", error)) or type(error).__name__
             continue
         found = git_blob_id(partial)

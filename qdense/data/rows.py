@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ def read_rows(path: str | Path, columns: Columns = DEFAULT_COLUMNS, *, for_test:
             content = gzip.decompress(content)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     kind = suffix.lower().removesuffix(".gz")
     if kind == ".parquet":
@@ -99,6 +100,13 @@ def _row(place: str, record: Any, columns: Columns, for_test: bool) -> Row:
             )
         if not isinstance(value, str):
             raise DataError(f'{place}: column "{column}" must be text, not {_kind(value)}')
+        if not value.isascii():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:  # JSON can spell half a character, "\\ud800"; no tokenizer takes it
+                raise DataError(
+                    f'{place}: column "{column}" holds half a surrogate pair, which is no character'
+                ) from None
         return value
 
     row = Row(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING
 from qdense.cache import cache_dir
 from qdense.data import wordproblems
 from qdense.data.catalog import TRAINING_SETS, UPSTREAM_URL, UpstreamFile
-from qdense.data.download import Progress, download, git_blob_id
+from qdense.data.download import download, git_blob_id
 from qdense.data.rows import Columns, Row, read_rows, rows_from_records
 from qdense.errors import DataError
+from qdense.events import Download, Emit, ignore
 
 if TYPE_CHECKING:
     from qdense.recipe import DataRecipe
@@ -29,7 +29,7 @@ class DataSet:
     """Rows with where they come from.
 
     Attributes:
-        origin: a path, a hub id with its revision, or what made them: for a person to read.
+        origin: a path, a hub id, or what made them: for a person to read.
         checksum: SHA-256 of the rows' content, in order: equal rows have equal checksums wherever they lie.
     """
 
@@ -44,11 +44,9 @@ class DataSet:
         return digest.hexdigest()
 
 
-def load_training_set(
-    data: DataRecipe, data_dir: Path | None, progress: Callable[[str], Progress] | None = None
-) -> DataSet:
+def load_training_set(data: DataRecipe, data_dir: Path | None, emit: Emit = ignore) -> DataSet:
     """The training rows that the recipe names. Raises DataError."""
-    columns = Columns(data.columns.instruction, data.columns.input, data.columns.output)
+    columns = Columns(**data.columns.model_dump())
     if data.path is not None:
         return DataSet(read_rows(data.path, columns), origin=data.path)
     assert data.name is not None  # the recipe has one of the two
@@ -56,22 +54,20 @@ def load_training_set(
         return DataSet(wordproblems.training_rows(), origin="qdense.data.wordproblems")
     upstream = TRAINING_SETS.get(data.name)
     if upstream is None:
-        return _load_hub_set(data.name, data.split, columns)
-    path = locate(upstream, data_dir, progress)
+        return _load_hub_set(data.name, data, columns)
+    path = locate(upstream, data_dir, emit)
     return DataSet(read_rows(path), origin=str(path))
 
 
-def load_test_set(
-    upstream: UpstreamFile | None, data_dir: Path | None, progress: Callable[[str], Progress] | None = None
-) -> DataSet:
+def load_test_set(upstream: UpstreamFile | None, data_dir: Path | None, emit: Emit = ignore) -> DataSet:
     """The rows of a test file; None stands for the generator's. Raises DataError."""
     if upstream is None:
         return DataSet(wordproblems.test_rows(), origin="qdense.data.wordproblems")
-    path = locate(upstream, data_dir, progress)
+    path = locate(upstream, data_dir, emit)
     return DataSet(read_rows(path, for_test=True), origin=str(path))
 
 
-def locate(upstream: UpstreamFile, data_dir: Path | None, progress: Callable[[str], Progress] | None = None) -> Path:
+def locate(upstream: UpstreamFile, data_dir: Path | None, emit: Emit = ignore) -> Path:
     """The local path of an upstream file: below `data_dir`, or in the cache, downloaded if need be.
 
     A file in `data_dir` is the user's own and is taken as it is; one in the cache is verified by its blob id.
@@ -87,8 +83,12 @@ def locate(upstream: UpstreamFile, data_dir: Path | None, progress: Callable[[st
             return cached
         cached.unlink()
     try:
-        download(f"{UPSTREAM_URL}/{upstream.path}", cached, upstream.blob_id,
-                 progress=progress(upstream.path) if progress else None)  # fmt: skip
+        download(
+            f"{UPSTREAM_URL}/{upstream.path}",
+            cached,
+            upstream.blob_id,
+            progress=lambda num_bytes, total_bytes: emit(Download(upstream.path, num_bytes, total_bytes)),
+        )
     except DataError as error:
         looked = f"not in {data_dir}, " if data_dir else ""
         raise DataError(
@@ -98,18 +98,18 @@ def locate(upstream: UpstreamFile, data_dir: Path | None, progress: Callable[[st
     return cached
 
 
-def _load_hub_set(name: str, split: str, columns: Columns) -> DataSet:
+def _load_hub_set(name: str, data: DataRecipe, columns: Columns) -> DataSet:
     import datasets
 
+    place = f"{name}{f', {data.config}' if data.config else ''} ({data.split}{f' at {data.revision}' if data.revision else ''})"
     try:
-        loaded = datasets.load_dataset(name, split=split)
+        loaded = datasets.load_dataset(name, data.config, split=data.split, revision=data.revision)
     except Exception as error:  # `datasets` raises whatever its many readers and the network raise
         raise DataError(
-            f'data.name = "{name}": the hub data set cannot be loaded: {type(error).__name__}: {error}. Check the name and '
-            "data.split, log in with `hf auth login` if it is private, or download it and give data.path."
+            f'data.name = "{name}": the hub data set cannot be loaded: {type(error).__name__}: {error}. Check the name, '
+            "data.config and data.split, log in with `hf auth login` if it is private, or download it and give data.path."
         ) from None
-    records = ((f"{name} ({split}), row {number}", record) for number, record in enumerate(loaded))
-    rows = rows_from_records(records, columns)
+    rows = rows_from_records(((f"{place}, row {number}", record) for number, record in enumerate(loaded)), columns)
     if not rows:
-        raise DataError(f"{name} ({split}): holds no rows")
-    return DataSet(rows, origin=f"hub:{name} ({split})")
+        raise DataError(f"{place}: holds no rows")
+    return DataSet(rows, origin=f"hub: {place}")

@@ -80,6 +80,8 @@ class DenseLoraLinear(nn.Module, BaseTunerLayer):
             m.data = m.data.to(device or self.weight.device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result

@@ -131,10 +131,12 @@ class DenseLoraModel(BaseTuner):
             self.set_shared_requires_grad(self.active_adapters, True)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         del self.denselora_shared[adapter_name]
-        self.denselora_shared.requires_grad_(False)
-        self.set_shared_requires_grad(self.active_adapters, True)
+        if was_active:  # another adapter has taken its place, and PEFT has made its layers trainable
+            self.denselora_shared.requires_grad_(False)
+            self.set_shared_requires_grad(self.active_adapters, True)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Not super()'s: it rebuilds the entries of a ParameterDict, which makes frozen ones trainable.
@@ -158,15 +160,32 @@ class DenseLoraModel(BaseTuner):
 
     # --- merging --------------------------------------------------------------------------------------------------------
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._refuse_unmergeable(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._refuse_unmergeable(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _refuse_unmergeable(self, adapter_names: list[str] | None) -> None:
+        """Raise ValueError unless each adapter that is to be merged (None: the active ones) is a matrix, on a float base."""
         configs: dict[str, Any] = self.peft_config
-        bent = {name: configs[name].activation for name in self.active_adapters}
-        bent = {name: activation for name, activation in bent.items() if activation != "none"}
+        names = self.active_adapters if adapter_names is None else adapter_names
+        bent = {
+            name: configs[name].activation for name in names if name in configs and configs[name].activation != "none"
+        }
         if bent:
-            names = ", ".join(f'"{name}" ({activation})' for name, activation in bent.items())
+            listed = ", ".join(f'"{name}" ({activation})' for name, activation in bent.items())
             raise ValueError(
-                f"A DenseLoRA adapter with activations cannot be merged: {names}. GELU(D(M GELU(E x))) is no matrix, so no "
+                f"A DenseLoRA adapter with activations cannot be merged: {listed}. GELU(D(M GELU(E x))) is no matrix, so no "
                 "weight W0 + dW gives the same output. Keep the adapter beside the base, or train the 'only matrix' "
                 'variant (activation = "none"), which merges.'
             )

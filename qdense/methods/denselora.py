@@ -27,7 +27,6 @@ def _count_parameters(shapes: LinearShapes, num_layers: int, r: int) -> dict[str
 
 METHOD = Method(
     name="denselora",
-    summary="shared encoder and decoder, one dense r x r matrix per layer",
     build_config=_build_config,
     count_parameters=_count_parameters,
     awake_at_start=lambda name: name.endswith(".decoder"),

@@ -26,7 +26,6 @@ def _count_parameters(shapes: LinearShapes, num_layers: int, r: int) -> dict[str
 
 METHOD = Method(
     name="lora",
-    summary="two low-rank matrices A and B per layer",
     build_config=_build_config,
     count_parameters=_count_parameters,
     awake_at_start=lambda name: ".lora_B." in name,

@@ -31,7 +31,6 @@ class Method:
 
     Attributes:
         name: the value of `adapter.method`.
-        summary: one line for lists and help.
         build_config: [adapter] table -> PEFT configuration.
         count_parameters: (shapes of one layer, number of layers, r) -> trainable parameters by module kind.
         awake_at_start: whether the parameter of this name must have a gradient at step 1. The others are behind a
@@ -40,7 +39,6 @@ class Method:
     """
 
     name: str
-    summary: str
     build_config: Callable[[AdapterSettings], Any]
     count_parameters: Callable[[LinearShapes, int, int], dict[str, int]]
     awake_at_start: Callable[[str], bool]

@@ -93,7 +93,10 @@ def restore_weights(model: Any, folder: Path) -> None:
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    weights = _read_weights(folder, load_peft_weights)
+    try:
+        weights = load_peft_weights(str(folder), device="cpu")
+    except (ValueError, OSError, SafetensorError) as error:
+        raise AdapterError(f"{folder}: the adapter's weights cannot be read: {error}") from error
     outcome: Any = set_peft_model_state_dict(model, weights)
     own = [key for key in outcome.missing_keys if any(key == name for name, _ in trainable_parameters(model))]
     if own or outcome.unexpected_keys:
@@ -150,15 +153,10 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
             f"{folder}: this adapter was made for another base ({card.model.get('name')}); {base.name} differs from it in: "
             f"{differing}. Give the right base by --model."
         )
+    if not (folder / "adapter_model.safetensors").is_file():
+        # PEFT would take the folder's name for a hub id and ask there
+        raise AdapterError(f"{folder}: has no adapter_model.safetensors")
     try:
         return PeftModel.from_pretrained(base.model, folder, autocast_adapter_dtype=False)
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
         raise AdapterError(f"{folder}: the adapter does not fit {base.name}: {error}") from error
-
-
-def _read_weights(folder: Path, load: Any) -> dict[str, torch.Tensor]:
-    try:
-        weights: dict[str, torch.Tensor] = load(str(folder), device="cpu")
-    except (ValueError, OSError, SafetensorError) as error:
-        raise AdapterError(f"{folder}: the adapter's weights cannot be read: {error}") from error
-    return weights

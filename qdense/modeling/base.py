@@ -37,11 +37,13 @@ class BaseModel:
 
     Attributes:
         name: as the recipe has it.
+        reference: a name that means the same from any working directory: a folder's is absolute.
         fingerprint: of the unquantized model, so equal for every quantization of it, wherever it lies.
         pad_token_id: what padding is filled with; EOS where the tokenizer has no padding token.
     """
 
     name: str
+    reference: str
     model: Any
     tokenizer: Any
     fingerprint: Fingerprint
@@ -82,6 +84,9 @@ def load_base(recipe: ModelRecipe, notice: Notice = lambda text: None, *, for_tr
     folder, identity = locate_model(recipe.name, recipe.revision, notice)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises plain Exceptions, missing converters ImportErrors
+        raise ModelError(f"{recipe.name}: the tokenizer in {folder} cannot be loaded: {error}") from error
+    try:
         fingerprint = fingerprint_of(folder, tokenizer)
         if recipe.quantization == "none":
             notice(f"loading {recipe.name} in {recipe.dtype}")
@@ -96,7 +101,8 @@ def load_base(recipe: ModelRecipe, notice: Notice = lambda text: None, *, for_tr
     if for_training:
         _keep_autograd_on_cpu(model)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return BaseModel(recipe.name, model, tokenizer, fingerprint, pad_token_id, device)
+    reference = os.path.abspath(recipe.name) if os.path.isdir(recipe.name) else recipe.name
+    return BaseModel(recipe.name, reference, model, tokenizer, fingerprint, pad_token_id, device)
 
 
 def folder_name_for_peft(name: str, folder: Path) -> str:
@@ -133,7 +139,6 @@ def _fetch_from_hub(hub_id: str, revision: str | None, notice: Notice) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -168,7 +173,7 @@ def _fetch_from_hub(hub_id: str, revision: str | None, notice: Notice) -> Path:
         raise ModelError(
             f"{hub_id}{at} is not in the hub's cache, and the hub cannot be reached. Connect once, {or_local}."
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the hub's client lets errors of its HTTP library through, which differs by version
         raise ModelError(f"{hub_id}{at} cannot be fetched: {error}. Try again, {or_local}.") from None
 
 
@@ -224,7 +229,12 @@ def _load_quantized(
     cached = cache_dir("quantized", f"{Path(recipe.name).name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
     if (cached / "config.json").is_file():
         notice(f"loading {recipe.name} ({recipe.quantization}, cached)")
-        return _from_pretrained(cached, recipe, device, quantization=None)
+        try:
+            return _from_pretrained(cached, recipe, device, quantization=None)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ModelError(
+                f"the quantized {recipe.name} in {cached} is damaged: {error}. Delete that folder."
+            ) from error
     notice(f"quantizing {recipe.name} to {recipe.quantization} (once; then it is cached)")
     model = _from_pretrained(folder, recipe, device, quantization=_quantization_config(recipe))
     size_bytes = model.get_memory_footprint()

@@ -15,6 +15,7 @@ import math
 import platform
 import shutil
 import subprocess
+import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,24 @@ from typing import Any
 import tomli_w
 import torch
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from qdense.cache import require_free_space, write_atomically
-from qdense.data.download import Progress
+from qdense.cache import appearing_folder, require_free_space, write_atomically
 from qdense.data.examples import Encoded, encode_rows, split_rows
 from qdense.data.sources import DataSet, load_training_set
 from qdense.errors import RunError
-from qdense.events import Download, Emit, Notice, TrainingDone, TrainingStarted
+from qdense.events import Emit, Notice, TrainingDone, TrainingStarted
 from qdense.methods import METHODS
 from qdense.modeling.adapter import AdapterCard, attach_adapter, save_adapter, trainable_parameters
 from qdense.modeling.base import BaseModel, load_base
 from qdense.recipe import Recipe, load_recipe
 from qdense.training.metrics import MetricsFile
-from qdense.training.trainer import CHECKPOINTS_TO_KEEP, AdapterTrainer, memory_total
+from qdense.training.trainer import (
+    CHECKPOINTS_TO_KEEP,
+    AdapterTrainer,
+    checkpoint_step,
+    is_whole_checkpoint,
+    memory_total,
+)
 
 RECIPE_FILE, METRICS_FILE = "recipe.toml", "metrics.jsonl"
 ADAPTER_DIR, CHECKPOINT_DIR = "adapter", "checkpoints"
@@ -63,7 +68,7 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
         emit(Notice(text))
 
     # Data before the model: its faults are the commonest, and found in a second.
-    data = load_training_set(recipe.data, data_dir, _downloads(emit))
+    data = load_training_set(recipe.data, data_dir, emit)
     split = split_rows(
         len(data.rows),
         validation_rows=recipe.data.validation_rows,
@@ -95,6 +100,8 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     facts = _facts(recipe, base, data, training, len(split.validation), num_trainable)
+    if checkpoint is not None:
+        _refuse_other_inputs(run_dir, data, base)
     provenance = {
         **_provenance(data, base),
         "num_steps": num_steps,
@@ -103,7 +110,7 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
         "summary": dict(facts),
     }
     write_atomically(run_dir / RECIPE_FILE, tomli_w.dumps({**recipe.resolved(), "provenance": provenance}))
-    first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    first_step = checkpoint_step(checkpoint) if checkpoint else 0
     metrics = MetricsFile(run_dir / METRICS_FILE, resume_step=first_step)
 
     def emit_all(event: Any) -> None:
@@ -132,18 +139,23 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
         )
     )
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is not None and first_step >= num_steps:
+            # Killed between the last checkpoint and the result. Trainer would train one step too many.
+            trainer.restore(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         metrics.close()
     # Trainer validates after the last step too, so there always is a best.
     kept_step = trainer.use_best() if recipe.training.keep == "best" else num_steps
     card = AdapterCard(
-        model=recipe.model.model_dump(exclude_none=True, exclude={"device"}),
+        model=recipe.model.model_dump(exclude_none=True, exclude={"device"}) | {"name": base.reference},
         fingerprint=base.fingerprint,
         template=recipe.data.template,
         method=recipe.adapter.method,
     )
-    save_adapter(model, run_dir / ADAPTER_DIR, card)
+    with appearing_folder(run_dir / ADAPTER_DIR) as building:
+        save_adapter(model, building, card)
     emit(
         TrainingDone(
             adapter_dir=str(run_dir / ADAPTER_DIR),
@@ -178,14 +190,18 @@ def _checkpoint_to_resume(recipe: Recipe, run_dir: Path, resume: bool, emit: Emi
             f"{run_dir}: this run is finished ({run_dir / ADAPTER_DIR}). Evaluate it by `qdense evaluate TASKS --adapter "
             f"{run_dir}`, or train anew with another --output."
         )
-    checkpoint_dir = run_dir / CHECKPOINT_DIR
-    found = get_last_checkpoint(str(checkpoint_dir)) if checkpoint_dir.is_dir() else None
-    if found is None:
-        emit(Notice(f"{run_dir}: has no checkpoint yet, starting afresh", "warning"))
-        shutil.rmtree(checkpoint_dir, ignore_errors=True)
-    else:
-        emit(Notice(f"resuming from {found}"))
-    return Path(found) if found else None
+    for folder in sorted((run_dir / CHECKPOINT_DIR).glob("checkpoint-*"), key=checkpoint_step, reverse=True):
+        if is_whole_checkpoint(folder):
+            emit(Notice(f"resuming from {folder}"))
+            return folder
+        emit(
+            Notice(
+                f"{folder}: is incomplete (the run ended while writing it); it is passed over and removed", "warning"
+            )
+        )
+        shutil.rmtree(folder)
+    emit(Notice(f"{run_dir}: has no checkpoint yet, starting afresh", "warning"))
+    return None
 
 
 def _refuse_other_recipe(recipe: Recipe, run_dir: Path) -> None:
@@ -207,6 +223,21 @@ def _refuse_other_recipe(recipe: Recipe, run_dir: Path) -> None:
                     "Give the values the run began with, or start a new run with another --output.",
                 ]
             )
+        )
+
+
+def _refuse_other_inputs(run_dir: Path, data: DataSet, base: BaseModel) -> None:
+    """The recipe may be the same and name other things by now: an edited file, a replaced folder."""
+    before = tomllib.loads((run_dir / RECIPE_FILE).read_text(encoding="utf-8")).get("provenance", {})
+    differing = []
+    if before.get("data", {}).get("sha256") != data.checksum:
+        differing.append(f"the rows of {data.origin}")
+    if before.get("base_fingerprint") != base.fingerprint:
+        differing.append(f"the base {base.name}")
+    if differing:
+        raise RunError(
+            f"{run_dir}: --resume must go on with the same data and base; changed since the run began: "
+            f"{' and '.join(differing)}. Restore them, or start a new run with another --output."
         )
 
 
@@ -266,13 +297,6 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def _downloads(emit: Emit) -> Any:
-    def of_file(name: str) -> Progress:
-        return lambda num_bytes, total_bytes: emit(Download(name, num_bytes, total_bytes))
-
-    return of_file
-
-
 def _provenance(data: DataSet, base: BaseModel) -> dict[str, Any]:
     """What made a run, for recipe.toml."""
     return {
@@ -288,9 +312,17 @@ def _provenance(data: DataSet, base: BaseModel) -> dict[str, Any]:
 
 
 def _git_hash() -> str:
-    """Commit of the checkout that qdense runs from, "-dirty" if it has changes; "unknown" for an installed package."""
-    described = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return described.stdout.strip() or "unknown"
+    """Commit of the checkout that qdense runs from, "-dirty" if it has changes; "unknown" outside its own checkout."""
+    package = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # An environment inside somebody's repository must not take that repository's commit for ours.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent.resolve():
+            return "unknown"
+        return git("describe", "--always", "--abbrev=40", "--dirty")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

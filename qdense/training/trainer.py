@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +14,12 @@ from typing import Any
 import psutil
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
+from qdense.cache import require_free_space
 from qdense.data.examples import IGNORED, Example, collate
 from qdense.errors import RunError
 from qdense.events import CheckpointSaved, Emit, StepDone, Validated, ValidationProgress
@@ -127,6 +132,18 @@ class AdapterTrainer(Trainer):
 
     # --- checkpoints --------------------------------------------------------------------------------------------------------
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        num_parameters = sum(parameter.numel() for _, parameter in trainable_parameters(self.adapted))
+        folder = Path(str(self.args.output_dir))
+        require_free_space(folder, 16 * num_parameters + 2**20, f"checkpoint {self.state.global_step}")
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+            raise RunError(
+                f"step {self.state.global_step}: the checkpoint cannot be written: {error}. Check the space and permissions of "
+                f"{folder}; --resume goes on from the checkpoint before."
+            ) from error
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +153,10 @@ class AdapterTrainer(Trainer):
             (folder / _BEST_INFO).write_text(json.dumps({"step": self.best_step, "loss": self.best_loss}))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
+        self.restore(Path(resume_from_checkpoint))
+
+    def restore(self, folder: Path) -> None:
+        """Take weights, and the best ones so far, from a checkpoint; optimizer and order are Trainer's business."""
         restore_weights(self.adapted, folder)
         if (folder / _BEST_INFO).is_file():
             best = json.loads((folder / _BEST_INFO).read_text())
@@ -208,8 +228,7 @@ class _ProgressCallback(TrainerCallback):
         loss = float(sum(float(loss) for loss, _ in self.micro_batches))
         took = time.monotonic() - self._step_started
         self.seconds += took
-        memory_bytes = memory_used(self.device)
-        self.peak_memory_bytes = max(self.peak_memory_bytes, memory_bytes)
+        self.peak_memory_bytes = peak_memory(self.device)
         self.emit(
             StepDone(
                 step=state.global_step,
@@ -219,7 +238,7 @@ class _ProgressCallback(TrainerCallback):
                 grad_norm=float(logs["grad_norm"]),
                 num_tokens=self.num_tokens,
                 tokens_per_second=self.num_tokens / took,
-                memory_bytes=memory_bytes,
+                memory_bytes=self.peak_memory_bytes,
                 seconds=self.seconds,
             )
         )
@@ -228,11 +247,25 @@ class _ProgressCallback(TrainerCallback):
         self.emit(CheckpointSaved(state.global_step, f"{args.output_dir}/checkpoint-{state.global_step}"))
 
 
-def memory_used(device: torch.device) -> int:
-    """Bytes: the peak of reserved GPU memory, or the process's resident memory where there is no GPU."""
+def checkpoint_step(folder: Path) -> int:
+    """The step of a folder `checkpoint-<step>`."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def is_whole_checkpoint(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end: Trainer writes its state last."""
+    try:
+        return bool(json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"] == checkpoint_step(folder))
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most GPU memory that was reserved so far, or the most memory of this process where there is no GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    return int(psutil.Process().memory_info().rss)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def memory_total(device: torch.device) -> int:

@@ -223,16 +223,16 @@ class TrainingDisplay(Display):
             if self.validation and self.best:
                 parts.append(
                     Text.assemble(
-                        ("validation ", "dim"), (f"{self.validation.loss:.4f}", "bold"), f" at step {self.validation.step}",
+                        ("validation ", "dim"), (f"{self.validation.loss:.4f} ", "bold"), f"at step {self.validation.step}",
                         (f", best {self.best.loss:.4f} at step {self.best.step}", "dim"),
                     )
                 )  # fmt: skip
             parts.append(
                 Text.assemble(
-                    ("learning rate ", "dim"), f"{self.step.learning_rate:.2e}",
-                    ("  gradient norm ", "dim"), f"{self.step.grad_norm:.3g}",
-                    ("  tokens/s ", "dim"), f"{self.step.tokens_per_second:,.0f}",
-                    ("  memory ", "dim"), self._memory(),
+                    ("learning rate ", "dim"), f"{self.step.learning_rate:.2e}  ",
+                    ("gradient norm ", "dim"), f"{self.step.grad_norm:.3g}  ",
+                    ("tokens/s ", "dim"), f"{self.step.tokens_per_second:,.0f}  ",
+                    ("memory ", "dim"), self._memory(),
                 )
             )  # fmt: skip
         parts += self._status_line()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import time
 from collections.abc import Sequence
@@ -30,9 +29,8 @@ from qdense.errors import AdapterError, DataError, EvaluationError
 from qdense.events import Emit, EvaluationDone, EvaluationProgress, EvaluationStarted, Notice
 from qdense.modeling.adapter import AdapterCard, find_adapter, load_adapter, read_card
 from qdense.modeling.base import BaseModel, load_base
+from qdense.provenance import package_versions
 from qdense.recipe import ModelRecipe, recipe_from_tables
-
-_PACKAGES = ("qdense", "torch", "transformers", "peft", "bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ class _Evaluation:
             "data_sha256": {name: rows.checksum for name, rows in data.items()},
             "task_versions": {task.name: task.version for task in request.tasks},
             "device": torch.cuda.get_device_name(base.device) if on_gpu else "CPU",
-            "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
+            "versions": package_versions(),
         }
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
         if adapter is None:

@@ -10,11 +10,9 @@ A run's folder:
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import platform
 import shutil
-import subprocess
 import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +30,7 @@ from qdense.events import Emit, Notice, TrainingDone, TrainingStarted
 from qdense.methods import METHODS
 from qdense.modeling.adapter import AdapterCard, attach_adapter, save_adapter, trainable_parameters
 from qdense.modeling.base import BaseModel, load_base
+from qdense.provenance import git_hash, package_versions
 from qdense.recipe import Recipe, load_recipe
 from qdense.training.metrics import MetricsFile
 from qdense.training.trainer import (
@@ -44,7 +43,6 @@ from qdense.training.trainer import (
 
 RECIPE_FILE, METRICS_FILE = "recipe.toml", "metrics.jsonl"
 ADAPTER_DIR, CHECKPOINT_DIR = "adapter", "checkpoints"
-_PACKAGES = ("qdense", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
 
 
 def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) -> Path:
@@ -304,25 +302,8 @@ def _provenance(data: DataSet, base: BaseModel) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": _device_name(base.device),
-        "git_hash": _git_hash(),
-        "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
+        "git_hash": git_hash(),
+        "versions": package_versions(),
         "data": {"origin": data.origin, "sha256": data.checksum, "num_rows": len(data.rows)},
         "base_fingerprint": base.fingerprint,
     }
-
-
-def _git_hash() -> str:
-    """Commit of the checkout that qdense runs from, "-dirty" if it has changes; "unknown" outside its own checkout."""
-    package = Path(__file__).parent.parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(package), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        # An environment inside somebody's repository must not take that repository's commit for ours.
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent.resolve():
-            return "unknown"
-        return git("describe", "--always", "--abbrev=40", "--dirty")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import make_tiny_model
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_training import recipe_for
 from test_training import run as train_run
 
@@ -15,8 +16,9 @@ from qdense.benchmarks.generation import DECODINGS, generate, plan_batches
 from qdense.benchmarks.tasks import TASKS
 from qdense.errors import AdapterError, EvaluationError, QDenseError
 from qdense.events import EvaluationProgress, Notice
+from qdense.modeling.adapter import AdapterCard, attach_adapter, load_adapter, save_adapter, trainable_parameters
 from qdense.modeling.base import load_base
-from qdense.recipe import ModelRecipe
+from qdense.recipe import AdapterRecipe, ModelRecipe
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +172,28 @@ def test_an_adapter_made_by_peft_alone_is_scored_with_a_warning(tiny_model, tmp_
     assert summary["folder"].startswith(str(tmp_path / "lora" / "eval"))
 
 
+@pytest.mark.parametrize(
+    ("quantization", "dtype"), [("nf4", torch.float32), ("int8", torch.bfloat16), ("none", torch.float32)]
+)
+def test_an_adapter_is_loaded_in_the_dtype_it_was_saved_in(tiny_model, tmp_path, quantization, dtype):
+    recipe = ModelRecipe(name=str(tiny_model), quantization=quantization, device="cpu")
+    torch.manual_seed(0)
+    base = load_base(recipe)
+    model = attach_adapter(base, AdapterRecipe(r=4, dtype=str(dtype).removeprefix("torch.")))
+    for _, parameter in trainable_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.02)
+    card = AdapterCard(model={}, fingerprint=base.fingerprint, template="alpaca", method="denselora")
+    save_adapter(model, tmp_path, card)
+    loaded = load_adapter(load_base(recipe), tmp_path, card)
+    wanted = dict(trainable_parameters(model))
+    found = {name: parameter for name, parameter in loaded.named_parameters() if name in wanted}
+    assert {parameter.dtype for parameter in found.values()} == {dtype}
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    tokens = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(tokens).logits, model.eval()(tokens).logits)
+
+
 def test_adapters_that_cannot_be_read(finished_run, tmp_path):
     import shutil
 
@@ -181,6 +205,11 @@ def test_adapters_that_cannot_be_read(finished_run, tmp_path):
     shutil.copytree(finished_run, tmp_path / "broken")
     (tmp_path / "broken" / "adapter" / "adapter_model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(QDenseError, match="does not fit"):
+        evaluate(request_for(tmp_path / "broken"), ignore)
+    saved = load_file(finished_run / "adapter" / "adapter_model.safetensors")
+    saved.pop("base_model.denselora_shared.v_proj.decoder")
+    save_file(saved, tmp_path / "broken" / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"1 missing .*v_proj.decoder.*, 0 unexpected"):
         evaluate(request_for(tmp_path / "broken"), ignore)
     (tmp_path / "broken" / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterError, match=r"has no adapter_model.safetensors"):

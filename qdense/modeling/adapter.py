@@ -91,18 +91,27 @@ def save_adapter(model: Any, folder: Path, card: AdapterCard | None) -> None:
 def restore_weights(model: Any, folder: Path) -> None:
     """Copy saved weights into the adapter that the model has, bit by bit, keeping dtype and identity of its tensors."""
     from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, _read_weights(model, folder))
+
+
+def _read_weights(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors saved in `folder`; AdapterError unless they are exactly those of the model's adapter. (PEFT only warns.)"""
+    from peft import get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     try:
-        weights = load_peft_weights(str(folder), device="cpu")
+        weights: dict[str, torch.Tensor] = load_peft_weights(str(folder), device="cpu")
     except (ValueError, OSError, SafetensorError) as error:
         raise AdapterError(f"{folder}: the adapter's weights cannot be read: {error}") from error
-    outcome: Any = set_peft_model_state_dict(model, weights)
-    own = [key for key in outcome.missing_keys if any(key == name for name, _ in trainable_parameters(model))]
-    if own or outcome.unexpected_keys:
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    missing, unexpected = sorted(expected - set(weights)), sorted(set(weights) - expected)
+    if missing or unexpected:
         raise AdapterError(
-            f"{folder}: its weights are not those of this adapter: missing {own[:3]}, unexpected {outcome.unexpected_keys[:3]}"
+            f"{folder}: its weights are not those its configuration describes: {len(missing)} missing {missing[:2]}, "
+            f"{len(unexpected)} unexpected {unexpected[:2]}"
         )
+    return weights
 
 
 def find_adapter(path: Path) -> Path:
@@ -145,7 +154,7 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
     Raises:
         AdapterError: it was made for another base, or its files do not fit.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
     if card.fingerprint is not None and card.fingerprint != base.fingerprint:
         differing = ", ".join(part for part, value in base.fingerprint.items() if card.fingerprint.get(part) != value)
@@ -157,6 +166,15 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
         # PEFT would take the folder's name for a hub id and ask there
         raise AdapterError(f"{folder}: has no adapter_model.safetensors")
     try:
-        return PeftModel.from_pretrained(base.model, folder, autocast_adapter_dtype=False)
+        model = PeftModel.from_pretrained(base.model, folder, autocast_adapter_dtype=False)
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
         raise AdapterError(f"{folder}: the adapter does not fit {base.name}: {error}") from error
+    weights = _read_weights(model, folder)
+    # PEFT makes the tensors in the base's dtype; take the saved one, and the saved values again, which were rounded.
+    own = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model, save_embedding_layers=False).values()}
+    dtype = next(iter(weights.values())).dtype
+    for parameter in model.parameters():
+        if parameter.data_ptr() in own:
+            parameter.data = parameter.data.to(dtype)
+    set_peft_model_state_dict(model, weights)
+    return model

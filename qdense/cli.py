@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.command(arguments) or 0)
+        arguments.command(arguments)
+        return 0
     except QDenseError as error:
         return _fail(str(error))
     except KeyboardInterrupt:

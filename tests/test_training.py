@@ -92,6 +92,8 @@ def test_a_run_writes_what_it_says(tiny_model, tmp_path):
     assert provenance["git_hash"]
     assert load_recipe(tmp_path / "run" / "recipe.toml").resolved() == recipe.resolved()
 
+    modes = {(tmp_path / "run" / name).stat().st_mode for name in ("adapter", "checkpoints")}
+    assert len(modes) == 1  # no folder is more closed than an ordinary one
     weights = safetensors.torch.load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     card = json.loads((tmp_path / "run" / "adapter" / "qdense.json").read_text())

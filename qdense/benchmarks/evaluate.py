@@ -23,8 +23,8 @@ from qdense.benchmarks.scoring import RULES
 from qdense.benchmarks.statistics import wilson_interval
 from qdense.benchmarks.tasks import Task
 from qdense.cache import require_free_space, write_atomically
-from qdense.data.examples import template_named
 from qdense.data.sources import DataSet, load_test_set
+from qdense.data.templates import template_named
 from qdense.errors import AdapterError, DataError, EvaluationError
 from qdense.events import Emit, EvaluationDone, EvaluationProgress, EvaluationStarted, Notice
 from qdense.modeling.adapter import AdapterCard, find_adapter, load_adapter, read_card
@@ -213,9 +213,14 @@ class _Evaluation:
         prompts = [self.base.tokenizer(self.template.evaluation_prompt(row))["input_ids"] for row in rows]
         batches = plan_batches([len(ids) for ids in prompts], self.batch_size)
         num_generated, started = 0, time.monotonic()
+        num_correct = dict.fromkeys(RULES, 0)
+
+        def count(index: int) -> None:
+            scores = task.answers.score(done[index]["completion"], rows[index].answer)
+            for rule in RULES:
+                num_correct[rule] += scores[rule]["is_correct"]
 
         def progress() -> None:
-            scores = [task.answers.score(record["completion"], rows[i].answer) for i, record in done.items()]
             took = time.monotonic() - started
             emit(
                 EvaluationProgress(
@@ -223,11 +228,13 @@ class _Evaluation:
                     column=self.column,
                     num_done=len(done),
                     num_items=len(rows),
-                    num_correct={rule: sum(score[rule]["is_correct"] for score in scores) for rule in RULES},
+                    num_correct=dict(num_correct),
                     tokens_per_second=num_generated / took if num_generated else 0.0,
                 )
             )
 
+        for index in done:
+            count(index)
         progress()
         with path.open("a", encoding="utf-8") as stream:
             for batch in batches_left(batches, set(done)):
@@ -242,6 +249,7 @@ class _Evaluation:
                     num_generated += completion.num_tokens
                     if completion.index not in done:
                         done[completion.index] = completion.record()
+                        count(completion.index)
                         stream.write(json.dumps(done[completion.index], ensure_ascii=False) + "\n")
                 stream.flush()
                 progress()

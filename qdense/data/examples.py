@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from qdense.data.rows import Row
-from qdense.data.templates import TEMPLATES, Template
+from qdense.data.templates import TEMPLATES
 from qdense.errors import DataError
 
 if TYPE_CHECKING:
@@ -151,10 +151,3 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
         "rows": [example.row for example in examples],
         "num_tokens": sum(len(example.input_ids) for example in examples),
     }
-
-
-def template_named(name: str) -> Template:
-    """The template an adapter recorded. Raises DataError for one that this version does not know."""
-    if name not in TEMPLATES:
-        raise DataError(f'unknown template "{name}"; known: {", ".join(TEMPLATES)}')
-    return TEMPLATES[name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ class DataSet:
     rows: list[Row]
     origin: str
 
-    @property
+    @cached_property
     def checksum(self) -> str:
         digest = hashlib.sha256()
         for row in self.rows:

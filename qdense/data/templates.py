@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from qdense.data.rows import Row
+from qdense.errors import DataError
 
 _TASK = "Below is an instruction that describes a task"
 _WITH_INPUT = f"{_TASK}, paired with an input that provides further context"
@@ -71,3 +72,10 @@ TEMPLATES = {
         ),
     )
 }
+
+
+def template_named(name: str) -> Template:
+    """The template an adapter recorded. Raises DataError for one that this version does not know."""
+    if name not in TEMPLATES:
+        raise DataError(f'unknown template "{name}"; known: {", ".join(TEMPLATES)}')
+    return TEMPLATES[name]

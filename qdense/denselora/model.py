@@ -7,7 +7,7 @@ layer). Hence the overrides below: each does for the pairs what PEFT does for th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -106,37 +106,32 @@ class DenseLoraModel(BaseTuner):
 
     # --- what PEFT does to layers, done to the pairs --------------------------------------------------------------------
 
-    def _pairs(self, adapter_names: Sequence[str]) -> Iterator[nn.Module]:
-        yield from (self.denselora_shared[name] for name in adapter_names if name in self.denselora_shared)
+    def _train_pairs_of(self, adapter_names: str | Sequence[str]) -> None:
+        """Make encoders and decoders of these adapters trainable, and freeze all others'."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name, pairs in self.denselora_shared.items():
+            pairs.requires_grad_(name in names)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        self.denselora_shared.requires_grad_(False)
-        if not inference_mode:
-            self.set_shared_requires_grad(adapter_name, True)
-
-    def set_shared_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool) -> None:
-        """Freeze or unfreeze encoders and decoders of the given adapters."""
-        for pairs in self._pairs([adapter_names] if isinstance(adapter_names, str) else adapter_names):
-            pairs.requires_grad_(requires_grad)
+        self._train_pairs_of([] if inference_mode else adapter_name)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad=requires_grad)
-        self.set_shared_requires_grad(adapter_names, requires_grad)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.denselora_shared:
+                self.denselora_shared[name].requires_grad_(requires_grad)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
-        self.denselora_shared.requires_grad_(False)
-        if enabled:
-            self.set_shared_requires_grad(self.active_adapters, True)
+        self._train_pairs_of(self.active_adapters if enabled else [])
 
     def delete_adapter(self, adapter_name: str) -> None:
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         del self.denselora_shared[adapter_name]
         if was_active:  # another adapter has taken its place, and PEFT has made its layers trainable
-            self.denselora_shared.requires_grad_(False)
-            self.set_shared_requires_grad(self.active_adapters, True)
+            self._train_pairs_of(self.active_adapters)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Not super()'s: it rebuilds the entries of a ParameterDict, which makes frozen ones trainable.

@@ -65,14 +65,9 @@ def attach_adapter(base: BaseModel, recipe: AdapterRecipe) -> Any:
         model = get_peft_model(base.model, METHODS[recipe.method].build_config(recipe), autocast_adapter_dtype=False)
     except (ValueError, TypeError) as error:
         raise AdapterError(f"adapter: {error}") from error
-    _set_dtype(model, getattr(torch, recipe.dtype))
+    for _, parameter in trainable_parameters(model):
+        parameter.data = parameter.data.to(getattr(torch, recipe.dtype))
     return model
-
-
-def _set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

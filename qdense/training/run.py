@@ -36,6 +36,7 @@ from qdense.training.metrics import MetricsFile
 from qdense.training.trainer import (
     CHECKPOINTS_TO_KEEP,
     AdapterTrainer,
+    checkpoint_bytes,
     checkpoint_step,
     is_whole_checkpoint,
     memory_total,
@@ -91,8 +92,10 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
     set_seed(recipe.training.seed)
     model = attach_adapter(base, recipe.adapter)
     num_trainable = sum(parameter.numel() for _, parameter in trainable_parameters(model))
-    # bf16 weights, fp32 masters and both moments, in each checkpoint; the best adapter and the result once more.
-    require_free_space(run_dir, CHECKPOINTS_TO_KEEP * 16 * num_trainable + 64 * 2**20, "the run's checkpoints")
+    # One more than are kept: the oldest goes only once the newest is written. And room for the result and the metrics.
+    require_free_space(
+        run_dir, (CHECKPOINTS_TO_KEEP + 1) * checkpoint_bytes(model) + 64 * 2**20, "the run's checkpoints"
+    )
     if recipe.training.gradient_checkpointing:
         # Non-reentrant: gradients are identical, and inputs need no gradient of their own.
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -133,9 +133,8 @@ class AdapterTrainer(Trainer):
     # --- checkpoints --------------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        num_parameters = sum(parameter.numel() for _, parameter in trainable_parameters(self.adapted))
         folder = Path(str(self.args.output_dir))
-        require_free_space(folder, 16 * num_parameters + 2**20, f"checkpoint {self.state.global_step}")
+        require_free_space(folder, checkpoint_bytes(self.adapted), f"checkpoint {self.state.global_step}")
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
@@ -245,6 +244,11 @@ class _ProgressCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.emit(CheckpointSaved(state.global_step, f"{args.output_dir}/checkpoint-{state.global_step}"))
+
+
+def checkpoint_bytes(model: Any) -> int:
+    """An upper bound: weights, fp32 masters, two moments and the best weights are at most 16 bytes a parameter."""
+    return 16 * sum(parameter.numel() for _, parameter in trainable_parameters(model)) + 2**20
 
 
 def checkpoint_step(folder: Path) -> int:

@@ -124,6 +124,22 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--quiet", action="store_true", help="show warnings and errors only")
     evaluate.set_defaults(command=_evaluate)
 
+    score = commands.add_parser(
+        "score",
+        help="score completions that exist, without a model",
+        description='Score completions, {"index": i, "completion": "..."} a line, against a test set. No model is needed.',
+    )
+    score.add_argument("task", metavar="TASK", help="one task, for instance gsm8k")
+    score.add_argument("completions", metavar="COMPLETIONS.jsonl", type=Path)
+    score.add_argument("--limit", type=_positive, metavar="N", help="the file holds the first N items only")
+    _add_data_dir(score)
+    score.add_argument("--json", action="store_true", help="print JSON on stdout")
+    score.set_defaults(command=_score)
+
+    tasks = commands.add_parser("tasks", help="list the benchmarks", description="List the benchmarks.")
+    tasks.add_argument("--json", action="store_true", help="print JSON on stdout")
+    tasks.set_defaults(command=_tasks)
+
     params = commands.add_parser(
         "params",
         help="count trainable parameters",
@@ -226,6 +242,31 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         )
     if arguments.json:
         print(json.dumps(summary, indent=2))
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from qdense.benchmarks.results import read_completions, score_task
+    from qdense.benchmarks.tasks import load_items, task_named
+    from qdense.ui import make_console, show_score
+
+    task = task_named(arguments.task)
+    labels = [row.answer for row in load_items(task, arguments.data_dir).rows[: arguments.limit]]
+    result, _ = score_task(task, labels, read_completions(arguments.completions, len(labels)))
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    else:
+        show_score(make_console(), result)
+
+
+def _tasks(arguments: argparse.Namespace) -> None:
+    from qdense.benchmarks.tasks import GROUPS, TASKS, describe
+
+    if arguments.json:
+        print(json.dumps({"tasks": [describe(task) for task in TASKS.values()], "groups": GROUPS}, indent=2))
+        return
+    from qdense.ui import make_console, show_tasks
+
+    show_tasks(make_console(), TASKS, GROUPS)
 
 
 def _params(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qdense.benchmarks.statistics import wilson_interval
+from qdense.benchmarks.tasks import Task
 from qdense.events import (
     CheckpointSaved,
     Download,
@@ -349,6 +350,43 @@ class EvaluationDisplay(Display):
                 self.console.print(self._table())
             return self._done_line()
         return None
+
+
+def percent(accuracy: dict[str, Any], digits: int = 1) -> str:
+    """ "53.1 [41.1, 64.8]" from an accuracy with its interval."""
+    low, high = accuracy["interval"]
+    return f"{100 * accuracy['accuracy']:.{digits}f} [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
+
+
+def show_score(console: Console, result: dict[str, Any]) -> None:
+    """What `qdense score` found."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("rule", no_wrap=True)
+    for name in ("right", "%, 95% Wilson", "no answer"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for rule in ("paper", "strict"):
+        scored = result[rule]
+        table.add_row(rule, f"{scored['num_correct']:,}", percent(scored), f"{scored['num_without_answer']:,}")
+        for k, share in scored.get("pass_at", {}).items():
+            table.add_row(f"  pass@{k}", "", f"{100 * share:.1f}", "", style="dim")
+    samples = f", the majority of {result['num_samples']} samples each" if "num_samples" in result else ""
+    console.print(f"{result['task']}: {result['num_scored']:,} of {result['num_items']:,} items scored{samples}")
+    console.print(table)
+
+
+def show_tasks(console: Console, tasks: Mapping[str, Task], groups: Mapping[str, Sequence[str]]) -> None:
+    """The table of `qdense tasks`."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("task", no_wrap=True)
+    table.add_column("items", justify="right", no_wrap=True)
+    table.add_column("answer", no_wrap=True)
+    table.add_column("upstream's name", no_wrap=True)
+    table.add_column("source", overflow="fold")
+    for task in tasks.values():
+        table.add_row(task.name, f"{task.num_items:,}", task.answers.name, task.upstream_name, task.source)
+    console.print(table)
+    for name, members in groups.items():
+        console.print(f"{name}: {', '.join(members)}")
 
 
 def show_parameters(console: Console, count: ParameterCount) -> None:

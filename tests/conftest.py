@@ -31,6 +31,12 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """Small files of our own in upstream's formats: the test sets that `shared_data` lacks."""
+    return Path(__file__).parent / "fixtures"
+
+
 def make_tokenizer():
     """A byte-level tokenizer without merges: 256 bytes, and special tokens behind them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from qdense.benchmarks.generation import DECODINGS, Decoding, batches_left, generate, plan_batches
+from qdense.benchmarks.results import average, score_task
 from qdense.benchmarks.scoring import RULES
-from qdense.benchmarks.statistics import wilson_interval
-from qdense.benchmarks.tasks import Task
+from qdense.benchmarks.tasks import Task, load_items
 from qdense.cache import require_free_space, write_atomically
-from qdense.data.sources import DataSet, load_test_set
+from qdense.data.sources import DataSet
 from qdense.data.templates import template_named
-from qdense.errors import AdapterError, DataError, EvaluationError
+from qdense.errors import AdapterError, EvaluationError
 from qdense.events import Emit, EvaluationDone, EvaluationProgress, EvaluationStarted, Notice
 from qdense.modeling.adapter import AdapterCard, find_adapter, load_adapter, read_card
 from qdense.modeling.base import BaseModel, load_base
@@ -77,7 +77,7 @@ def evaluate(request: EvaluationRequest, emit: Emit) -> dict[str, Any]:
     Raises:
         QDenseError: whatever keeps it from starting.
     """
-    data = {task.name: _load_items(task, request.data_dir, emit) for task in request.tasks}
+    data = {task.name: load_items(task, request.data_dir, emit) for task in request.tasks}
     folder = find_adapter(request.adapter) if request.adapter is not None else None
     card = read_card(folder) if folder is not None else None
     recipe = _model_recipe(request.model, card)
@@ -122,14 +122,6 @@ def _model_recipe(asked: dict[str, str], card: AdapterCard | None) -> ModelRecip
         recorded.pop("revision", None)  # another place, another history
     tables = {"model": {**recorded, **asked}, "data": {"name": "wordproblems"}}
     return recipe_from_tables(tables, source="the model to evaluate").model
-
-
-def _load_items(task: Task, data_dir: Path | None, emit: Emit) -> DataSet:
-    data = load_test_set(task.file, data_dir, emit)
-    for number, row in enumerate(data.rows):
-        if not task.answers.is_label(row.answer):
-            raise DataError(f'{data.origin}, row {number}: "{row.answer}" cannot be an answer of {task.name}')
-    return data
 
 
 class _Evaluation:
@@ -201,7 +193,7 @@ class _Evaluation:
             "adapter": str(self.adapter) if self.adapter else None,
             "folder": str(self.folder),
             "tasks": scores,
-            "average": {rule: sum(s[rule]["accuracy"] for s in scores.values()) / len(scores) for rule in RULES},
+            "average": average(scores),
         }
         write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
@@ -216,9 +208,9 @@ class _Evaluation:
         num_correct = dict.fromkeys(RULES, 0)
 
         def count(index: int) -> None:
-            scores = task.answers.score(done[index]["completion"], rows[index].answer)
+            answers = task.answers.answers(done[index]["completion"])
             for rule in RULES:
-                num_correct[rule] += scores[rule]["is_correct"]
+                num_correct[rule] += task.answers.is_correct(rows[index].answer, answers[rule])
 
         def progress() -> None:
             took = time.monotonic() - started
@@ -253,33 +245,9 @@ class _Evaluation:
                         stream.write(json.dumps(done[completion.index], ensure_ascii=False) + "\n")
                 stream.flush()
                 progress()
-        return score_task(task, [row.answer for row in rows], {i: record["completion"] for i, record in done.items()},
-                          num_truncated=sum(record["finish"] == "length" for record in done.values()))  # fmt: skip
-
-
-def score_task(
-    task: Task, labels: Sequence[str], completions: dict[int, str], *, num_truncated: int | None = None
-) -> dict[str, Any]:
-    """Accuracy by each rule, with its 95% Wilson interval, of `completions` (by index into `labels`)."""
-    scores = [task.answers.score(text, labels[index]) for index, text in completions.items()]
-    result: dict[str, Any] = {
-        "task": task.name,
-        "version": task.version,
-        "source": task.source,
-        "num_items": len(labels),
-        "num_scored": len(scores),
-    }
-    for rule in RULES:
-        num_correct = sum(score[rule]["is_correct"] for score in scores)
-        result[rule] = {
-            "accuracy": num_correct / len(scores) if scores else 0.0,
-            "num_correct": num_correct,
-            "interval": list(wilson_interval(num_correct, len(scores))),
-            "num_without_answer": sum(score[rule]["answer"] is None for score in scores),
-        }
-    if num_truncated is not None:
-        result["num_truncated"] = num_truncated
-    return result
+        texts = {index: [record["completion"]] for index, record in done.items()}
+        result, _ = score_task(task, [row.answer for row in rows], texts)
+        return result | {"num_truncated": sum(record["finish"] == "length" for record in done.values())}
 
 
 def _read_completions(path: Path) -> dict[int, dict[str, Any]]:

@@ -1,30 +1,45 @@
 """Reading an answer from a completion, by two rules side by side.
 
-`paper` is the authors' rule to the letter, faults included, so that a number can stand beside a published one. `strict` is a
-sound reading. They differ, for instance, in:
+`paper` is the authors' rule to the letter, faults included, so that a number can stand beside a published one: commas
+deleted from numbers, one regular expression, the last match for numbers and the first for choices, wherever it stands.
+`strict` is a sound reading, rule by rule:
 
-    completion                               paper        strict
-    "10-3=7"                                 7.0          7.0       (the authors read 10, -3, 7: the last is right)
-    "so she has 3/4 of it left"              4.0          0.75
-    "about .5 litres"                        5.0          0.5
-    "1e-3"                                   -3.0         0.001
-    "Assume x = 4. The answer is (B)."       "A"          "B"       (AQuA: the A of "Assume")
+    numbers   the last well-formed number; thousands separators, .5, 1e-3 and 3/4 understood; a minus behind a digit subtracts
+    letters   the letter of the last "answer is X" (or "option X"), else the last capital that stands alone ("A" before a
+              word is the article)
+    options   whole words in any case, "solution 1" for "solution1"; the last "answer is X" (X, Y or Z is none), else the
+              only one that is named, else the one the response begins with; one behind "not" is not named
+
+They differ, for instance, in (the letters are real completions of AQuA's test file):
+
+    completion                                               paper       strict
+    "so she has 3/4 of it left"                              4.0         0.75
+    "about .5 litres"                                        5.0         0.5
+    "1e-3"                                                   -3.0        0.001
+    "7=10-3"                                                 -3.0        3.0
+    "Assume x = 4. The answer is (B)."                       "A"         "B"       (the A of "Assume")
+    "... in the ratio 17:3. Distance covered ..., so E."     "D"         "E"       (the D of "Distance")
+    "solution1 is wrong; the correct answer is solution2"    solution1   solution2
+    "It is untrue"                                           true        no answer
+    "The correct answer is True"                             no answer   true
 
 Both read the response only: a model that runs on and writes the template's next "### Response:" has ended its response
-there (the authors split at it); `strict` takes any such heading ("### Instruction:") for the end.
+there (the authors split at it, and take what follows the first heading in arithmetic, the last in commonsense); `strict`
+takes any such heading ("### Instruction:") for the end. No answer is wrong.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 RULES = ("paper", "strict")
 # The authors count a number as right within this distance (LLM-Adapters, evaluate.py: `miss`).
 TOLERANCE = 0.001
+
+Answer = float | str
 
 
 @dataclass(frozen=True)
@@ -32,33 +47,56 @@ class AnswerKind:
     """How the answers of a task are read and compared.
 
     Attributes:
-        extract: rule name -> (completion -> answer, or None where there is none).
-        matches: (label, answer) -> whether it is right.
+        name: "number", "letter" or "option".
+        pattern: the authors' regular expression; a match is an answer.
+        takes_last: whether the authors take the last match (numbers) or the first.
+        reads_last_response: whether the authors read what follows the last "### Response:" or the first.
+        strict: response -> answer by the sound rule, or None.
         is_label: whether a text of a test file can be a label at all.
     """
 
-    extract: dict[str, Callable[[str], Any]]
-    matches: Callable[[str, Any], bool]
+    name: str
+    pattern: str
+    takes_last: bool
+    reads_last_response: bool
+    strict: Callable[[str], Answer | None]
     is_label: Callable[[str], bool]
 
-    def score(self, completion: str, label: str) -> dict[str, dict[str, Any]]:
-        """By each rule: `answer` (None if there is none) and `is_correct`. No answer is wrong."""
-        responses = {"paper": completion.split("### Response:")[0], "strict": re.split(r"###\s+\w+:", completion)[0]}
-        answers = {rule: self.extract[rule](responses[rule].strip()) for rule in RULES}
-        return {
-            rule: {"answer": answer, "is_correct": answer is not None and self.matches(label, answer)}
-            for rule, answer in answers.items()
-        }
+    def paper(self, response: str) -> Answer | None:
+        """The authors' reading of a response."""
+        found = re.findall(self.pattern, response.replace(",", "") if self.name == "number" else response)
+        if not found:
+            return None
+        answer = str(found[-1 if self.takes_last else 0])
+        return float(answer) if self.name == "number" else answer
+
+    def answers(self, completion: str) -> dict[str, Answer | None]:
+        """The answer by each rule, None where there is none."""
+        responses = completion.split("### Response:")
+        paper = responses[-1 if self.reads_last_response else 0].strip()
+        strict = re.split(r"###\s+\w+:", completion)[0].strip()
+        return {"paper": self.paper(paper), "strict": self.strict(strict)}
+
+    def is_correct(self, label: str, answer: Answer | None) -> bool:
+        if self.name == "number":
+            return isinstance(answer, float) and math.isfinite(answer) and abs(float(label) - answer) <= TOLERANCE
+        return answer == label
+
+    def majority(self, answers: Sequence[Answer | None]) -> Answer | None:
+        """The answer that most samples give: numbers within the tolerance are one; of equals the first; None only if all
+        are."""
+        votes: dict[Answer, int] = {}
+        for answer in answers:
+            if answer is None:
+                continue
+            key = answer
+            if isinstance(answer, float):
+                key = next((k for k in votes if isinstance(k, float) and abs(k - answer) <= TOLERANCE), answer)
+            votes[key] = votes.get(key, 0) + 1
+        return max(votes, key=lambda key: votes[key]) if votes else None
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------------
-
-
-def paper_number(completion: str) -> float | None:
-    """Commas deleted, then the last match of `-?\\d+\\.?\\d*`."""
-    found = re.findall(r"-?\d+\.?\d*", completion.replace(",", ""))
-    return float(found[-1]) if found else None
-
 
 _NUMBER = r"""
     (?<![\w.])                                  # not inside a word or another number
@@ -74,14 +112,14 @@ _NUMBER = r"""
 _STRICT_NUMBER = re.compile(_NUMBER, re.VERBOSE)
 
 
-def strict_number(completion: str) -> float | None:
+def strict_number(response: str) -> float | None:
     """The last well-formed number: thousands separators, a leading decimal point, fractions and exponents understood.
 
     A minus directly behind a digit or a bracket is a subtraction, not a sign. A fraction behind which the result stands
     ("3/4 = 0.75") is not the last number.
     """
     last = None
-    for last in _STRICT_NUMBER.finditer(completion):  # noqa: B007
+    for last in _STRICT_NUMBER.finditer(response):  # noqa: B007
         pass
     if last is None:
         return None
@@ -94,10 +132,6 @@ def strict_number(completion: str) -> float | None:
     return -value if last["sign"] else value
 
 
-def _number_matches(label: str, answer: float) -> bool:
-    return math.isfinite(answer) and abs(float(label) - answer) <= TOLERANCE
-
-
 def _is_number(label: str) -> bool:
     try:
         return math.isfinite(float(label))
@@ -105,14 +139,10 @@ def _is_number(label: str) -> bool:
         return False
 
 
-# --- choices ----------------------------------------------------------------------------------------------------------------
+NUMBER = AnswerKind("number", r"-?\d+\.?\d*", True, False, strict_number, _is_number)
 
 
-def paper_letter(completion: str) -> str | None:
-    """The first of A to E anywhere, inside words too: the authors' rule. (Always "A" scores 24.8% on AQuA.)"""
-    found = re.search(r"A|B|C|D|E", completion)
-    return found[0] if found else None
-
+# --- letters ----------------------------------------------------------------------------------------------------------------
 
 _ANSWER_IS = re.compile(
     r"\b(?:answer|option|choice)\b\s*(?:choice|option)?\s*(?:is|would be|:|=)?\s*:?\s*[\"'*]*\(?([A-E])\b(?!')",
@@ -121,21 +151,52 @@ _ANSWER_IS = re.compile(
 _LONE_LETTER = re.compile(r"(?<![\w'])\(?([B-E]|A(?=[).:,*\"']|\s*$|\s*\n))(?![\w'])")
 
 
-def strict_letter(completion: str) -> str | None:
+def strict_letter(response: str) -> str | None:
     """The letter of the last "answer is X" (or "option X"), else the last letter that stands alone.
 
     A letter is a capital; "A" before a word is taken for the article, not for a choice.
     """
-    stated = [letter for letter in _ANSWER_IS.findall(completion) if letter.isupper()]
+    stated = [letter for letter in _ANSWER_IS.findall(response) if letter.isupper()]
     if stated:
         return str(stated[-1])
-    alone = _LONE_LETTER.findall(completion)
+    alone = _LONE_LETTER.findall(response)
     return str(alone[-1]) if alone else None
 
 
-NUMBER = AnswerKind({"paper": paper_number, "strict": strict_number}, _number_matches, _is_number)
-LETTERS = AnswerKind(
-    {"paper": paper_letter, "strict": strict_letter},
-    lambda label, answer: label == answer,
-    lambda label: label in ("A", "B", "C", "D", "E"),
-)
+# The authors' first match counts inside words too: the A of "Assume". Always "A" scores 24.8% on AQuA.
+LETTER = AnswerKind("letter", "A|B|C|D|E", False, False, strict_letter, lambda label: label in tuple("ABCDE"))
+
+
+# --- options ----------------------------------------------------------------------------------------------------------------
+
+
+def options(*labels: str) -> AnswerKind:
+    """Answers that are one of `labels`, for instance "solution1" and "solution2"."""
+    named = "|".join(re.sub(r"(\d)$", r"\\s?\1", label) for label in labels)  # "solution 1" is solution1
+    whole_word = re.compile(rf"(?<!\w)(?<!not )(?<!n't )({named})(?!\w)", re.IGNORECASE)
+    stated = re.compile(
+        rf"\banswer\b\s*(?:option\s*)?(?:is|would be|should be|:|=)\s*:?\s*[\"'*(`]*({named})(?!\w)"
+        rf"(?!\s*(?:/|or\b)\s*(?:{named}))",
+        re.IGNORECASE,
+    )
+
+    def strict(response: str) -> str | None:
+        found = stated.findall(response)
+        if found:
+            return _label(found[-1])
+        mentions = [_label(mention) for mention in whole_word.findall(response)]
+        if len(set(mentions)) == 1:
+            return mentions[0]
+        first = whole_word.match(response)
+        return _label(first[1]) if first and not re.match(r"\s*(?:/|or\b)", response[first.end() :]) else None
+
+    return AnswerKind("option", "|".join(labels), False, True, strict, lambda label: label in labels)
+
+
+def _label(mention: str) -> str:
+    return re.sub(r"\s", "", mention).lower()
+
+
+def numbered(word: str, count: int) -> AnswerKind:
+    """word1, word2, ... as options."""
+    return options(*(f"{word}{number}" for number in range(1, count + 1)))

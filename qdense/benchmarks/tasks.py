@@ -1,16 +1,23 @@
-"""The benchmarks, one readable definition each, with a sample problem.
+"""The benchmarks, one readable definition each, headed by a sample problem.
 
-A test file's `output` is an old model's answer and no gold; `answer` is. Files are those of LLM-Adapters at a fixed commit
-(`qdense.data.catalog`). Raise `version` whenever a change could change a score.
+A test file's `output` is an old model's answer (or empty, or the label in words) and no gold; `answer` is. Files are those
+of LLM-Adapters at a fixed commit (`qdense.data.catalog`). Raise `version` whenever a change could change a score.
+
+A model is asked in the prompt template that its adapter was trained with, a bare base in the task's own; it answers until
+EOS, until one of the template's headings, or until `max_new_tokens`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from qdense.benchmarks.scoring import LETTERS, NUMBER, AnswerKind
+from qdense.benchmarks.scoring import LETTER, NUMBER, AnswerKind, numbered, options
 from qdense.data.catalog import UpstreamFile
-from qdense.errors import EvaluationError, did_you_mean
+from qdense.data.sources import DataSet, load_test_set
+from qdense.errors import DataError, EvaluationError, did_you_mean
+from qdense.events import Emit, ignore
 
 
 @dataclass(frozen=True)
@@ -18,73 +25,284 @@ class Task:
     """A benchmark.
 
     Attributes:
-        name: as typed; upstream's spelling is accepted too, whatever its case.
+        name: as typed; upstream's spelling ("social_i_qa", "ARC-Easy") is accepted too, whatever its case.
+        sample: a problem as the model reads it (between the template's headings), and its label.
+        num_items: in the test set.
         file: the test file; None for the problems that qdense makes itself.
         answers: how an answer is read from a completion and compared with the label.
-        max_new_tokens: the longest completion, as the authors' code sets it (256 for arithmetic).
+        max_new_tokens: the longest completion, as the authors' code sets it: 256 for arithmetic, 32 for commonsense.
         source: where the problems come from.
+        template: the prompt template for a model that was not trained with one.
     """
 
     name: str
+    sample: tuple[str, str]
+    num_items: int
     file: UpstreamFile | None
     answers: AnswerKind
     max_new_tokens: int
     source: str
+    template: str = "alpaca"
     version: int = 1
 
+    @property
+    def upstream_name(self) -> str:
+        """The name of its folder upstream ("AQuA"), or its own."""
+        return self.file.path.split("/")[1] if self.file else self.name
 
-# Mr Boarden is remodeling his bathroom. For every square foot, he needs 24 mosaic tiles. How many mosaic tiles would
-# Mr Boarden need to cover two thirds of his 36 sq ft bathroom?                                             -> "576.0"
+
+# --- arithmetic: the paper's Table 2, then LLM-Adapters' other sets -------------------------------------------------------
+
 GSM8K = Task(
     name="gsm8k",
+    sample=(
+        "Mr Boarden is remodeling his bathroom. For every square foot, he needs 24 mosaic tiles. How many mosaic tiles would "
+        "Mr Boarden need to cover two thirds of his 36 sq ft bathroom?",
+        "576.0",
+    ),
+    num_items=1319,
     file=UpstreamFile("dataset/gsm8k/test.json", "57a7a08e10e12e975e1f972d2b8125c0d4c722b1"),
     answers=NUMBER,
     max_new_tokens=256,
-    source="Cobbe et al. 2021, arXiv:2110.14168, test split: 1,319 problems of several steps",
+    source="Cobbe et al. 2021, arXiv:2110.14168, test split: problems of several steps",
 )
 
-# Roberts has a property worth of $1023.65. But in a record his property worth is written as greatest positive even
-# integer less than or equal to his property worth and it is divisible by 100. Find the difference between actual property
-# and recorded property worth? Answer Choices: (A) 23.65 (B) 1000 (C) 35.62 (D) 2.65 (E) 1023.65              -> "A"
 AQUA = Task(
     name="aqua",
+    sample=(
+        "In a bag of coins, three of every five are silver. What percentage of the coins is not silver? "
+        "Answer Choices: (A) 20 (B) 30 (C) 40 (D) 50 (E) 60",
+        "C",
+    ),
+    num_items=254,
     file=UpstreamFile("dataset/AQuA/test.json", "731fbb456f7a93bb4121125de09c4adcf42e5dab"),
-    answers=LETTERS,
+    answers=LETTER,
     max_new_tokens=256,
-    source="Ling et al. 2017, arXiv:1705.04146, test split: 254 algebra problems with five choices",
+    source="Ling et al. 2017, arXiv:1705.04146, test split: algebra with five choices",
 )
 
-# There are 7 crayons in the drawer . Mary took 3 crayons out of the drawer . How many crayons are there now ?  -> "4"
 ADDSUB = Task(
     name="addsub",
+    sample=(
+        "There are 7 crayons in the drawer . Mary took 3 crayons out of the drawer . How many crayons are there now ?",
+        "4",
+    ),
+    num_items=395,
     file=UpstreamFile("dataset/AddSub/test.json", "f3996cdf4159b4e1e4b6768865a4db72105f4e2f"),
     answers=NUMBER,
     max_new_tokens=256,
-    source="Hosseini et al. 2014 (EMNLP): 395 problems of addition and subtraction, 126 with answers that are not whole",
+    source="Hosseini et al. 2014 (EMNLP): addition and subtraction, 126 answers that are not whole",
 )
 
-# Matthew gave equal numbers of crackers and cakes to his 4 friends. If he had 32 crackers and 98 cakes initially. How
-# many crackers did each person eat?                                                                          -> "8.0"
 SVAMP = Task(
     name="svamp",
+    sample=(
+        "Matthew gave equal numbers of crackers and cakes to his 4 friends. If he had 32 crackers and 98 cakes initially. "
+        "How many crackers did each person eat?",
+        "8.0",
+    ),
+    num_items=1000,
     file=UpstreamFile("dataset/SVAMP/test.json", "98b8f1872db596f8aaff2c95d1d698a9fa13b94f"),
     answers=NUMBER,
     max_new_tokens=256,
-    source="Patel et al. 2021, arXiv:2103.07191: 1,000 one-step problems, many with numbers that do not matter",
+    source="Patel et al. 2021, arXiv:2103.07191: one step, many with numbers that do not matter",
 )
 
-# Carla and Lena put their balloons together. Carla had 13 and Lena had 9. How many balloons do they have altogether? -> "22"
+MULTIARITH = Task(
+    name="multiarith",
+    sample=(
+        "A florist tied 6 bunches of 8 tulips each, then 3 of the tulips broke. How many tulips were still whole?",
+        "45.0",
+    ),
+    num_items=600,
+    file=UpstreamFile("dataset/MultiArith/test.json", "08e996c6cd8c633cc977f5c50709a8bbfc8fadff"),
+    answers=NUMBER,
+    max_new_tokens=256,
+    source="Roy and Roth 2015 (EMNLP): problems of two steps",
+)
+
+SINGLEEQ = Task(
+    name="singleeq",
+    sample=("Nina has 12 stickers. She buys some more and has 21. How many did she buy?", "9.0"),
+    num_items=508,
+    file=UpstreamFile("dataset/SingleEq/test.json", "cce7a868400323e30e2094a15d482c1aa743dbb0"),
+    answers=NUMBER,
+    max_new_tokens=256,
+    source="Koncel-Kedziorski et al. 2015 (TACL): problems of one equation",
+)
+
+MAWPS = Task(
+    name="mawps",
+    sample=(
+        "A red ribbon was 3 feet long and a blue ribbon was 1.5 feet long . How much longer was the red ribbon ?",
+        "1.5",
+    ),
+    num_items=238,
+    file=UpstreamFile("dataset/mawps/test.json", "eca473c5b5d398acbae0b84ede833bbbccd63add"),
+    answers=NUMBER,
+    max_new_tokens=256,
+    source="Koncel-Kedziorski et al. 2016 (NAACL), test split: one to several steps",
+)
+
+MATHQA = Task(
+    name="mathqa",
+    sample=(
+        "a train runs 60 km in 40 minutes . what is its speed in km per hour ? "
+        "Answer Choices: (A) 75 (B) 80 (C) 85 (D) 90 (E) 95",
+        "D",
+    ),
+    num_items=2985,
+    file=UpstreamFile("dataset/mathqa/test.json", "4395ded7d91bd4fb1192ba3981f6ef00ccc88570"),
+    answers=LETTER,
+    max_new_tokens=256,
+    source="Amini et al. 2019, arXiv:1905.13319, test split: five choices",
+)
+
+# --- commonsense: the paper's Table 1, in its order -----------------------------------------------------------------------
+
+BOOLQ = Task(
+    name="boolq",
+    sample=(
+        "Please answer the following question with true or false, question: is a tomato a fruit in botany?\n\n"
+        "Answer format: true/false",
+        "true",
+    ),
+    num_items=3270,
+    file=UpstreamFile("dataset/boolq/test.json", "6d7edb0a8e8a6566b546ccf0d98d24e48db3fdf3"),
+    answers=options("true", "false"),
+    max_new_tokens=32,
+    source="Clark et al. 2019, arXiv:1905.10044, validation split; without the passage",
+)
+
+PIQA = Task(
+    name="piqa",
+    sample=(
+        "Please choose the correct solution to the question: How do I keep a door from slamming?\n\n"
+        "Solution1: Put a wedge under it.\n\nSolution2: Put a wedge on the wall.\n\nAnswer format: solution1/solution2",
+        "solution1",
+    ),
+    num_items=1838,
+    file=UpstreamFile("dataset/piqa/test.json", "f7a1c260692ef31796d4763cb6334f316a754fed"),
+    answers=numbered("solution", 2),
+    max_new_tokens=32,
+    source="Bisk et al. 2019, arXiv:1911.11641, validation split",
+)
+
+SIQA = Task(
+    name="siqa",
+    sample=(
+        "Please choose the correct answer to the question: Robin lent Kim an umbrella because it rained. How would Kim feel?"
+        "\n\nAnswer1: thankful Answer2: hungry Answer3: jealous\n\nAnswer format: answer1/answer2/answer3",
+        "answer1",
+    ),
+    num_items=1954,
+    file=UpstreamFile("dataset/social_i_qa/test.json", "eadf221799ca394367b144c0f86ee0436db409d2"),
+    # The authors look for answer1 to answer5 in this set and in ARC and OpenBookQA alike.
+    answers=numbered("answer", 5),
+    max_new_tokens=32,
+    source="Sap et al. 2019, arXiv:1904.09728, validation split",
+)
+
+HELLASWAG = Task(
+    name="hellaswag",
+    sample=(
+        "Please choose the correct ending to complete the given sentence: Baking: A cook cracks two eggs into a bowl. she\n\n"
+        "Ending1: beats them with a fork. Ending2: paints the bowl red. Ending3: throws the oven away. "
+        "Ending4: rides a horse.\n\nAnswer format: ending1/ending2/ending3/ending4",
+        "ending1",
+    ),
+    num_items=10042,
+    file=UpstreamFile("dataset/hellaswag/test.json", "183c4920415f83ba4b793c4873a33e7e10bd1be5"),
+    answers=numbered("ending", 4),
+    max_new_tokens=32,
+    source="Zellers et al. 2019, arXiv:1905.07830, validation split",
+)
+
+WINOGRANDE = Task(
+    name="winogrande",
+    sample=(
+        "Please choose the correct answer to fill in the blank to complete the given sentence: The cup did not fit in the box "
+        "because the _ was too small.\n\nOption1: cup Option2: box Answer format: option1/option2",
+        "option2",
+    ),
+    num_items=1267,
+    file=UpstreamFile("dataset/winogrande/test.json", "21257263593dd4d00546e1918c88ca0f357b08ad"),
+    answers=numbered("option", 2),
+    max_new_tokens=32,
+    source="Sakaguchi et al. 2019, arXiv:1907.10641, validation split",
+)
+
+ARC_E = Task(
+    name="arc-e",
+    sample=(
+        "Please choose the correct answer to the question: Which of these keeps a house warm?\n\nAnswer1: a window "
+        "Answer2: insulation Answer3: a fan Answer4: a fence\n\nAnswer format: answer1/answer2/answer3/answer4",
+        "answer2",
+    ),
+    num_items=2376,
+    file=UpstreamFile("dataset/ARC-Easy/test.json", "6c0d30aaedaeca148df6bcd7aaacf7c31e6ad70f"),
+    answers=numbered("answer", 5),
+    max_new_tokens=32,
+    source="Clark et al. 2018, arXiv:1803.05457, easy test split",
+)
+
+ARC_C = Task(
+    name="arc-c",
+    sample=(
+        "Please choose the correct answer to the question: What would make the days on a planet shorter?\n\nAnswer1: a faster "
+        "rotation. Answer2: a longer year. Answer3: a stronger gravity. Answer4: a larger moon.\n\n"
+        "Answer format: answer1/answer2/answer3/answer4",
+        "answer1",
+    ),
+    num_items=1172,
+    file=UpstreamFile("dataset/ARC-Challenge/test.json", "9540685439144200b5a7e48dab9ca4655be2af09"),
+    answers=numbered("answer", 5),
+    max_new_tokens=32,
+    source="Clark et al. 2018, arXiv:1803.05457, challenge test split",
+)
+
+OBQA = Task(
+    name="obqa",
+    sample=(
+        "Please choose the correct answer to the question: A plant leans towards\n\nAnswer1: noise Answer2: wind "
+        "Answer3: light Answer4: dust\n\nAnswer format: answer1/answer2/answer3/answer4",
+        "answer3",
+    ),
+    num_items=500,
+    file=UpstreamFile("dataset/openbookqa/test.json", "a6e69676104bcb77237388c3b5a3f0dcbb81d1e2"),
+    answers=numbered("answer", 5),
+    max_new_tokens=32,
+    source="Mihaylov et al. 2018, arXiv:1809.02789, test split",
+)
+
+# --- qdense's own -----------------------------------------------------------------------------------------------------------
+
 WORDPROBLEMS = Task(
     name="wordproblems",
+    sample=(
+        "Carla and Lena put their balloons together. Carla had 13 and Lena had 9. How many balloons do they have altogether?",
+        "22",
+    ),
+    num_items=200,
     file=None,
     answers=NUMBER,
     max_new_tokens=48,
-    source="qdense/data/wordproblems.py: 200 made problems of one addition or subtraction",
+    source="qdense/data/wordproblems.py: made problems of one addition or subtraction",
 )
 
-TASKS: dict[str, Task] = {task.name: task for task in (GSM8K, AQUA, ADDSUB, SVAMP, WORDPROBLEMS)}
-# The paper's arithmetic benchmarks, in its order (Table 2).
-GROUPS: dict[str, tuple[str, ...]] = {"math": ("gsm8k", "aqua", "addsub", "svamp")}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        *(GSM8K, AQUA, ADDSUB, SVAMP, MULTIARITH, SINGLEEQ, MAWPS, MATHQA),
+        *(BOOLQ, PIQA, SIQA, HELLASWAG, WINOGRANDE, ARC_E, ARC_C, OBQA),
+        WORDPROBLEMS,
+    )
+}
+GROUPS: dict[str, tuple[str, ...]] = {
+    "math": ("gsm8k", "aqua", "addsub", "svamp"),  # the paper's Table 2
+    "commonsense": ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc-e", "arc-c", "obqa"),  # its Table 1
+    "all": tuple(name for name, task in TASKS.items() if task.file is not None),
+}
 
 
 def tasks_named(text: str) -> list[Task]:
@@ -92,16 +310,50 @@ def tasks_named(text: str) -> list[Task]:
 
     Raises EvaluationError naming every unknown one.
     """
+    by_name = {task.upstream_name.lower(): task for task in TASKS.values()} | TASKS
     found: dict[str, Task] = {}
     unknown = []
     for name in (part.strip().lower() for part in text.split(",") if part.strip()):
         members = GROUPS.get(name, (name,))
-        if members[0] not in TASKS:
+        if members[0] not in by_name:
             unknown.append(f'"{name}"{did_you_mean(name, [*TASKS, *GROUPS])}')
             continue
-        found.update({member: TASKS[member] for member in members})
+        found.update({by_name[member].name: by_name[member] for member in members})
     if unknown:
         raise EvaluationError("unknown task " + "\n  and ".join(unknown))
     if not found:
         raise EvaluationError(f"no task named; known: {', '.join([*TASKS, *GROUPS])}")
     return list(found.values())
+
+
+def task_named(name: str) -> Task:
+    """The one task of this name. Raises EvaluationError, also for a group."""
+    tasks = tasks_named(name)
+    if len(tasks) > 1:
+        raise EvaluationError(f'"{name}" stands for {len(tasks)} tasks; name one of {", ".join(t.name for t in tasks)}')
+    return tasks[0]
+
+
+def load_items(task: Task, data_dir: Path | None, emit: Emit = ignore) -> DataSet:
+    """The task's test set, every label checked. Raises DataError."""
+    data = load_test_set(task.file, data_dir, emit)
+    for number, row in enumerate(data.rows):
+        if not task.answers.is_label(row.answer):
+            raise DataError(f'{data.origin}, row {number}: "{row.answer}" cannot be an answer of {task.name}')
+    return data
+
+
+def describe(task: Task) -> dict[str, Any]:
+    """A task as plain data, for `qdense tasks --json`."""
+    return {
+        "name": task.name,
+        "upstream_name": task.upstream_name,
+        "version": task.version,
+        "num_items": task.num_items,
+        "sample": {"instruction": task.sample[0], "answer": task.sample[1]},
+        "file": task.file.path if task.file else None,
+        "answers": task.answers.name,
+        "paper_pattern": task.answers.pattern,
+        "max_new_tokens": task.max_new_tokens,
+        "source": task.source,
+    }

@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qdense import __version__
@@ -23,6 +25,8 @@ examples:
   qdense train recipes/math10k.toml --set adapter.r=64 --set model.name=/models/llama3 --resume
   qdense evaluate gsm8k,aqua,addsub,svamp --adapter runs/math10k
   qdense evaluate math --model llama3-8b --limit 100 --decoding greedy --json
+  qdense evaluate commonsense --endpoint http://localhost:8000/v1 --model NAME
+  qdense score gsm8k completions.jsonl
   qdense params llama3-8b --r 32
 """
 
@@ -96,29 +100,50 @@ def _parser() -> argparse.ArgumentParser:
         description="Score an adapter, or a bare base, on benchmarks. Without --adapter and --model: the newest finished run.",
     )
     evaluate.add_argument(
-        "tasks", metavar="TASKS", help="comma-separated: gsm8k, aqua, addsub, svamp, math (these four), ..."
+        "tasks",
+        metavar="TASKS",
+        help="comma-separated tasks and groups: gsm8k, math, commonsense, ... (`qdense tasks`)",
     )
-    evaluate.add_argument("--adapter", metavar="RUN", type=Path, help="a run's folder, or an adapter in PEFT's format")
-    evaluate.add_argument(
+    what = evaluate.add_argument_group("what is scored")
+    what.add_argument("--adapter", metavar="RUN", type=Path, help="a run's folder, or an adapter in PEFT's format")
+    what.add_argument(
         "--model", metavar="NAME", help="the base, if not the one the adapter recorded; alone, it is scored bare"
     )
-    evaluate.add_argument(
+    what.add_argument(
         "--quantization", choices=("nf4", "int8", "none"), help="how to load the base (as the adapter's; nf4)"
     )
-    evaluate.add_argument(
+    what.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="what the base computes in (as the adapter's; bfloat16)"
     )
-    evaluate.add_argument(
-        "--with-base", action="store_true", help="score the adapter's base too, with the same decoding"
+    what.add_argument("--with-base", action="store_true", help="score the adapter's base too, with the same decoding")
+    what.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="ask --model at an OpenAI-compatible server instead, zero-shot chain of thought; key: OPENAI_API_KEY",
     )
-    evaluate.add_argument(
-        "--decoding", choices=("beam4", "greedy"), default="beam4", help="beam4 is the authors' (default)"
+    what.add_argument(
+        "--concurrency", type=_positive, metavar="N", help="requests to the server at a time (default: 8)"
     )
-    evaluate.add_argument("--limit", type=_positive, metavar="N", help="only the first N items of each task")
-    evaluate.add_argument(
-        "--max-new-tokens", type=_positive, metavar="N", help="longest completion (default: the task's)"
+    what.add_argument("--limit", type=_positive, metavar="N", help="only the first N items of each task")
+    what.add_argument("--clean", action="store_true", help="score also without the items that the training set holds")
+    what.add_argument(
+        "--trained-on", metavar="TRAIN", help="that training set, if not the run's: a known name or a file"
     )
-    evaluate.add_argument("--batch-size", type=_positive, metavar="N", help="prompts at a time")
+    how = evaluate.add_argument_group("how completions are made")
+    how.add_argument(
+        "--decoding",
+        choices=("beam4", "greedy", "sample"),
+        help="beam4 is the authors' (default; of an endpoint: greedy)",
+    )
+    how.add_argument("--samples", type=_positive, metavar="K", help="sample: completions of each item (default: 8)")
+    how.add_argument("--temperature", type=_temperature, metavar="T", help="sample: default 0.7")
+    how.add_argument(
+        "--top-p", type=_share, metavar="P", help="sample: from the tokens that hold this share (default: 1)"
+    )
+    how.add_argument("--seed", type=int, metavar="N", help="sample: default 0")
+    how.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest completion (default: the task's)")
+    how.add_argument("--template", metavar="NAME", help="prompt template, if not the adapter's: alpaca, llm-adapters")
+    how.add_argument("--batch-size", type=_positive, metavar="N", help="sequences (with beams: items) at a time")
     _add_data_dir(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else, on stdout")
     evaluate.add_argument("--quiet", action="store_true", help="show warnings and errors only")
@@ -181,6 +206,24 @@ def _positive(text: str) -> int:
     return number
 
 
+def _temperature(text: str) -> float:
+    return _number(text, lambda number: 0 < number <= 100, "a temperature: above 0 (for 0, --decoding greedy)")
+
+
+def _share(text: str) -> float:
+    return _number(text, lambda number: 0 < number <= 1, "a share: above 0, at most 1")
+
+
+def _number(text: str, is_good: Callable[[float], bool], wanted: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not is_good(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return number
+
+
 # --- commands ---------------------------------------------------------------------------------------------------------------
 
 
@@ -206,8 +249,12 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from qdense.benchmarks.tasks import tasks_named
+    from qdense.data.templates import template_named
 
     tasks = tasks_named(arguments.tasks)
+    if arguments.template is not None:
+        template_named(arguments.template)
+    _refuse_contradictions(arguments)
 
     from qdense.ui import EvaluationDisplay, make_console
 
@@ -215,16 +262,23 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     with EvaluationDisplay(console, quiet=arguments.quiet) as show:
         show.status = "loading libraries"
         _quiet_libraries()
+        from qdense.benchmarks.endpoint import Endpoint
         from qdense.benchmarks.evaluate import EvaluationRequest, evaluate, newest_run
         from qdense.benchmarks.generation import DECODINGS
         from qdense.events import Notice
 
-        adapter = arguments.adapter
-        if adapter is None and arguments.model is None:
+        adapter, endpoint = arguments.adapter, None
+        if arguments.endpoint is not None:
+            endpoint = Endpoint(arguments.endpoint, arguments.model, arguments.concurrency or Endpoint.concurrency)
+        elif adapter is None and arguments.model is None:
             adapter = newest_run(Path("runs"))
             show(Notice(f"scoring the newest finished run, {adapter}"))
-        if adapter is None and arguments.with_base:
-            raise QDenseError("--with-base compares an adapter with its base; name the adapter by --adapter")
+        sampling = {
+            "num_samples": arguments.samples,
+            "temperature": arguments.temperature,
+            "top_p": arguments.top_p,
+            "seed": arguments.seed,
+        }
         asked = {"name": arguments.model, "quantization": arguments.quantization, "dtype": arguments.dtype}
         summary = evaluate(
             EvaluationRequest(
@@ -232,16 +286,48 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                 adapter=adapter,
                 model={key: value for key, value in asked.items() if value is not None},
                 with_base=arguments.with_base,
-                decoding=DECODINGS[arguments.decoding],
+                decoding=replace(
+                    DECODINGS[arguments.decoding or ("greedy" if endpoint else "beam4")],
+                    **{key: value for key, value in sampling.items() if value is not None},
+                ),
                 limit=arguments.limit,
                 max_new_tokens=arguments.max_new_tokens,
                 batch_size=arguments.batch_size,
                 data_dir=arguments.data_dir,
+                template=arguments.template,
+                clean=arguments.clean,
+                trained_on=arguments.trained_on,
+                endpoint=endpoint,
             ),
             emit=show,
         )
     if arguments.json:
         print(json.dumps(summary, indent=2))
+
+
+def _refuse_contradictions(arguments: argparse.Namespace) -> None:
+    """Options of `evaluate` that would be ignored silently."""
+
+    def given(*names: str) -> list[str]:
+        return [f"--{name}" for name in names if getattr(arguments, name.replace("-", "_")) not in (None, False)]
+
+    if arguments.with_base and arguments.adapter is None and arguments.model is not None:
+        raise QDenseError("--with-base compares an adapter with its base; name the adapter by --adapter")
+    if arguments.decoding != "sample" and (unused := given("samples", "temperature", "top-p", "seed")):
+        raise QDenseError(
+            f"{', '.join(unused)}: only with --decoding sample; {arguments.decoding or 'the default'} draws nothing"
+        )
+    if arguments.trained_on is not None and not arguments.clean:
+        raise QDenseError("--trained-on: names the training set for --clean; add --clean")
+    if arguments.endpoint is None:
+        if arguments.concurrency is not None:
+            raise QDenseError("--concurrency: counts requests to a server; name one by --endpoint URL")
+        return
+    if arguments.model is None:
+        raise QDenseError("--endpoint: name the server's model by --model NAME")
+    local = ("adapter", "with-base", "quantization", "dtype", "template", "batch-size")
+    if unused := given(*local):
+        raise QDenseError(f"{', '.join(unused)}: means nothing to a model behind --endpoint; leave it out")
 
 
 def _score(arguments: argparse.Namespace) -> None:

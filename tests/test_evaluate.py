@@ -1,10 +1,11 @@
 """Evaluation on a tiny LLaMA: what it writes, that a killed one goes on, whose adapter it accepts."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_training import recipe_for
@@ -12,8 +13,8 @@ from test_training import run as train_run
 
 from qdense.benchmarks import evaluate as evaluate_module
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate, newest_run
-from qdense.benchmarks.generation import DECODINGS, generate, plan_batches
-from qdense.benchmarks.tasks import TASKS
+from qdense.benchmarks.generation import DECODINGS, generate
+from qdense.benchmarks.tasks import TASKS, load_items
 from qdense.errors import AdapterError, EvaluationError, QDenseError
 from qdense.events import EvaluationProgress, Notice
 from qdense.modeling.adapter import AdapterCard, attach_adapter, load_adapter, save_adapter, trainable_parameters
@@ -65,13 +66,19 @@ def test_summary_and_completions(finished_run, tmp_path, monkeypatch):
     assert str(finished_run / "eval") in summary["folder"]
     assert "runs/base-tiny/eval" in summary["base"]["folder"]
     written = files(summary)
-    assert set(written) == {"settings.json", "summary.json", "wordproblems.jsonl"}
+    assert set(written) == {"items.json", "settings.json", "summary.json", "wordproblems.jsonl"}
     lines = [json.loads(line) for line in written["wordproblems.jsonl"].splitlines()]
     assert sorted(line["index"] for line in lines) == list(range(10))
     assert all(line["num_tokens"] <= 5 and line["finish"] in ("eos", "length") for line in lines)
-    assert task["num_truncated"] == sum(line["finish"] == "length" for line in lines)
-    columns = [event.column for event in events if isinstance(event, EvaluationProgress)]
-    assert columns == ["base"] * 4 + ["adapter"] * 4
+    assert task["num_truncated"] == task["finish"]["length"] == sum(line["finish"] == "length" for line in lines)
+    items = json.loads(written["items.json"])["wordproblems"]
+    assert items["index"] == list(range(10))
+    assert sum(items["strict"]) == task["strict"]["num_correct"]
+    for key in ("held_in", "dtype", "batch_sizes", "device", "versions", "template", "stop", "git_hash"):
+        assert summary[key], key
+    progress = [event for event in events if isinstance(event, EvaluationProgress)]
+    assert [event.num_done for event in progress if event.column == "adapter"] == list(range(11))
+    assert [event.column for event in progress] == ["base"] * 11 + ["adapter"] * 11
 
 
 def test_a_bare_base_equals_the_base_under_an_adapter(finished_run, tiny_model, tmp_path, monkeypatch):
@@ -85,50 +92,56 @@ def test_a_bare_base_equals_the_base_under_an_adapter(finished_run, tiny_model, 
     assert bare["folder"] == under["folder"]
 
 
-@pytest.mark.parametrize("decoding", ["greedy", "beam4"])
-def test_a_killed_evaluation_goes_on_and_ends_the_same(finished_run, monkeypatch, decoding):
-    import shutil
+def lines_of(summary):
+    """Completions by item, whatever order they came in."""
+    lines = [json.loads(line) for line in files(summary)["wordproblems.jsonl"].split("\n")[:-1]]
+    return {(line["index"], line["sample"]): line for line in lines}
 
-    request = request_for(finished_run, decoding=DECODINGS[decoding])
-    shutil.rmtree(finished_run / "eval", ignore_errors=True)
-    whole = files(evaluate(request, ignore))
-    shutil.rmtree(finished_run / "eval")
 
-    calls = []
+@pytest.mark.parametrize("decoding", ["greedy", "beam4", "sample"])
+def test_a_killed_evaluation_goes_on_and_generates_nothing_twice(tiny_model, tmp_path, monkeypatch, decoding):
+    monkeypatch.chdir(tmp_path)
+    model = {"name": str(tiny_model), "quantization": "none", "dtype": "float32"}
+    request = request_for(
+        None, model=model, decoding=replace(DECODINGS[decoding], num_samples=1 + (decoding == "sample"))
+    )
+    summary = evaluate(request, ignore)
+    whole, results = lines_of(summary), summary["tasks"]
+    shutil.rmtree(tmp_path / "runs")
+    asked = []
 
-    def dying(*args, **kwargs):
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return generate(*args, **kwargs)
+    def dying(base, model, prompts, *args, **kwargs):
+        asked.append([(prompt.index, prompt.sample) for prompt in prompts])
+        for number, completion in enumerate(generate(base, model, prompts, *args, **kwargs)):
+            if number == 6 and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield completion
 
     monkeypatch.setattr(evaluate_module, "generate", dying)
     with pytest.raises(KeyboardInterrupt):
         evaluate(request, ignore)
-    path = next((finished_run / "eval").glob("*/wordproblems.jsonl"))
-    assert len(path.read_text().splitlines()) == 8
+    path = next((tmp_path / "runs").glob("*/eval/*/wordproblems.jsonl"))
+    on_file = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(on_file) == 6
     with path.open("a") as stream:
         stream.write('{"index": 9, "compl')  # cut short by the kill
-    calls.clear()
-    calls.append(1)  # one more batch is all that may be generated
-    monkeypatch.setattr(evaluate_module, "generate", lambda *a, **k: (calls.append(1), generate(*a, **k))[1])
-    resumed = files(evaluate(request, ignore))
-    assert len(calls) == 2
-    assert resumed == whole
+    resumed = evaluate(request, ignore)
+    assert set(asked[1]) == set(whole) - {(line["index"], line["sample"]) for line in on_file}
+    assert lines_of(resumed) == whole
+    assert resumed["tasks"] == results
+    assert lines_of(evaluate(request, ignore)) == whole
+    assert len(asked) == 2  # nothing was left to ask
 
 
 def test_any_character_in_a_completion_survives_a_resume(finished_run, monkeypatch):
-    import shutil
-    from dataclasses import replace
-
     shutil.rmtree(finished_run / "eval", ignore_errors=True)
 
     def odd(*args, **kwargs):
         return [replace(completion, completion="a\u2028b\u0085c\n7") for completion in generate(*args, **kwargs)]
 
     monkeypatch.setattr(evaluate_module, "generate", odd)
-    first = files(evaluate(request_for(finished_run), ignore))
-    assert files(evaluate(request_for(finished_run), ignore)) == first
+    first = lines_of(evaluate(request_for(finished_run), ignore))
+    assert lines_of(evaluate(request_for(finished_run), ignore)) == first
     shutil.rmtree(finished_run / "eval")
 
 
@@ -144,7 +157,7 @@ def test_a_corrupted_completion_file_is_named(finished_run):
     folder = evaluate(request_for(finished_run, limit=3), ignore)["folder"]
     with open(f"{folder}/wordproblems.jsonl", "a") as stream:
         stream.write("oops\n")
-    with pytest.raises(EvaluationError, match="line 4: not a completion"):
+    with pytest.raises(EvaluationError, match="line 4: not a completion of ours"):
         evaluate(request_for(finished_run, limit=3), ignore)
 
 
@@ -154,8 +167,6 @@ def test_an_adapter_of_another_base_is_refused(finished_run, other_tiny_model):
 
 
 def test_the_same_base_elsewhere_is_accepted(finished_run, tiny_model, tmp_path):
-    import shutil
-
     shutil.copytree(tiny_model, tmp_path / "moved")
     summary = evaluate(request_for(finished_run, model={"name": str(tmp_path / "moved")}), ignore)
     assert summary["tasks"]["wordproblems"]["num_scored"] == 10
@@ -195,8 +206,6 @@ def test_an_adapter_is_loaded_in_the_dtype_it_was_saved_in(tiny_model, tmp_path,
 
 
 def test_adapters_that_cannot_be_read(finished_run, tmp_path):
-    import shutil
-
     with pytest.raises(AdapterError, match="no such run or adapter"):
         evaluate(request_for(tmp_path / "none"), ignore)
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
@@ -221,7 +230,6 @@ def test_adapters_that_cannot_be_read(finished_run, tmp_path):
 
 def test_the_newest_finished_run(finished_run, tmp_path):
     import os
-    import shutil
 
     with pytest.raises(AdapterError, match="no finished run"):
         newest_run(tmp_path)
@@ -240,17 +248,49 @@ def test_labels_that_are_no_answers_are_named(tmp_path):
         evaluate(request_for(None, tasks=[TASKS["aqua"]], data_dir=tmp_path), ignore)
 
 
-@pytest.mark.parametrize("decoding", ["greedy", "beam4"])
-def test_batched_and_single_decoding_give_the_same_tokens(tmp_path, decoding):
-    base = load_base(
-        ModelRecipe(name=str(make_tiny_model(tmp_path / "m")), quantization="none", dtype="float32", device="cpu")
-    )
-    torch.manual_seed(0)
-    prompts = [(i, torch.randint(0, 256, (length,)).tolist()) for i, length in enumerate((3, 17, 40, 8))]
-    together = generate(base, base.model, prompts, DECODINGS[decoding], 12)
-    alone = [generate(base, base.model, [prompt], DECODINGS[decoding], 12)[0] for prompt in prompts]
-    assert together == alone
+def test_clean_items_are_scored_by_themselves(finished_run, tmp_path):
+    """The run was trained on wordproblems, whose test set shares no sentence with it; of this file, two rows do."""
+    rows = load_items(TASKS["wordproblems"], None).rows
+    leaky = [{"instruction": rows[i].instruction.upper() + "\n ", "output": "x"} for i in (3, 7)]
+    (tmp_path / "leaky.json").write_text(json.dumps(leaky))
+    summary = evaluate(request_for(finished_run, clean=True, trained_on=str(tmp_path / "leaky.json")), ignore)
+    items = json.loads(files(summary)["items.json"])["wordproblems"]
+    clean = summary["tasks"]["wordproblems"]["clean"]
+    assert clean["num_items"] == 8
+    assert clean["paper"]["num_correct"] == sum(items["paper"][i] for i in range(10) if i not in (3, 7))
+    own = evaluate(request_for(finished_run, clean=True), ignore)["tasks"]["wordproblems"]["clean"]
+    assert own["num_items"] == 10
 
 
-def test_batches_are_of_nearly_equal_length_longest_first():
-    assert plan_batches([3, 9, 5, 9, 1], 2) == [[1, 3], [2, 0], [4]]
+def test_clean_needs_to_know_what_the_model_was_trained_on(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EvaluationError, match="name the training set by --trained-on"):
+        evaluate(request_for(None, model={"name": str(tiny_model)}, clean=True), ignore)
+
+
+def test_out_of_memory_halves_the_batch_and_loses_nothing(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = {"name": str(tiny_model), "quantization": "none", "dtype": "float32"}
+    whole = lines_of(evaluate(request_for(None, model=model), ignore))
+    shutil.rmtree(tmp_path / "runs")
+    from qdense.benchmarks import generation
+
+    forward = generation._Batch.forward
+    refused = []
+
+    def small(self, model, tokens):
+        if len(tokens) > 2:
+            refused.append(len(tokens))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, model, tokens)
+
+    monkeypatch.setattr(generation._Batch, "forward", small)
+    events = []
+    summary = evaluate(request_for(None, model=model, batch_size=8), events.append)
+    assert lines_of(summary) == whole
+    assert refused == [8, 4]
+    assert summary["batch_sizes"] == [8, 4, 2]
+    assert [e.text for e in events if isinstance(e, Notice) and e.level == "warning"] == [
+        "out of memory: going on with 4 at a time; nothing finished is lost",
+        "out of memory: going on with 2 at a time; nothing finished is lost",
+    ]

@@ -1,8 +1,13 @@
-"""Score a base model, an adapter, or both with the same decoding; keep every completion; go on where a killed run was.
+"""Score a base model, an adapter, both, or a model behind an endpoint; keep every completion; go on where a killed run was.
 
 Results lie beside what they are about: RUN/eval/<digest>/ for an adapter, runs/base-<model>/eval/<digest>/ for a bare base,
-with <task>.jsonl (a line for each item), settings.json and summary.json. The digest covers all that could change a
-completion (decoding, template, dtype, quantization, base, adapter, data, batch plan), so results never mix.
+runs/endpoint-<model>/eval/<digest>/ for an endpoint's model. In each:
+
+    settings.json    all that could change a completion (decoding, template, dtype, base, adapter, data, versions, ...); the
+                     digest is of these, so results never mix
+    <task>.jsonl     every completion, a line each
+    items.json       which items are right by which rule: what `qdense compare` pairs runs by
+    summary.json     accuracies with their intervals; written last
 """
 
 from __future__ import annotations
@@ -11,26 +16,29 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from qdense.benchmarks.generation import DECODINGS, Decoding, batches_left, generate, plan_batches
-from qdense.benchmarks.results import average, score_task
+from qdense.benchmarks.endpoint import Endpoint, EndpointModel
+from qdense.benchmarks.generation import DECODINGS, Completion, Decoding, Prompt, generate
+from qdense.benchmarks.results import average, parse_completion, score_task
 from qdense.benchmarks.scoring import RULES
 from qdense.benchmarks.tasks import Task, load_items
 from qdense.cache import require_free_space, write_atomically
-from qdense.data.sources import DataSet
-from qdense.data.templates import template_named
+from qdense.data.contamination import clean_indices
+from qdense.data.rows import Row
+from qdense.data.sources import DataSet, load_named_or_file, load_training_set
+from qdense.data.templates import Template, template_named
 from qdense.errors import AdapterError, EvaluationError
 from qdense.events import Emit, EvaluationDone, EvaluationProgress, EvaluationStarted, Notice
 from qdense.modeling.adapter import AdapterCard, find_adapter, load_adapter, read_card
 from qdense.modeling.base import BaseModel, load_base
-from qdense.provenance import package_versions
-from qdense.recipe import ModelRecipe, recipe_from_tables
+from qdense.provenance import git_hash, package_versions
+from qdense.recipe import ModelRecipe, load_recipe, recipe_from_tables
 
 
 @dataclass(frozen=True)
@@ -38,13 +46,17 @@ class EvaluationRequest:
     """What `qdense evaluate` is asked for.
 
     Attributes:
-        adapter: a run or an adapter's folder; None scores the bare base.
+        adapter: a run or an adapter's folder; None scores the bare base, or the endpoint's model.
         model: `name`, `quantization` and `dtype` of the base, where they are not to be what the adapter recorded; for a bare
             base, at least its name.
         with_base: score the base too, before the adapter.
         limit: the first N items of each task; None is all.
         max_new_tokens: None is each task's own limit.
-        batch_size: prompts at a time; None is the decoding's own.
+        batch_size: sequences (with beams: items) at a time; None is the decoding's own.
+        template: None is the adapter's, and for a bare base each task's own.
+        clean: score the items that the training set does not hold by themselves as well.
+        trained_on: that training set, a known name or a file; None is the run's own.
+        endpoint: the model to ask instead of one that is loaded here.
     """
 
     tasks: Sequence[Task]
@@ -56,6 +68,30 @@ class EvaluationRequest:
     max_new_tokens: int | None = None
     batch_size: int | None = None
     data_dir: Path | None = None
+    template: str | None = None
+    clean: bool = False
+    trained_on: str | None = None
+    endpoint: Endpoint | None = None
+
+
+class Respondent(Protocol):
+    """What completes prompts: a model that is loaded here, or one behind an endpoint.
+
+    Attributes:
+        column: what a table calls it: "base", "adapter" or the endpoint's model.
+        owner: the folder that its results lie in.
+        settings: all about it that could change a completion, and that makes its folder's digest.
+        notes: what else a summary tells: where the adapter lies, batch sizes, the server's own name of its model.
+    """
+
+    column: str
+    owner: Path
+    settings: dict[str, Any]
+    notes: dict[str, Any]
+
+    def complete(self, task: Task, rows: Sequence[Row], wanted: Sequence[tuple[int, int]]) -> Iterator[Completion]:
+        """The completions of the (index, sample) pairs, in any order."""
+        ...
 
 
 def newest_run(runs_dir: Path) -> Path:
@@ -70,7 +106,7 @@ def newest_run(runs_dir: Path) -> Path:
 
 
 def evaluate(request: EvaluationRequest, emit: Emit) -> dict[str, Any]:
-    """Run the evaluation; returns the summary of the adapter (or of the base, where it alone is scored).
+    """Run the evaluation; returns the summary of the adapter (or of the base or endpoint, where it alone is scored).
 
     With `with_base`, the base's summary is its "base".
 
@@ -79,6 +115,45 @@ def evaluate(request: EvaluationRequest, emit: Emit) -> dict[str, Any]:
     """
     data = {task.name: load_items(task, request.data_dir, emit) for task in request.tasks}
     folder = find_adapter(request.adapter) if request.adapter is not None else None
+    clean = _clean_items(request, folder, data, emit) if request.clean else None
+    respondents: list[Respondent]
+    facts: tuple[tuple[str, str], ...]
+    if request.endpoint is not None:
+        endpoint_model = EndpointModel(request.endpoint, request.decoding, request.max_new_tokens)
+        respondents = [endpoint_model]
+        title, facts = f"{request.endpoint.model} at {endpoint_model.settings['endpoint']}", endpoint_model.facts
+    else:
+        respondents, title, facts = _load_models(request, folder, emit)
+    emit(EvaluationStarted(title, facts, tuple(data), tuple(respondent.column for respondent in respondents)))
+    summaries = [_evaluate_one(request, respondent, data, clean, emit) for respondent in respondents]
+    summary = dict(summaries[-1])
+    if len(summaries) > 1:
+        summary["base"] = summaries[0]
+    emit(EvaluationDone(summary))
+    return summary
+
+
+def _clean_items(
+    request: EvaluationRequest, folder: Path | None, data: dict[str, DataSet], emit: Emit
+) -> dict[str, list[int]]:
+    """Of each task, the items that the training set does not hold."""
+    recipe_file = folder.parent / "recipe.toml" if folder is not None else None
+    if request.trained_on is not None:
+        training = load_named_or_file(request.trained_on, request.data_dir, emit)
+    elif recipe_file is not None and recipe_file.is_file():
+        training = load_training_set(load_recipe(recipe_file).data, request.data_dir, emit)
+    else:
+        raise EvaluationError(
+            "--clean: nothing tells what this model was trained on; name the training set by --trained-on, for instance "
+            "--trained-on math10k"
+        )
+    emit(Notice(f"looking for test items in {training.origin}"))
+    return {name: clean_indices(training, items) for name, items in data.items()}
+
+
+def _load_models(
+    request: EvaluationRequest, folder: Path | None, emit: Emit
+) -> tuple[list[Respondent], str, tuple[tuple[str, str], ...]]:
     card = read_card(folder) if folder is not None else None
     recipe = _model_recipe(request.model, card)
     base = load_base(recipe, lambda text: emit(Notice(text)), for_training=False)
@@ -88,31 +163,21 @@ def evaluate(request: EvaluationRequest, emit: Emit) -> dict[str, Any]:
             emit(Notice(f"{folder}: has no qdense.json, so nothing tells whether {base.name} is its base", "warning"))
         model = load_adapter(base, folder, card)
     model.eval()
-    columns = ("base", "adapter") if request.with_base and folder else (("adapter",) if folder else ("base",))
-    template_name = card.template if card else "alpaca"
-    emit(
-        EvaluationStarted(
-            title=str(request.adapter) if folder else f"base {base.name}",
-            facts=(
-                ("base", f"{base.name} ({recipe.quantization}, {recipe.dtype})"),
-                ("decoding", f"{request.decoding.name}, template {template_name}"),
-            ),
-            tasks=tuple(data),
-            columns=columns,
-        )
+
+    def local(adapter: Path | None) -> LocalModel:
+        template = request.template or (card.template if card else None)
+        bare = model.disable_adapter if folder is not None and adapter is None else contextlib.nullcontext
+        return LocalModel(request, recipe, base, model, template, adapter, bare, emit)
+
+    respondents: list[Respondent] = [local(folder)]
+    if request.with_base and folder is not None:
+        respondents.insert(0, local(None))
+    asked = respondents[-1].settings
+    facts = (
+        ("base", f"{base.name} ({recipe.quantization}, {recipe.dtype})"),
+        ("decoding", f"{request.decoding.name}, template {asked['template']}, {asked['batch_size']} at a time"),
     )
-    summaries = {}
-    for column in columns:
-        is_bare = folder is not None and column == "base"
-        with model.disable_adapter() if is_bare else contextlib.nullcontext():
-            scored = _Evaluation(request, recipe, base, model, template_name, data, column,
-                                 folder if column == "adapter" else None)  # fmt: skip
-            summaries[column] = scored.run(emit)
-    summary = dict(summaries[columns[-1]])
-    if len(columns) > 1:
-        summary["base"] = summaries["base"]
-    emit(EvaluationDone(summary))
-    return summary
+    return respondents, str(request.adapter) if folder else f"base {base.name}", facts
 
 
 def _model_recipe(asked: dict[str, str], card: AdapterCard | None) -> ModelRecipe:
@@ -124,8 +189,8 @@ def _model_recipe(asked: dict[str, str], card: AdapterCard | None) -> ModelRecip
     return recipe_from_tables(tables, source="the model to evaluate").model
 
 
-class _Evaluation:
-    """One model (base or adapter) on all tasks of a request."""
+class LocalModel:
+    """A base that is loaded here, with its adapter or without. See `Respondent`."""
 
     def __init__(
         self,
@@ -133,142 +198,59 @@ class _Evaluation:
         recipe: ModelRecipe,
         base: BaseModel,
         model: Any,
-        template_name: str,
-        data: dict[str, DataSet],
-        column: str,
+        template: str | None,
         adapter: Path | None,
+        bare: Callable[[], contextlib.AbstractContextManager[Any]],
+        emit: Emit,
     ) -> None:
-        self.request, self.base, self.model, self.data, self.column = request, base, model, data, column
-        self.template = template_named(template_name)
+        self.base, self.model, self.bare, self.emit = base, model, bare, emit
+        self.decoding = decoding = request.decoding
         on_gpu = base.device.type == "cuda"
-        decoding = request.decoding
         self.batch_size = request.batch_size or (decoding.batch_size_cuda if on_gpu else decoding.batch_size_cpu)
+        self.templates = {task.name: template_named(template or task.template) for task in request.tasks}
+        self.max_new_tokens = {task.name: request.max_new_tokens or task.max_new_tokens for task in request.tasks}
+        if adapter is None:
+            self.column, self.owner = "base", Path("runs", f"base-{Path(base.name).name}")
+        else:
+            self.column, self.owner = "adapter", adapter.parent if adapter.name == "adapter" else adapter
         self.settings = {
             "model": base.name,
             "base_fingerprint": base.fingerprint,
             "adapter_sha256": _weights_digest(adapter) if adapter else None,
             "quantization": recipe.quantization,
             "dtype": recipe.dtype,
-            "template": template_name,
-            "decoding": {"name": decoding.name, "num_beams": decoding.num_beams, "do_sample": False},
-            "max_new_tokens": {task.name: self._max_new_tokens(task) for task in request.tasks},
+            "held_in": base.held_in,
+            "template": ", ".join(sorted({template.name for template in self.templates.values()})),
+            "stop": sorted({marker for template in self.templates.values() for marker in template.stop}),
+            "decoding": decoding.record(),
+            "max_new_tokens": self.max_new_tokens,
             "batch_size": self.batch_size,
-            "limit": request.limit,
-            "data_sha256": {name: rows.checksum for name, rows in data.items()},
-            "task_versions": {task.name: task.version for task in request.tasks},
             "device": torch.cuda.get_device_name(base.device) if on_gpu else "CPU",
-            "versions": package_versions(),
         }
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
-        if adapter is None:
-            owner = Path("runs", f"base-{Path(base.name).name}")
-        else:
-            owner = adapter.parent if adapter.name == "adapter" else adapter
-        self.adapter = adapter
-        self.folder = owner / "eval" / digest
+        self.notes: dict[str, Any] = {"adapter": str(adapter) if adapter else None, "batch_sizes": [self.batch_size]}
 
-    def _max_new_tokens(self, task: Task) -> int:
-        return self.request.max_new_tokens or task.max_new_tokens
-
-    def run(self, emit: Emit) -> dict[str, Any]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        require_free_space(self.folder, 64 * 2**20, "the completions")
-        write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=2) + "\n")
-        scores = {task.name: self._run_task(task, emit) for task in self.request.tasks}
-        summary = {
-            **{
-                key: self.settings[key]
-                for key in (
-                    "model",
-                    "quantization",
-                    "dtype",
-                    "template",
-                    "decoding",
-                    "batch_size",
-                    "limit",
-                    "device",
-                    "versions",
-                )
-            },
-            "adapter": str(self.adapter) if self.adapter else None,
-            "folder": str(self.folder),
-            "tasks": scores,
-            "average": average(scores),
-        }
-        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        return summary
-
-    def _run_task(self, task: Task, emit: Emit) -> dict[str, Any]:
-        rows = self.data[task.name].rows[: self.request.limit]
-        path = self.folder / f"{task.name}.jsonl"
-        done = _read_completions(path)
-        prompts = [self.base.tokenizer(self.template.evaluation_prompt(row))["input_ids"] for row in rows]
-        batches = plan_batches([len(ids) for ids in prompts], self.batch_size)
-        num_generated, started = 0, time.monotonic()
-        num_correct = dict.fromkeys(RULES, 0)
-
-        def count(index: int) -> None:
-            answers = task.answers.answers(done[index]["completion"])
-            for rule in RULES:
-                num_correct[rule] += task.answers.is_correct(rows[index].answer, answers[rule])
-
-        def progress() -> None:
-            took = time.monotonic() - started
-            emit(
-                EvaluationProgress(
-                    task=task.name,
-                    column=self.column,
-                    num_done=len(done),
-                    num_items=len(rows),
-                    num_correct=dict(num_correct),
-                    tokens_per_second=num_generated / took if num_generated else 0.0,
-                )
+    def complete(self, task: Task, rows: Sequence[Row], wanted: Sequence[tuple[int, int]]) -> Iterator[Completion]:
+        template: Template = self.templates[task.name]
+        prompts = [
+            Prompt(index, sample, self.base.tokenizer(template.evaluation_prompt(rows[index]))["input_ids"])
+            for index, sample in wanted
+        ]
+        with self.bare():
+            yield from generate(
+                self.base,
+                self.model,
+                prompts,
+                self.decoding,
+                max_new_tokens=self.max_new_tokens[task.name],
+                stop=template.stop,
+                batch_size=self.batch_size,
+                smaller_batch=self._smaller_batch,
             )
 
-        for index in done:
-            count(index)
-        progress()
-        with path.open("a", encoding="utf-8") as stream:
-            for batch in batches_left(batches, set(done)):
-                completions = generate(
-                    self.base,
-                    self.model,
-                    [(i, prompts[i]) for i in batch],
-                    self.request.decoding,
-                    self._max_new_tokens(task),
-                )
-                for completion in completions:
-                    num_generated += completion.num_tokens
-                    if completion.index not in done:
-                        done[completion.index] = completion.record()
-                        count(completion.index)
-                        stream.write(json.dumps(done[completion.index], ensure_ascii=False) + "\n")
-                stream.flush()
-                progress()
-        texts = {index: [record["completion"]] for index, record in done.items()}
-        result, _ = score_task(task, [row.answer for row in rows], texts)
-        return result | {"num_truncated": sum(record["finish"] == "length" for record in done.values())}
-
-
-def _read_completions(path: Path) -> dict[int, dict[str, Any]]:
-    """Completions by index. A last line that a kill cut short is removed from the file; any other fault is an error."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole, newline, rest = content.rpartition(b"\n")
-    if rest:
-        path.write_bytes(whole + newline)
-    records = {}
-    # Split at line feeds alone: str.splitlines would also split at U+2028, which JSON leaves as it is.
-    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
-        try:
-            record = json.loads(line)
-            records[int(record["index"])] = {key: record[key] for key in ("index", "completion", "finish")}
-        except (ValueError, KeyError, TypeError) as error:
-            raise EvaluationError(
-                f"{path}, line {number}: not a completion ({error!r}). Remove the file to start over."
-            ) from None
-    return records
+    def _smaller_batch(self, batch_size: int) -> None:
+        self.emit(Notice(f"out of memory: going on with {batch_size} at a time; nothing finished is lost", "warning"))
+        self.batch_size = batch_size
+        self.notes["batch_sizes"].append(batch_size)
 
 
 def _weights_digest(adapter: Path) -> str:
@@ -279,3 +261,123 @@ def _weights_digest(adapter: Path) -> str:
             raise AdapterError(f"{adapter}: has no {name}")
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+# --- one respondent on all tasks --------------------------------------------------------------------------------------------
+
+
+def _evaluate_one(
+    request: EvaluationRequest,
+    respondent: Respondent,
+    data: dict[str, DataSet],
+    clean: dict[str, list[int]] | None,
+    emit: Emit,
+) -> dict[str, Any]:
+    settings = {
+        **respondent.settings,
+        "limit": request.limit,
+        "data_sha256": {name: rows.checksum for name, rows in data.items()},
+        "task_versions": {task.name: task.version for task in request.tasks},
+        "versions": package_versions(),
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    folder = respondent.owner / "eval" / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    require_free_space(folder, 64 * 2**20, "the completions")
+    write_atomically(folder / "settings.json", json.dumps(settings, indent=2) + "\n")
+    results, items = {}, {}
+    for task in request.tasks:
+        rows = data[task.name].rows[: request.limit]
+        done = _complete(task, rows, respondent, folder / f"{task.name}.jsonl", request.decoding.num_samples, emit)
+        texts = {
+            index: [done[index, sample].completion for sample in range(request.decoding.num_samples)]
+            for index in range(len(rows))
+        }
+        result, outcomes = score_task(
+            task, [row.answer for row in rows], texts, clean=clean[task.name] if clean is not None else None
+        )
+        finishes = [completion.finish for completion in done.values()]
+        result["finish"] = {finish: finishes.count(finish) for finish in sorted(set(finishes))}
+        result["num_truncated"] = finishes.count("length")
+        results[task.name] = result
+        items[task.name] = {"index": list(outcomes["paper"])} | {
+            rule: [int(is_correct) for is_correct in outcomes[rule].values()] for rule in RULES
+        }
+    write_atomically(folder / "items.json", json.dumps(items) + "\n")
+    summary = {
+        **settings,
+        **respondent.notes,
+        "git_hash": git_hash(),
+        "column": respondent.column,
+        "folder": str(folder),
+        "tasks": results,
+        "average": average(results),
+    }
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _complete(
+    task: Task, rows: Sequence[Row], respondent: Respondent, path: Path, num_samples: int, emit: Emit
+) -> dict[tuple[int, int], Completion]:
+    """All completions of a task, those on file first; each new one is on file before the next is counted."""
+    done = _read_file(path)
+    wanted = [(index, sample) for index in range(len(rows)) for sample in range(num_samples)]
+    num_generated, started = 0, time.monotonic()
+    num_correct = dict.fromkeys(RULES, 0)
+
+    def count(completion: Completion) -> None:
+        for rule, answer in task.answers.answers(completion.completion).items():
+            num_correct[rule] += task.answers.is_correct(rows[completion.index].answer, answer)
+
+    def progress() -> None:
+        took = time.monotonic() - started
+        emit(
+            EvaluationProgress(
+                task=task.name,
+                column=respondent.column,
+                num_done=len(done),
+                num_items=len(wanted),
+                num_correct=dict(num_correct),
+                tokens_per_second=num_generated / took if num_generated else 0.0,
+            )
+        )
+
+    for completion in done.values():
+        count(completion)
+    progress()
+    left = [key for key in wanted if key not in done]
+    if left:
+        with path.open("a", encoding="utf-8") as stream:
+            for completion in respondent.complete(task, rows, left):
+                done[completion.index, completion.sample] = completion
+                stream.write(json.dumps(asdict(completion), ensure_ascii=False) + "\n")
+                stream.flush()
+                num_generated += completion.num_tokens
+                count(completion)
+                progress()
+    return done
+
+
+def _read_file(path: Path) -> dict[tuple[int, int], Completion]:
+    """Completions of an earlier start. A last line that a kill cut short is removed from the file; any other fault is an
+    error."""
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole, newline, rest = content.rpartition(b"\n")
+    if rest:
+        path.write_bytes(whole + newline)
+    done = {}
+    # Split at line feeds alone: str.splitlines would also split at U+2028, which JSON leaves as it is.
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+        place = f"{path}, line {number}"
+        try:
+            parse_completion(place, line.decode("utf-8"))
+            completion = Completion(**json.loads(line))
+        except (EvaluationError, UnicodeDecodeError, TypeError) as error:
+            raise EvaluationError(
+                f"{place}: not a completion of ours ({error}). Remove the file to start over."
+            ) from None
+        done[completion.index, completion.sample] = completion
+    return done

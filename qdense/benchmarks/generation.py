@@ -1,47 +1,86 @@
-"""Completions for prompts: batched, sorted by length, padded on the left with an attention mask, deterministic."""
+"""Completions for prompts: greedy, 4 beams as the authors', or sampled; always full batches, sorted by length.
+
+Sequences that end leave their batch at once and the next prompts take their places (continuous batching on one padded
+cache), so no step is spent on finished ones. Padding is on the left and masked. What a sequence becomes does not depend on
+the others beyond floating point: beams compete within their item only, and every sample draws from a generator of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import gc
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from transformers.cache_utils import Cache, DynamicLayer
 
+from qdense.errors import EvaluationError
 from qdense.modeling.base import BaseModel
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next tokens are chosen; neither way draws random numbers.
+    """How the next tokens are chosen.
 
     The authors pass temperature, top_p and top_k too, but with do_sample unset these do nothing: theirs is a deterministic
     search with 4 beams.
+
+    Attributes:
+        num_samples: completions of each item, drawn at `temperature` from the most likely tokens that hold `top_p` of the
+            probability; `seed` fixes them. A temperature of 0 takes the most likely token.
+        batch_size_cpu, batch_size_cuda: sequences (with beams: items) at a time.
     """
 
     name: str
-    num_beams: int
-    # Prompts at a time (each beam is a sequence of its own), on a CPU and on a GPU.
-    batch_size_cpu: int
-    batch_size_cuda: int
+    num_beams: int = 1
+    num_samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    batch_size_cpu: int = 32
+    batch_size_cuda: int = 64
+
+    def record(self) -> dict[str, Any]:
+        """What of it can change a completion."""
+        settings = asdict(self)
+        for key in ("batch_size_cpu", "batch_size_cuda"):
+            del settings[key]
+        if not self.temperature:
+            del settings["seed"], settings["top_p"]
+        return settings
 
 
 DECODINGS = {
     decoding.name: decoding
     for decoding in (
         Decoding("beam4", num_beams=4, batch_size_cpu=8, batch_size_cuda=16),
-        Decoding("greedy", num_beams=1, batch_size_cpu=16, batch_size_cuda=64),
+        Decoding("greedy"),
+        Decoding("sample", num_samples=8, temperature=0.7),
     )
 }
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A prompt to complete: the item's number in the test set, which of its samples, and the token ids."""
+
+    index: int
+    sample: int
+    input_ids: list[int]
+
+
+@dataclass(frozen=True)
 class Completion:
-    """What the model wrote for one prompt.
+    """What a model wrote for one prompt.
 
     Attributes:
-        index: the prompt's number in the test set.
-        finish: "eos", or "length" where the token limit cut it off.
+        index: the item's number in the test set.
+        completion: the text, without the marker that ended it.
+        finish: "eos"; "stop" where it ran into one of the template's headings; "length" where the token limit cut it off.
+        num_tokens: generated, the ending ones included.
+        sample: which of the item's samples it is.
     """
 
     index: int
@@ -49,81 +88,376 @@ class Completion:
     num_prompt_tokens: int
     num_tokens: int
     finish: str
-
-    def record(self) -> dict[str, Any]:
-        return asdict(self)
+    sample: int = 0
 
 
-def plan_batches(prompt_lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Positions of the prompts, in batches of nearly equal length; the longest first, so that memory runs short at once or
-    never."""
-    order = sorted(range(len(prompt_lengths)), key=lambda i: (-prompt_lengths[i], i))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def longest_first(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """In the order of generation: neighbours are of nearly equal length, and memory runs short at once or never."""
+    return sorted(prompts, key=lambda prompt: (-len(prompt.input_ids), prompt.index, prompt.sample))
 
 
 def generate(
-    base: BaseModel, model: Any, prompts: Sequence[tuple[int, list[int]]], decoding: Decoding, max_new_tokens: int
-) -> list[Completion]:
-    """Complete one batch.
+    base: BaseModel,
+    model: Any,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str],
+    batch_size: int,
+    smaller_batch: Callable[[int], None] = lambda batch_size: None,
+) -> Iterator[Completion]:
+    """Complete the prompts; completions come as they end.
+
+    Where memory runs out, the unfinished sequences start again in batches of half the size.
 
     Args:
         model: the base's own model, or the PeftModel on it.
-        prompts: (index, token ids) pairs.
+        stop: texts that end a completion.
+        batch_size: sequences (with beams: items) at a time.
+        smaller_batch: is told each new batch size.
+
+    Raises:
+        EvaluationError: not even one sequence fits the memory.
     """
-    from transformers import GenerationConfig
+    queue = longest_first(prompts)[::-1]
+    endings = _Endings(base, stop, max_new_tokens)
+    search: _Tokens | _Beams
+    while queue:
+        search = _Beams(decoding, endings) if decoding.num_beams > 1 else _Tokens(decoding, endings)
+        try:
+            yield from _batches(base, model, queue, search, batch_size)
+        except RuntimeError as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
+                raise
+            queue += longest_first(search.prompts)[::-1]
+            longest = max(len(prompt.input_ids) for prompt in queue)
+            if batch_size == 1:
+                raise EvaluationError(
+                    f"out of memory with one sequence at a time (a prompt of {longest:,} tokens and up to "
+                    f"{max_new_tokens:,} new ones, {decoding.name}). Lower --max-new-tokens, use --decoding greedy, or free "
+                    "memory; what is finished is kept."
+                ) from None
+        batch_size //= 2
+        if queue:
+            gc.collect()
+            if base.device.type == "cuda":
+                torch.cuda.empty_cache()
+            smaller_batch(batch_size)
 
-    longest = max(len(ids) for _, ids in prompts)
-    input_ids = torch.full((len(prompts), longest), base.pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for i, (_, ids) in enumerate(prompts):
-        input_ids[i, longest - len(ids) :] = torch.tensor(ids)
-        attention_mask[i, longest - len(ids) :] = 1
-    eos = _eos_token_ids(base)
-    # Every field that decides is set: transformers fills unset ones from the checkpoint's own generation_config.
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=decoding.num_beams,
-        num_return_sequences=1,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        length_penalty=1.0,
-        early_stopping=False,
-        eos_token_id=eos,
-        pad_token_id=base.pad_token_id,
-        use_cache=True,
-    )
-    with torch.no_grad():
-        sequences = model.generate(
-            input_ids=input_ids.to(base.device),
-            attention_mask=attention_mask.to(base.device),
-            generation_config=settings,
-        )
-    completions = []
-    for (index, ids), sequence in zip(prompts, sequences[:, longest:].tolist(), strict=True):
-        end = next((position for position, token in enumerate(sequence) if token in eos), None)
-        tokens = sequence[:end]
-        completions.append(
-            Completion(
-                index=index,
-                completion=base.tokenizer.decode(tokens, skip_special_tokens=True),
-                num_prompt_tokens=len(ids),
-                num_tokens=len(tokens) + (end is not None),
-                finish="length" if end is None else "eos",
+
+@torch.no_grad()
+def _batches(
+    base: BaseModel, model: Any, queue: list[Prompt], search: _Tokens | _Beams, batch_size: int
+) -> Iterator[Completion]:
+    """Work on `queue` from its end. At any moment, `search.prompts` are those taken and not finished."""
+    batch: _Batch | None = None
+    logits = torch.empty(0)
+    while queue or search.prompts:
+        free = batch_size - len(search.prompts)
+        # A prefill stops all others for a while: let some places come free first.
+        if queue and free >= max(1, batch_size // 4):
+            new = [queue.pop() for _ in range(min(free, len(queue)))]
+            search.take(new)
+            added, added_logits = _prefill(base, model, new, search.width)
+            batch = added if batch is None else _joined(batch, added)
+            logits = torch.cat([logits.to(added_logits), added_logits])
+        assert batch is not None
+        rows, tokens, completions = search.advance(logits)
+        yield from completions
+        if not rows:
+            batch, logits = None, torch.empty(0)
+            continue
+        batch.select(rows)
+        logits = batch.forward(model, tokens)
+
+
+# --- the batch: one padded cache --------------------------------------------------------------------------------------------
+
+
+class _Layer(DynamicLayer):
+    """Keys and values of one layer in buffers with room to grow; transformers' own copies all of them at every token."""
+
+    room_tokens = 64
+    keys: torch.Tensor  # (rows, heads, columns, size): a view of the buffer's filled part
+    values: torch.Tensor
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            rows, heads, _, size = key_states.shape
+            self.place(
+                key_states.new_empty(rows, heads, 0, size),
+                value_states.new_empty(rows, heads, 0, value_states.shape[-1]),
             )
+        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if end > self._buffers[0].shape[2]:
+            self.place(self.keys, self.values, room_tokens=end - start + self.room_tokens)
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def place(self, keys: torch.Tensor, values: torch.Tensor, *, room_tokens: int = room_tokens) -> None:
+        """Take over keys and values, with room behind them."""
+        self._buffers = tuple(torch.nn.functional.pad(states, (0, 0, 0, room_tokens)) for states in (keys, values))
+        self.keys, self.values = (buffer[:, :, : keys.shape[2]] for buffer in self._buffers)
+
+    def select(self, rows: torch.Tensor, first: int) -> None:
+        """Keep these rows, and the columns from `first` on."""
+        length = self.keys.shape[2] - first
+        self._buffers = tuple(buffer[:, :, first:].index_select(0, rows) for buffer in self._buffers)
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+
+class _Batch:
+    """The sequences under way: their cache, which of its columns are real, and each row's next position."""
+
+    def __init__(self, cache: Cache, mask: torch.Tensor) -> None:
+        self.cache, self.mask = cache, mask  # mask: (rows, columns), 1 where a token is
+        self.positions = mask.sum(dim=1)
+
+    @property
+    def layers(self) -> list[_Layer]:
+        return cast(list[_Layer], self.cache.layers)
+
+    def select(self, rows: list[int]) -> None:
+        """Keep these rows, in this order, and no column in which none of them has a token."""
+        if rows == list(range(len(self.mask))):
+            return
+        index = torch.tensor(rows, device=self.mask.device)
+        self.mask, self.positions = self.mask[index], self.positions[index]
+        first = int(self.mask.any(dim=0).int().argmax())
+        self.mask = self.mask[:, first:]
+        for layer in self.layers:
+            layer.select(index, first)
+
+    def forward(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits behind the next token of each row: (rows, vocabulary), fp32."""
+        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
+        output = model(
+            input_ids=tokens[:, None],
+            attention_mask=self.mask,
+            position_ids=self.positions[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
-    return completions
+        self.positions = self.positions + 1
+        return output.logits[:, -1].float()
 
 
-def _eos_token_ids(base: BaseModel) -> list[int]:
-    """The tokenizer's EOS and the checkpoint's own, which for chat models is a list."""
-    own = base.model.generation_config.eos_token_id
-    listed = own if isinstance(own, list) else [own]
-    return sorted({token for token in (base.tokenizer.eos_token_id, *listed) if token is not None})
+def _prefill(base: BaseModel, model: Any, prompts: Sequence[Prompt], width: int) -> tuple[_Batch, torch.Tensor]:
+    """Read the prompts, each text once; `width` rows for each, in the order given."""
+    distinct = list({prompt.index: prompt for prompt in prompts}.values())
+    longest = max(len(prompt.input_ids) for prompt in distinct)
+    input_ids = torch.full((len(distinct), longest), base.pad_token_id, dtype=torch.int64)
+    mask = torch.zeros_like(input_ids)
+    for i, prompt in enumerate(distinct):
+        input_ids[i, longest - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
+        mask[i, longest - len(prompt.input_ids) :] = 1
+    input_ids, mask = input_ids.to(base.device), mask.to(base.device)
+    cache = Cache(layer_class_to_replicate=_Layer)
+    output = model(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    batch = _Batch(cache, mask)
+    place = {prompt.index: i for i, prompt in enumerate(distinct)}
+    rows = [place[prompt.index] for prompt in prompts for _ in range(width)]
+    batch.select(rows)
+    return batch, output.logits[rows, -1].float()
 
 
-def batches_left(batches: list[list[int]], done: set[int]) -> Iterator[list[int]]:
-    """The batches that are not wholly done. A resumed evaluation repeats the very batches of an uninterrupted one: even
-    with a mask, bf16 results depend a little on the shape of their batch."""
-    return (batch for batch in batches if not done.issuperset(batch))
+def _joined(first: _Batch, second: _Batch) -> _Batch:
+    """The rows of both, the shorter ones padded on the left. (Keys carry their rotary position: they may be moved.)"""
+    columns = max(first.mask.shape[1], second.mask.shape[1])
+
+    def padded(tensor: torch.Tensor, before: int, dim: int) -> torch.Tensor:
+        behind = (0, 0) * (tensor.dim() - 1 - dim)
+        return torch.nn.functional.pad(tensor, (*behind, before, 0))
+
+    mask = torch.cat([padded(batch.mask, columns - batch.mask.shape[1], 1) for batch in (first, second)])
+    for own, other in zip(first.layers, second.layers, strict=True):
+        keys, values = (
+            torch.cat([padded(states, columns - states.shape[2], 2) for states in pair])
+            for pair in ((own.keys, other.keys), (own.values, other.values))
+        )
+        own.place(keys, values)
+    return _Batch(first.cache, mask)
+
+
+# --- when a sequence ends -----------------------------------------------------------------------------------------------------
+
+
+class _Endings:
+    """Tells whether a sequence has ended, and makes a completion of it."""
+
+    def __init__(self, base: BaseModel, stop: Sequence[str], max_new_tokens: int) -> None:
+        self.tokenizer, self.stop, self.max_new_tokens = base.tokenizer, tuple(stop), max_new_tokens
+        own = base.model.generation_config.eos_token_id  # a chat model has a list of its own
+        listed = own if isinstance(own, list) else [own]
+        self.eos = {token for token in (base.tokenizer.eos_token_id, *listed) if token is not None}
+        # Only a token with a marker's last character can complete the marker; "<0x3A>" is how SentencePiece spells a byte.
+        last = {text[-1] for text in self.stop}
+        spelt = last | {f"<0x{ord(character):02X}>" for character in last}
+        self.closing = {i for token, i in base.tokenizer.get_vocab().items() if any(part in token for part in spelt)}
+        self.tail = max((len(text) for text in self.stop), default=0) + 2
+
+    def finish(self, tokens: Sequence[int]) -> str | None:
+        """Why the sequence ends with its last token; None if it goes on."""
+        if tokens[-1] in self.eos:
+            return "eos"
+        if tokens[-1] in self.closing:
+            text = self.tokenizer.decode(tokens[-self.tail :], skip_special_tokens=True)
+            if any(marker in text for marker in self.stop):
+                return "stop"
+        return "length" if len(tokens) >= self.max_new_tokens else None
+
+    def completion(self, prompt: Prompt, tokens: Sequence[int], finish: str) -> Completion:
+        text = self.tokenizer.decode(tokens[:-1] if finish == "eos" else tokens, skip_special_tokens=True)
+        if finish == "stop":
+            text = text[: min(text.find(marker) for marker in self.stop if marker in text)]
+        return Completion(prompt.index, text, len(prompt.input_ids), len(tokens), finish, prompt.sample)
+
+
+# --- the searches -----------------------------------------------------------------------------------------------------------
+
+# What a search makes of logits (rows, vocabulary): which rows go on, each with its next token; and what has ended.
+Advance = tuple[list[int], torch.Tensor, list[Completion]]
+
+
+class _Tokens:
+    """One token at a time for each sequence: the most likely, or a drawn one."""
+
+    width = 1
+
+    def __init__(self, decoding: Decoding, endings: _Endings) -> None:
+        self.decoding, self.endings = decoding, endings
+        self.prompts: list[Prompt] = []
+        self.tokens: list[list[int]] = []
+        self.generators: list[random.Random] = []
+
+    def take(self, prompts: Sequence[Prompt]) -> None:
+        self.prompts += prompts
+        self.tokens += [[] for _ in prompts]
+        # A generator for each sequence: what it draws depends on nothing else, not on the batch nor on what was done before.
+        self.generators += [random.Random(f"{self.decoding.seed}:{p.index}:{p.sample}") for p in prompts]
+
+    def advance(self, logits: torch.Tensor) -> Advance:
+        chosen = self._choose(logits)
+        rows, completions = [], []
+        for row, token in enumerate(chosen.tolist()):
+            self.tokens[row].append(token)
+            finish = self.endings.finish(self.tokens[row])
+            if finish is None:
+                rows.append(row)
+            else:
+                completions.append(self.endings.completion(self.prompts[row], self.tokens[row], finish))
+        if completions:
+            self.prompts = [self.prompts[row] for row in rows]
+            self.tokens = [self.tokens[row] for row in rows]
+            self.generators = [self.generators[row] for row in rows]
+            chosen = chosen[rows]
+        return rows, chosen, completions
+
+    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
+        if not self.decoding.temperature:
+            return logits.argmax(dim=-1)
+        probabilities = torch.softmax(logits / self.decoding.temperature, dim=-1)
+        probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        reached = probabilities.cumsum(dim=-1)
+        # A token is kept while those before it hold less than top_p; the first always is.
+        kept = torch.where(reached - probabilities < self.decoding.top_p, probabilities, 0.0).cumsum(dim=-1)
+        drawn = torch.tensor([generator.random() for generator in self.generators], device=logits.device)
+        place = torch.searchsorted(kept, (drawn * kept[:, -1])[:, None], right=True)
+        return order.gather(1, place.clamp(max=logits.shape[-1] - 1))[:, 0]
+
+
+class _Beams:
+    """Beam search, step for step that of transformers (`GenerationMixin._beam_search`, early_stopping False, length penalty
+    1), which is the authors'; but each item ends by itself.
+
+    An item has `width` running beams and as many places for finished ones. It ends when all places are taken and the best
+    running beam, its score divided by its length, is no better than the worst finished one.
+    """
+
+    def __init__(self, decoding: Decoding, endings: _Endings) -> None:
+        self.width, self.endings = decoding.num_beams, endings
+        # So many candidates that `width` are left to go on even if all others end.
+        self.num_candidates = max(2, 1 + len(endings.eos)) * self.width
+        self.prompts: list[Prompt] = []
+        self.tokens: list[list[list[int]]] = []  # of each item's running beams
+        self.scores = torch.empty(0, self.width)  # sums of log probabilities: (items, width)
+        self.finished: list[list[tuple[float, list[int], str]]] = []  # (score, tokens, finish), the best first
+
+    def take(self, prompts: Sequence[Prompt]) -> None:
+        self.prompts += prompts
+        self.tokens += [[[] for _ in range(self.width)] for _ in prompts]
+        self.finished += [[] for _ in prompts]
+        # All beams of an item begin alike: only the first may propose.
+        fresh = torch.full((len(prompts), self.width), -1e9)
+        fresh[:, 0] = 0.0
+        self.scores = torch.cat([self.scores, fresh.to(self.scores)])
+
+    def advance(self, logits: torch.Tensor) -> Advance:
+        num_items, vocabulary = len(self.prompts), logits.shape[-1]
+        scores = torch.log_softmax(logits, dim=-1).reshape(num_items, self.width, vocabulary)
+        scores = scores + self.scores.to(logits.device)[:, :, None]
+        best, place = scores.reshape(num_items, -1).topk(self.num_candidates)
+        candidates = zip(best.tolist(), (place // vocabulary).tolist(), (place % vocabulary).tolist(), strict=True)
+        rows: list[int] = []
+        tokens: list[int] = []
+        completions: list[Completion] = []
+        kept: list[int] = []
+        kept_scores: list[list[float]] = []
+        for item, (item_scores, beams, item_tokens) in enumerate(candidates):
+            running = self._advance_item(item, item_scores, beams, item_tokens)
+            if self._is_done(item, running):
+                _, sequence, finish = self.finished[item][0]
+                completions.append(self.endings.completion(self.prompts[item], sequence, finish))
+                continue
+            kept.append(item)
+            kept_scores.append([score for score, _, _ in running])
+            self.tokens[item] = [sequence for _, _, sequence in running]
+            rows += [item * self.width + beam for _, beam, _ in running]
+            tokens += [sequence[-1] for _, _, sequence in running]
+        self.prompts = [self.prompts[item] for item in kept]
+        self.tokens = [self.tokens[item] for item in kept]
+        self.finished = [self.finished[item] for item in kept]
+        self.scores = torch.tensor(kept_scores).reshape(-1, self.width)
+        return rows, torch.tensor(tokens, device=logits.device), completions
+
+    def _advance_item(
+        self, item: int, scores: list[float], beams: list[int], tokens: list[int]
+    ) -> list[tuple[float, int, list[int]]]:
+        """File what has ended among the candidates; returns (score, beam, tokens) of those that go on, the best first."""
+        running: list[tuple[float, int, list[int]]] = []
+        for rank, (score, beam, token) in enumerate(zip(scores, beams, tokens, strict=True)):
+            sequence = [*self.tokens[item][beam], token]
+            finish = self.endings.finish(sequence)
+            if finish is None:
+                if len(running) < self.width:
+                    running.append((score, beam, sequence))
+            elif rank < self.width:  # the others are there only to keep the search going
+                self.finished[item].append((score / len(sequence), sequence, finish))
+        while 0 < len(running) < self.width:  # so many ended that a place stays free: a copy that can propose nothing
+            running.append((-1e9, *running[-1][1:]))
+        # Stable: of equal scores the earlier is kept, as topk over (finished, new) does.
+        self.finished[item].sort(key=lambda ended: -ended[0])
+        del self.finished[item][self.width :]
+        return running
+
+    def _is_done(self, item: int, running: list[tuple[float, int, list[int]]]) -> bool:
+        if not running:  # at the token limit all candidates end
+            return True
+        if len(self.finished[item]) < self.width:
+            return False
+        score, _, sequence = running[0]
+        return score / len(sequence) <= self.finished[item][-1][0]

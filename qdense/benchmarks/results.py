@@ -108,7 +108,7 @@ def read_completions(path: Path, num_items: int) -> dict[int, list[str]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        index, sample, completion = _completion(f"{path}, line {number}", line)
+        index, sample, completion = parse_completion(f"{path}, line {number}", line)
         if not 0 <= index < num_items:
             raise EvaluationError(
                 f"{path}, line {number}: index {index} is out of range; the items are 0 to {num_items - 1}"
@@ -135,7 +135,7 @@ def read_completions(path: Path, num_items: int) -> dict[int, list[str]]:
     return {index: [found[index][sample] for sample in sorted(found[index])] for index in range(num_items)}
 
 
-def _completion(place: str, line: str) -> tuple[int, int, str]:
+def parse_completion(place: str, line: str) -> tuple[int, int, str]:
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:

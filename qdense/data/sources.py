@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +18,8 @@ from qdense.cache import cache_dir
 from qdense.data import wordproblems
 from qdense.data.catalog import TRAINING_SETS, UPSTREAM_URL, UpstreamFile
 from qdense.data.download import download, git_blob_id
-from qdense.data.rows import Columns, Row, read_rows, rows_from_records
-from qdense.errors import DataError
+from qdense.data.rows import FORMATS, Columns, Row, read_rows, rows_from_records
+from qdense.errors import DataError, did_you_mean
 from qdense.events import Download, Emit, ignore
 
 if TYPE_CHECKING:
@@ -58,6 +59,20 @@ def load_training_set(data: DataRecipe, data_dir: Path | None, emit: Emit = igno
         return _load_hub_set(data.name, data, columns)
     path = locate(upstream, data_dir, emit)
     return DataSet(read_rows(path), origin=str(path))
+
+
+def load_named_or_file(name: str, data_dir: Path | None, emit: Emit = ignore) -> DataSet:
+    """The rows of a training set that is given on the command line: a known name, or the path of a file. Raises DataError."""
+    from qdense.recipe import DataRecipe
+
+    if name in TRAINING_SETS:
+        return load_training_set(DataRecipe(name=name), data_dir, emit)
+    if not os.path.exists(name) and not name.endswith(FORMATS):
+        raise DataError(
+            f'"{name}": unknown training set{did_you_mean(name, TRAINING_SETS)}; or give the path of a file '
+            f"({', '.join(FORMATS)})"
+        )
+    return load_training_set(DataRecipe(path=name), data_dir, emit)
 
 
 def load_test_set(upstream: UpstreamFile | None, data_dir: Path | None, emit: Emit = ignore) -> DataSet:

@@ -1,0 +1,201 @@
+"""A model behind an OpenAI-compatible server, asked with zero-shot chain of thought: how the paper's ChatGPT row is made.
+
+Each item is one chat message: the problem as in the test file, then "Let's think step by step." (Kojima et al. 2022,
+arXiv:2205.11916). The answer is read from the reply by the same two rules as from any completion; for reasoning, `strict` is
+the one to look at, since `paper` takes the first option that is mentioned. The published row's own prompts are not known.
+
+The key is taken from OPENAI_API_KEY, sent to the server, and written nowhere.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from qdense.benchmarks.generation import Completion, Decoding
+from qdense.benchmarks.tasks import Task
+from qdense.data.rows import Row
+from qdense.errors import EvaluationError
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+CHAIN_OF_THOUGHT = "Let's think step by step."
+# Reasoning is longer than the answers that a fine-tuned model writes.
+MAX_NEW_TOKENS = 512
+_NUM_RETRIES = 6  # after 0.5, 1, 2, 4, 8, 8 seconds, or what the server's Retry-After asks for
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server and one of its models.
+
+    Attributes:
+        url: what its API lies under, for instance http://localhost:8000/v1; a bare host gets /v1.
+        model: the model's name there.
+        concurrency: requests under way at a time.
+        timeout_seconds: for one request.
+    """
+
+    url: str
+    model: str
+    concurrency: int = 8
+    timeout_seconds: float = 120.0
+
+
+class EndpointModel:
+    """The model of an endpoint. See `qdense.benchmarks.evaluate.Respondent`.
+
+    Raises:
+        EvaluationError: an address that is none, or a decoding that such servers do not have.
+    """
+
+    def __init__(self, endpoint: Endpoint, decoding: Decoding, max_new_tokens: int | None) -> None:
+        from openai import OpenAI
+
+        if decoding.num_beams > 1:
+            raise EvaluationError("--endpoint: such servers have no beam search; use --decoding greedy or sample")
+        self.endpoint, self.decoding = endpoint, decoding
+        self.max_new_tokens = max_new_tokens or MAX_NEW_TOKENS
+        self.column = endpoint.model
+        safe_name = "".join(c if c.isalnum() or c in "-_." else "-" for c in endpoint.model).strip(".") or "model"
+        self.owner = Path("runs", f"endpoint-{safe_name}")
+        self._key = os.environ.get(KEY_VARIABLE, "").strip()
+        url = _checked_url(endpoint.url)
+        self._client = OpenAI(
+            api_key=self._key or "none", base_url=url, timeout=endpoint.timeout_seconds, max_retries=_NUM_RETRIES
+        )
+        self.settings: dict[str, Any] = {
+            "model": endpoint.model,
+            "endpoint": url,
+            "prompt": f"{{instruction}}\n\n{CHAIN_OF_THOUGHT}",
+            "template": "chat, zero-shot chain of thought",
+            "decoding": decoding.record(),
+            "max_new_tokens": self.max_new_tokens,
+        }
+        self.facts = (
+            ("endpoint", url),
+            ("key", f"from {KEY_VARIABLE}" if self._key else f"none ({KEY_VARIABLE} is not set)"),
+            ("decoding", f"{decoding.name}, {self.settings['template']}, {endpoint.concurrency} requests at a time"),
+        )
+        self.notes: dict[str, Any] = {"adapter": None, "served_models": [], "num_retries": 0}
+        self._limit_name = "max_tokens"
+        self._lock = threading.Lock()
+
+    def complete(self, task: Task, rows: Sequence[Row], wanted: Sequence[tuple[int, int]]) -> Iterator[Completion]:
+        """The completions of the (index, sample) pairs, as they come.
+
+        Raises:
+            EvaluationError: a request failed for good. Those under way are waited for and given first.
+        """
+        left = iter(wanted)
+        failure: Exception | None = None
+        with ThreadPoolExecutor(self.endpoint.concurrency) as pool:
+            under_way: set[Future[Completion]] = set()
+            try:
+                while True:
+                    # Only as many as can run are handed over, so that stopping leaves none behind.
+                    while failure is None and len(under_way) < self.endpoint.concurrency:
+                        key = next(left, None)
+                        if key is None:
+                            break
+                        under_way.add(pool.submit(self._ask, rows[key[0]], *key))
+                    if not under_way:
+                        break
+                    ended, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                    for future in ended:
+                        error = future.exception()
+                        if error is None:
+                            yield future.result()
+                        elif isinstance(error, Exception):
+                            failure = failure or error
+            except BaseException:  # Ctrl-C: cut the connections, or leaving the pool would wait for the answers
+                self._client.close()
+                raise
+        if failure is not None:
+            raise self._explained(failure)
+
+    def _ask(self, row: Row, index: int, sample: int) -> Completion:
+        problem = "\n\n".join(part for part in (row.instruction.strip(), row.input.strip()) if part)
+        request: dict[str, Any] = {
+            "model": self.endpoint.model,
+            "messages": [{"role": "user", "content": f"{problem}\n\n{CHAIN_OF_THOUGHT}"}],
+            "temperature": self.decoding.temperature,
+        }
+        if self.decoding.temperature:
+            request |= {"top_p": self.decoding.top_p, "seed": self.decoding.seed + sample}
+        raw = self._create(request)
+        reply = raw.parse()
+        if not getattr(reply, "choices", None):
+            raise EvaluationError(f"the reply to item {index} holds no choices: {str(reply)[:200]}")
+        choice = reply.choices[0]
+        with self._lock:
+            self.notes["num_retries"] += raw.retries_taken
+            if reply.model and reply.model not in self.notes["served_models"]:
+                self.notes["served_models"].append(reply.model)
+        return Completion(
+            index=index,
+            completion=choice.message.content or "",
+            num_prompt_tokens=reply.usage.prompt_tokens if reply.usage else 0,
+            num_tokens=reply.usage.completion_tokens if reply.usage else 0,
+            finish={"stop": "eos", "length": "length"}.get(choice.finish_reason, choice.finish_reason or "eos"),
+            sample=sample,
+        )
+
+    def _create(self, request: dict[str, Any]) -> Any:
+        """Send it. Servers differ in the name of the token limit: the old one is tried first, as more know it."""
+        from openai import BadRequestError
+
+        create: Any = self._client.chat.completions.with_raw_response.create
+        name = self._limit_name
+        try:
+            return create(**request, **{name: self.max_new_tokens})
+        except BadRequestError as error:
+            if name != "max_tokens" or "max_completion_tokens" not in str(error):
+                raise
+            self._limit_name = "max_completion_tokens"
+        return create(**request, **{self._limit_name: self.max_new_tokens})
+
+    def _explained(self, error: Exception) -> Exception:
+        """What a user can do about it. A fault of ours comes back as it is."""
+        import openai
+
+        text = str(error).replace(self._key, "***") if self._key else str(error)
+        text = text[:500]
+        place = f"{self.settings['endpoint']}, model {self.endpoint.model}"
+        again = "What came is kept: the same command goes on."
+        if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
+            return EvaluationError(f"{place}: the key is refused ({text}). Set {KEY_VARIABLE}. {again}")
+        if isinstance(error, openai.NotFoundError):
+            return EvaluationError(f"{place}: not found ({text}). Check --endpoint (with its /v1) and --model. {again}")
+        if isinstance(error, openai.APITimeoutError):
+            return EvaluationError(
+                f"{place}: no answer within {self.endpoint.timeout_seconds:g} s, {_NUM_RETRIES + 1} times. {again}"
+            )
+        if isinstance(error, openai.APIConnectionError):
+            return EvaluationError(f"{place}: cannot be reached ({error.__cause__ or text}). Is the server up? {again}")
+        if isinstance(error, (openai.OpenAIError, ValueError)):  # a reply that is no JSON is a ValueError
+            return EvaluationError(f"{place}: {text}. {again}")
+        if isinstance(error, EvaluationError):
+            return EvaluationError(f"{place}: {text}. {again}")
+        return error
+
+
+def _checked_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise EvaluationError(f'--endpoint "{url}": must be an address such as http://localhost:8000/v1')
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise EvaluationError(
+            f"--endpoint: the address of {parts.hostname} must hold no user, password or query; a key belongs into "
+            f"the environment as {KEY_VARIABLE}"
+        )
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"

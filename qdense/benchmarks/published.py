@@ -13,7 +13,7 @@ from qdense.benchmarks.tasks import GROUPS
 
 _TABLE_1 = "arXiv:2505.23808, Table 1"
 _TABLE_2 = "arXiv:2505.23808, Table 2"
-# Why a figure is not certain; `figure` draws them.
+# Why a figure is not certain.
 WORKED_BACK = "worked back from the average, +-0.5"
 UNCERTAIN = "uncertain"
 
@@ -30,6 +30,7 @@ class Published:
         doubts: task -> why its figure is not certain.
         source: where the figures were published.
         is_third_party: whether they were taken from third-party notes on the source.
+        variant: what tells it from the row of the same method and rank.
         note: what else must be known.
     """
 
@@ -43,6 +44,7 @@ class Published:
     source: str = _TABLE_1
     is_third_party: bool = False
     doubts: Mapping[str, str] = field(default_factory=dict)
+    variant: str = ""
     note: str = ""
 
     @property
@@ -52,15 +54,9 @@ class Published:
     @property
     def name(self) -> str:
         """ "DenseLoRA r32" """
-        return f"{self.method} r{self.r}" if self.r is not None else self.method
-
-    def figure(self, task: str) -> str:
-        """As it is drawn: "74.3", in parentheses if worked back, with a question mark if uncertain, "" if unknown."""
-        if task not in self.percents:
-            return ""
-        shown = f"{self.percents[task]:.1f}"
-        doubt = self.doubts.get(task)
-        return f"({self.percents[task]:.0f})" if doubt == WORKED_BACK else f"{shown}?" if doubt else shown
+        return " ".join(
+            part for part in (self.method, f"r{self.r}" if self.r is not None else "", self.variant) if part
+        )
 
 
 def _row(
@@ -73,6 +69,7 @@ def _row(
     group: str = "commonsense",
     source: str = _TABLE_1,
     is_third_party: bool = False,
+    variant: str = "",
     note: str = "",
 ) -> Published:
     """A row as it stands in a table: the figures of a group's tasks in order, then the average; "(80)" and "61.8?" are marked."""
@@ -83,7 +80,18 @@ def _row(
         if not text.replace(".", "").isdigit():
             doubts[task] = WORKED_BACK if text.startswith("(") else UNCERTAIN
     return Published(
-        model, method, r, group, float(average), percents, trainable_percent, source, is_third_party, doubts, note
+        model,
+        method,
+        r,
+        group,
+        float(average),
+        percents,
+        trainable_percent,
+        source,
+        is_third_party,
+        doubts,
+        variant,
+        note,
     )
 
 
@@ -99,7 +107,7 @@ PUBLISHED: tuple[Published, ...] = (
     _row("llama3-8b", "DenseLoRA", 32, 0.02, "74.3 88.0 (80) 94.5 86.0 89.7 78.7 85.6 84.6", is_third_party=True),
     _row("llama3-8b", "DenseLoRA", 64, 0.06, "74.1 88.9 (80) 95.0 87.0 90.0 79.2 85.6 85.0", is_third_party=True),
     _row("llama3-8b", "DenseLoRA", 256, 0.31, "85.5", source="arXiv:2505.23808, Fig. 4"),
-    _row("llama3-8b", "DenseLoRA", 32, None, "81.1", source="arXiv:2505.23808, Fig. 3",
+    _row("llama3-8b", "DenseLoRA", 32, None, "81.1", source="arXiv:2505.23808, Fig. 3", variant="10%",
          note="trained on 10% of Commonsense170K; that it is on LLaMA-3-8B is inferred"),
     _row("llama2-7b", "LoRA", 32, None, "69.8 79.9 79.5 83.6 82.6 79.8 64.7 81.0 77.6"),
     _row("llama2-7b", "DoRA", 16, None, "72.0 83.1 79.9 89.1 83.0 84.5 71.0 81.2 80.5"),

@@ -459,7 +459,8 @@ def _notes_on_seeds(groups: Mapping[str, Sequence[Evaluation]]) -> Iterable[str]
     if pooled:
         yield (
             f"{', '.join(pooled)}: pooled. The bootstrap draws seeds as well as items, but few seeds say little: of n seeds "
-            "it counts (n - 1)/n of their variance. The p values take the seeds as they are."
+            "it counts (n - 1)/n of their variance. The p values take the seeds as they are, so one can be small where the "
+            "interval of the same difference holds 0."
         )
 
 

@@ -60,7 +60,8 @@ def paired_p_value(first: Outcomes, second: Outcomes) -> float:
     second's seeds minus that over the first's. If the two are equal, the sign of each difference is as likely + as -, and
     the p value is the share of all 2^n assignments of signs whose sum is at least as far from 0 as the one observed
     (Fisher's randomisation test, 1935). With one seed a side this is McNemar's exact test: the binomial test of the
-    discordant pairs. The seeds are taken as they are: the test does not speak of seeds that were not run.
+    discordant pairs. With other numbers of seeds on the two sides the differences are only nearly symmetric, and the test
+    nearly exact. The seeds are taken as they are: the test does not speak of seeds that were not run.
 
     Args:
         first: (seeds of the first, items).

@@ -492,6 +492,8 @@ def test_published_rows_need_no_run(capsys):
         tables = parse_markdown(capsys.readouterr().out)
         assert [table[0][3] for table in tables] == (["boolq", "gsm8k"] if model == "llama3-8b" else ["boolq"])
         assert tables[0][1][0] == "ChatGPT"
+        kinds = [row[1] for row in tables[0][1:]]  # third-party notes last, whatever the order of the data
+        assert kinds == sorted(kinds)
     assert main(["compare", "--published", "llama3-8b"]) == 0
     assert "DenseLoRA r32" in capsys.readouterr().out
 

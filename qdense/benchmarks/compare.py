@@ -20,7 +20,7 @@ import numpy as np
 
 from qdense.benchmarks.published import published_rows
 from qdense.benchmarks.scoring import RULES
-from qdense.benchmarks.statistics import Outcomes, bootstrap_interval, holm, paired_p_value, wilson_interval
+from qdense.benchmarks.statistics import OutcomeMatrix, bootstrap_interval, holm, paired_p_value, wilson_interval
 from qdense.benchmarks.tasks import GROUPS, TASKS
 from qdense.catalog import CATALOG
 from qdense.errors import EvaluationError, ModelError
@@ -233,7 +233,7 @@ def compare(evaluations: Sequence[Evaluation], *, rule: str = "paper", published
     groups = _grouped(evaluations, tasks)
     labels = [chr(ord("A") + i % 26) * (i // 26 + 1) for i in range(len(groups))]
 
-    def matrices(group: Sequence[Evaluation]) -> list[Outcomes]:
+    def matrices(group: Sequence[Evaluation]) -> list[OutcomeMatrix]:
         """For each task (seeds, items)."""
         return [
             np.array([[one.outcomes[task][rule][i] for i in indices[task]] for one in group], dtype=np.int8)
@@ -330,11 +330,11 @@ def _identity(evaluation: Evaluation) -> dict[str, Any]:
     return identity
 
 
-def _mean(matrices: Sequence[Outcomes]) -> float:
+def _mean(matrices: Sequence[OutcomeMatrix]) -> float:
     return math.fsum(float(matrix.mean()) for matrix in matrices) / len(matrices)
 
 
-def _accuracy(matrices: Sequence[Outcomes], *, is_average: bool = False) -> dict[str, Any]:
+def _accuracy(matrices: Sequence[OutcomeMatrix], *, is_average: bool = False) -> dict[str, Any]:
     """Of one task, or the average of several: Wilson's interval for a run on a task, else the bootstrap's."""
     num_seeds = len(matrices[0])
     if num_seeds == 1 and not is_average:
@@ -349,9 +349,9 @@ def _accuracy(matrices: Sequence[Outcomes], *, is_average: bool = False) -> dict
 
 
 def _difference(
-    label: str, tasks: Sequence[str], ours: Sequence[Outcomes], theirs: Sequence[Outcomes]
+    label: str, tasks: Sequence[str], ours: Sequence[OutcomeMatrix], theirs: Sequence[OutcomeMatrix]
 ) -> dict[str, Any]:
-    def difference(first: Sequence[Outcomes], second: Sequence[Outcomes]) -> dict[str, Any]:
+    def difference(first: Sequence[OutcomeMatrix], second: Sequence[OutcomeMatrix]) -> dict[str, Any]:
         interval = bootstrap_interval(first, second, confidence=CONFIDENCE, num_draws=NUM_DRAWS)
         return {"difference": _mean(first) - _mean(second), "interval": list(interval)}
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # What several runs of one recipe got right on one task: (num_seeds, num_items), 0 or 1; rows and columns have an order.
-Outcomes = NDArray[np.integer]
+OutcomeMatrix = NDArray[np.integer]
 
 _DRAWS_AT_A_TIME = 2**20  # numbers of a block of draws, so that many patterns of outcomes do not fill the memory
 
@@ -53,7 +53,7 @@ def pass_at(k: int, outcomes: Sequence[Sequence[bool]]) -> float:
     return 1.0 - math.fsum(misses) / len(outcomes)
 
 
-def paired_p_value(first: Outcomes, second: Outcomes) -> float:
+def paired_p_value(first: OutcomeMatrix, second: OutcomeMatrix) -> float:
     """Exact two-sided test of whether two recipes do equally well on the same items.
 
     Items are the units: an item's outcomes under several seeds are not independent, so its difference is the mean over the
@@ -120,8 +120,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def bootstrap_interval(
-    tasks: Sequence[Outcomes],
-    reference: Sequence[Outcomes] | None = None,
+    tasks: Sequence[OutcomeMatrix],
+    reference: Sequence[OutcomeMatrix] | None = None,
     *,
     confidence: float = 0.95,
     num_draws: int = 10_000,
@@ -141,7 +141,7 @@ def bootstrap_interval(
     Returns:
         (low, high); the same for the same arguments.
     """
-    others: Sequence[Outcomes] = reference if reference is not None else [task[:0] for task in tasks]
+    others: Sequence[OutcomeMatrix] = reference if reference is not None else [task[:0] for task in tasks]
     num_seeds, num_others = len(tasks[0]), len(others[0])
     generator = np.random.default_rng(seed)
     # How much each run counts, seeds of the reference negative: a row for each draw.

@@ -27,6 +27,7 @@ examples:
   qdense evaluate math --model llama3-8b --limit 100 --decoding greedy --json
   qdense evaluate commonsense --endpoint http://localhost:8000/v1 --model NAME
   qdense score gsm8k completions.jsonl
+  qdense compare runs/lora-1 runs/lora-2 runs/dense-1 runs/dense-2 --published llama3-8b
   qdense params llama3-8b --r 32
 """
 
@@ -160,6 +161,32 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_dir(score)
     score.add_argument("--json", action="store_true", help="print JSON on stdout")
     score.set_defaults(command=_score)
+
+    compare = commands.add_parser(
+        "compare",
+        help="put runs side by side, with paired tests",
+        description="Put evaluated runs side by side, on the items they have in common: accuracies, differences to the first "
+        "with an exact paired test for each task, and a bootstrap interval for the average. Seeds of one recipe are pooled.",
+    )
+    compare.add_argument(
+        "runs", metavar="RUN", nargs="*", type=Path, help="a run's folder, its RUN/eval/DIGEST, or runs/base-MODEL"
+    )
+    compare.add_argument(
+        "--rule",
+        choices=("paper", "strict"),
+        default="paper",
+        help="how answers are read: paper is the authors' (default)",
+    )
+    compare.add_argument(
+        "--published", choices=("llama3-8b", "llama2-7b"), help="add the published rows for this model, marked as such"
+    )
+    compare.add_argument(
+        "--format", choices=("table", "json", "csv", "markdown"), help="default: by the ending of FILE, else table"
+    )
+    compare.add_argument(
+        "--output", metavar="FILE", type=Path, help="write to FILE (.json, .csv, .md) and not to stdout"
+    )
+    compare.set_defaults(command=_compare)
 
     tasks = commands.add_parser("tasks", help="list the benchmarks", description="List the benchmarks.")
     tasks.add_argument("--json", action="store_true", help="print JSON on stdout")
@@ -342,6 +369,36 @@ def _score(arguments: argparse.Namespace) -> None:
         print(json.dumps(result, indent=2))
     else:
         show_score(make_console(), result)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    if not arguments.runs and arguments.published is None:
+        raise QDenseError("nothing to compare: name evaluated runs, or published rows by --published llama3-8b")
+    from qdense.benchmarks.compare import compare, load_evaluation
+    from qdense.benchmarks.tables import as_csv, as_markdown
+    from qdense.cache import write_atomically
+    from qdense.ui import clean, drawn, make_console, show_comparison
+
+    comparison = compare(
+        [load_evaluation(run) for run in arguments.runs], rule=arguments.rule, published=arguments.published
+    )
+    output: Path | None = arguments.output
+    by_suffix = {".json": "json", ".csv": "csv", ".md": "markdown"}
+    form = arguments.format or by_suffix.get(output.suffix.lower() if output else "", "table")
+    if form == "table" and output is None:
+        show_comparison(make_console(), comparison)
+        return
+    if form == "json":
+        text = json.dumps(comparison, indent=2) + "\n"
+    elif form == "table":
+        text = drawn(lambda console: show_comparison(console, comparison))
+    else:
+        text = as_csv(comparison) if form == "csv" else as_markdown(comparison)
+        text = "\n".join(map(clean, text.split("\n")))  # it may be printed, and holds names of folders
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        write_atomically(output, text)
 
 
 def _tasks(arguments: argparse.Namespace) -> None:

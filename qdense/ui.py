@@ -88,6 +88,12 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 
+def percent(scored: Mapping[str, Any], digits: int = 1) -> str:
+    """ "53.1 [41.1, 64.8]" from an accuracy with its interval; `digits` are those of the interval."""
+    low, high = scored["interval"]
+    return f"{100 * scored['accuracy']:.1f} [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
+
+
 class Display:
     """A job on the screen: `with Display(console) as show: job(emit=show)`.
 
@@ -316,35 +322,62 @@ class EvaluationDisplay(Display):
 
     def _table(self) -> Table:
         assert self.started
-        gap = 1 if self.console.width < _NARROW else 3
-        table = Table(box=None, padding=(0, gap, 0, 0), header_style="dim")
+        is_narrow = self.console.width < _NARROW
+        table = Table(box=None, padding=(0, 1 if is_narrow else 3, 0, 0), header_style="dim")
         for name in ("task", "model"):
             table.add_column(name, no_wrap=True)
         for name in ("items", "paper %", "strict %"):
             table.add_column(name, justify="right", no_wrap=True)
+        if self.done and not is_narrow:
+            # Of all completions, those that hit the token limit; of the items, those without an answer by the strict rule.
+            for name in ("cut off", "no answer"):
+                table.add_column(name, justify="right", no_wrap=True)
         for task in self.started.tasks:
             for column in self.started.columns:
-                progress = self.progress.get((task, column))
                 is_last = column == self.started.columns[-1]
                 style = "bold" if is_last and len(self.started.columns) > 1 else ""
                 first = task if column == self.started.columns[0] else ""
-                if progress is None or not progress.num_done:
-                    table.add_row(first, column, "", "", "", style="dim")
-                    continue
-                items = f"{progress.num_done}" + (
-                    f"/{progress.num_items}" if progress.num_done < progress.num_items else ""
-                )
-                table.add_row(
-                    first, column, items, *(self._share(progress, rule) for rule in ("paper", "strict")), style=style
-                )
+                if self.done:
+                    self._add_result(table, (first, clean(column)), self._result(task, is_last), style)
+                else:
+                    self._add_progress(table, (first, clean(column)), self.progress.get((task, column)), style)
         return table
 
-    def _share(self, progress: EvaluationProgress, rule: str) -> str:
-        num_correct, num_done = progress.num_correct[rule], progress.num_done
-        low, high = wilson_interval(num_correct, num_done)
-        if self.console.width < _NARROW:
-            return f"{100 * num_correct / num_done:.1f} [{100 * low:.0f},{100 * high:.0f}]"
-        return f"{100 * num_correct / num_done:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    def _result(self, task: str, is_last: bool) -> dict[str, Any]:
+        assert self.done
+        summary = self.done.summary
+        result: dict[str, Any] = (summary if is_last else summary["base"])["tasks"][task]
+        return result
+
+    def _add_result(self, table: Table, names: tuple[str, str], result: dict[str, Any], style: str) -> None:
+        digits = 0 if self.console.width < _NARROW else 1
+        shares = [percent(result[rule], digits) for rule in ("paper", "strict")]
+        counts = [f"{result['num_truncated']:,}", f"{result['strict']['num_without_answer']:,}"]
+        table.add_row(
+            *names, f"{result['num_scored']:,}", *shares, *(counts if len(table.columns) > 5 else ()), style=style
+        )
+        samples = result.get("num_samples", 1)
+        if samples > 1:
+            ks = [f"{100 * result[rule]['pass_at'][str(samples)]:.1f}" for rule in ("paper", "strict")]
+            table.add_row("", f" pass@{samples}", "", *ks, style="dim")
+        if "clean" in result:
+            shares = [percent(result["clean"][rule], digits) for rule in ("paper", "strict")]
+            table.add_row("", " clean", f"{result['clean']['num_items']:,}", *shares, style="dim")
+
+    def _add_progress(
+        self, table: Table, names: tuple[str, str], progress: EvaluationProgress | None, style: str
+    ) -> None:
+        if progress is None or not progress.num_done:
+            table.add_row(*names, "", "", "", style="dim")
+            return
+        of = f"/{progress.num_items}" if progress.num_done < progress.num_items else ""
+        digits = 0 if self.console.width < _NARROW else 1
+        shares = []
+        for rule in ("paper", "strict"):
+            num_correct = progress.num_correct[rule]
+            interval = wilson_interval(num_correct, progress.num_done)
+            shares.append(percent({"accuracy": num_correct / progress.num_done, "interval": interval}, digits))
+        table.add_row(*names, f"{progress.num_done}{of}", *shares, style=style)
 
     def _done_line(self) -> str:
         assert self.done
@@ -361,12 +394,6 @@ class EvaluationDisplay(Display):
                 self.console.print(self._table())
             return self._done_line()
         return None
-
-
-def percent(accuracy: dict[str, Any], digits: int = 1) -> str:
-    """ "53.1 [41.1, 64.8]" from an accuracy with its interval."""
-    low, high = accuracy["interval"]
-    return f"{100 * accuracy['accuracy']:.{digits}f} [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
 
 
 def show_score(console: Console, result: dict[str, Any]) -> None:

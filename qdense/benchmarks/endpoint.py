@@ -54,7 +54,9 @@ class EndpointModel:
         EvaluationError: an address that is none, or a decoding that such servers do not have.
     """
 
-    def __init__(self, endpoint: Endpoint, decoding: Decoding, max_new_tokens: int | None) -> None:
+    def __init__(
+        self, endpoint: Endpoint, decoding: Decoding, tasks: Sequence[Task], max_new_tokens: int | None
+    ) -> None:
         from openai import OpenAI
 
         if decoding.num_beams > 1:
@@ -75,7 +77,9 @@ class EndpointModel:
             "prompt": f"{{instruction}}\n\n{CHAIN_OF_THOUGHT}",
             "template": "chat, zero-shot chain of thought",
             "decoding": decoding.record(),
-            "max_new_tokens": self.max_new_tokens,
+            "base_fingerprint": None,
+            "adapter_sha256": None,
+            "max_new_tokens": {task.name: self.max_new_tokens for task in tasks},
         }
         self.facts = (
             ("endpoint", url),

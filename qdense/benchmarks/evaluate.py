@@ -119,7 +119,7 @@ def evaluate(request: EvaluationRequest, emit: Emit) -> dict[str, Any]:
     respondents: list[Respondent]
     facts: tuple[tuple[str, str], ...]
     if request.endpoint is not None:
-        endpoint_model = EndpointModel(request.endpoint, request.decoding, request.max_new_tokens)
+        endpoint_model = EndpointModel(request.endpoint, request.decoding, request.tasks, request.max_new_tokens)
         respondents = [endpoint_model]
         title, facts = f"{request.endpoint.model} at {endpoint_model.settings['endpoint']}", endpoint_model.facts
     else:

@@ -23,6 +23,7 @@ examples:
   qdense train recipes/math10k.toml --set adapter.r=64 --set model.name=/models/llama3 --resume
   qdense evaluate gsm8k,aqua,addsub,svamp --adapter runs/math10k
   qdense evaluate math --model llama3-8b --limit 100 --decoding greedy --json
+  qdense data check math10k gsm8k,addsub
   qdense params llama3-8b --r 32
 """
 
@@ -139,6 +140,19 @@ def _parser() -> argparse.ArgumentParser:
     tasks = commands.add_parser("tasks", help="list the benchmarks", description="List the benchmarks.")
     tasks.add_argument("--json", action="store_true", help="print JSON on stdout")
     tasks.set_defaults(command=_tasks)
+
+    data = commands.add_parser("data", help="look into data sets", description="Look into data sets.")
+    data_commands = data.add_subparsers(metavar="COMMAND", required=True)
+    check = data_commands.add_parser(
+        "check",
+        help="find test items that a training set holds",
+        description="Find the test items that a training set holds, exactly or nearly. Exit status 0, whatever is found.",
+    )
+    check.add_argument("train", metavar="TRAIN", help="a known training set (math10k, ...), or a file of one")
+    check.add_argument("tasks", metavar="TASKS", help="comma-separated tasks: gsm8k, math, commonsense, all, ...")
+    _add_data_dir(check)
+    check.add_argument("--json", action="store_true", help="print JSON on stdout")
+    check.set_defaults(command=_data_check)
 
     params = commands.add_parser(
         "params",
@@ -267,6 +281,35 @@ def _tasks(arguments: argparse.Namespace) -> None:
     from qdense.ui import make_console, show_tasks
 
     show_tasks(make_console(), TASKS, GROUPS)
+
+
+def _data_check(arguments: argparse.Namespace) -> None:
+    from qdense.benchmarks.tasks import load_items, tasks_named
+
+    tasks = tasks_named(arguments.tasks)
+
+    from qdense.data.catalog import TRAINING_SETS
+    from qdense.data.contamination import describe, overlaps
+    from qdense.data.rows import FORMATS
+    from qdense.data.sources import load_training_set
+    from qdense.recipe import DataRecipe
+
+    name = arguments.train
+    if name not in TRAINING_SETS and not (os.path.exists(name) or name.endswith(FORMATS)):
+        raise QDenseError(
+            f'"{name}": unknown training set{did_you_mean(name, TRAINING_SETS)}; or give the path of a file '
+            f"({', '.join(FORMATS)})"
+        )
+    data = DataRecipe(name=name) if name in TRAINING_SETS else DataRecipe(path=name)
+    training = load_training_set(data, arguments.data_dir)
+    tests = {task.name: load_items(task, arguments.data_dir) for task in tasks}
+    found = {task: describe(overlap, training, tests[task]) for task, overlap in overlaps(training, tests).items()}
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return
+    from qdense.ui import make_console, show_contamination
+
+    show_contamination(make_console(), training.origin, found)
 
 
 def _params(arguments: argparse.Namespace) -> None:

@@ -158,16 +158,32 @@ def test_boilerplate_does_not_count():
     asked = ["is a tomato a fruit in botany", "do cats see well at night", "do cats hear", "was rome built in one day"]
     items = [frame.format(question) for question in [*asked, "are rivers clean", "is ice lighter than oil"]]
     assert kinds([frame.format("do dogs hear")], items) == {}
-    assert kinds([frame.format("do dogs hear")], items[2:5]) == {0: SAME_NUMBERS}, "half of three items is not a habit"
+    assert kinds([frame.format("do dogs hear")], items[1:]) == {}
+    assert kinds([frame.format("do dogs hear")], items[2:]) == {0: SAME_NUMBERS}, "four items are too few to tell"
     assert kinds([frame.format("is a tomato a fruit in botany or not")], items) == {0: SAME_NUMBERS}
     assert kinds(["Tell me, do cats see well at night"], items) == {1: SAME_NUMBERS}
+
+
+def test_numbered_boilerplate():
+    frame = "Exercise {0} chapter {0} page {0} line {0} column {0} part {0}: {1}"
+    items = [frame.format(i, f"do {animal} hear") for i, animal in enumerate(["cats", "bats", "ants", "owls", "eels"])]
+    assert kinds([frame.format(77, "do dogs hear")], items) == {}
+    assert set(kinds([frame.format(77, "do dogs hear")], items[:4])) == {0, 1, 2, 3}
 
 
 def test_what_many_training_rows_hold_does_not_count():
     frame = "Once upon a time in a far away country there lived a king who had a {}"
     animals = [f"{a}{b}" for a in "bcdfghklmn" for b in ("at", "og", "en", "ow", "ig", "up", "ish")]
-    assert kinds([frame.format(animal) for animal in animals[:40]], [frame.format("unicorn")]) == {0: SAME_NUMBERS}
-    assert kinds([frame.format(animal) for animal in animals], [frame.format("unicorn")]) == {}
+    assert kinds([frame.format(animal) for animal in animals[:50]], [frame.format("unicorn")]) == {0: SAME_NUMBERS}
+    many = [frame.format(animal) for animal in animals[:51]]
+    assert kinds(many, [frame.format("unicorn")]) == {}
+    assert kinds([*many, "this king who had a unicorn"], [frame.format("unicorn")]) == {}, "one word is left, too few"
+
+
+def test_numbers_tell_problems_of_one_wording_apart():
+    frame = "What is {} plus {} minus {} times {} plus {} minus {}?"
+    training = [frame.format(*range(i, i + 6)) for i in range(60)] + ["Tell me. " + frame.format(9, 4, 2, 7, 1, 3)]
+    assert kinds(training, [frame.format(9, 4, 2, 7, 1, 3), frame.format(9, 4, 2, 8, 1, 3)]) == {0: SAME_NUMBERS}
 
 
 def test_odd_texts():
@@ -231,7 +247,8 @@ def test_against_the_slow_reference(seed, monkeypatch):
     def text(length):
         return " ".join(generator.choices(vocabulary, k=length))
 
-    training = [f"{frame} {text(generator.randint(1, 40))}" for _ in range(120)]
+    habit = "and so it went on"  # in more rows than 50, in fewer items than half
+    training = [f"{frame} {generator.choice((habit, ''))} {text(generator.randint(1, 40))}" for _ in range(120)]
     test = []
     for _ in range(60):
         copied = generator.choice(training).split()

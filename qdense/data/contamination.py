@@ -9,14 +9,14 @@ input, never the answer.
   or all numbers taken as equal. The row found tells the kind: "same numbers" if it holds all the item's numbers, else
   "other numbers": the same problem with other values. An item of fewer than 12 words must be covered wholly, for one word
   makes a new question of it ("is corn starch the same as corn flower", "... corn syrup").
-- Boilerplate counts neither way: any 3 words that more than half of a test set's items hold ("Answer format: true/false"),
-  and any 5 words that more than 1% of the training rows hold.
+- Boilerplate counts neither way: any 3 words that more than half of a test set's items hold, and 5 of them at least
+  ("Answer format: true/false"); any 5 words that more than 1% of the training rows hold, and more than 50 of them.
 
 Run length and share were chosen by reading what real data give just above and below them. Math10K (1,824 genuine rows)
-holds 124 items of AddSub exactly and 26 nearly, of mawps 31 and 40: all that were read at 80-85% are the same problem with
-other names and numbers, and so are most at 70-80%. Commonsense rows decide: of ARC-Challenge all 4 near items are right,
-of BoolQ 20 of 22 (2 differ in a country), of PIQA 36 of 47 (11 are brief answers on another object: "can cut a shirt"); at
-70-80%, or with runs of 4 words, different questions with like answers come in.
+holds 124 items of AddSub exactly and 26 nearly, of mawps 31 and 40: what was read at 80-85% is the same problem, mostly with
+other names and numbers, and so is much at 70-80%. The commonsense rows decide: of ARC-Challenge all 4 near items are right,
+of BoolQ 20 of 22 (2 differ in a place), of PIQA some 36 of 47 (the rest: the same few words on another object, "can cut a
+shirt"); at 70-80%, or with runs of 4 words, different questions with like answers come in.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def clean_indices(training: DataSet, test: DataSet) -> list[int]:
         training: the whole set, as `load_training_set` gives it: a fraction or a held-out part makes no difference.
         test: the whole test set, as `load_items` gives it; indices are those of `test.rows`.
 
-    The result is cached (see `overlaps`): at once the second time, half a minute at most for 170,000 training rows.
+    The result is cached (see `overlaps`). Measured on 2 cores, 147,744 training rows: 6 s, then at once.
     """
     return overlaps(training, {"test": test})["test"].clean_indices
 
@@ -280,7 +280,7 @@ _MAX_JOINED = 4_000_000  # (n-gram of an item, row) pairs at a time: about 300 M
 class TrainingIndex:
     """Training rows, prepared for `check` against any number of test sets.
 
-    About 60 bytes a word: 600 MB for the 170,000 rows and ten million words of Commonsense170K.
+    170,420 rows against all sixteen tests, by the command: 1.0 GB at the peak, rows and test sets included.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:

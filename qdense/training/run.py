@@ -276,7 +276,7 @@ def _warn_of_test_items(name: str, data: DataSet, data_dir: Path | None, emit: E
     if held:
         emit(
             Notice(
-                f"{name} holds test items of {', '.join(held)}: such scores are too high. `qdense evaluate --clean` "
+                f"{name} holds test items of {', '.join(held)}: those scores may be too high. `qdense evaluate --clean` "
                 f"also scores the rest; `qdense data check {name} TASKS` shows what was found",
                 "warning",
             )

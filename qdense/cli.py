@@ -28,6 +28,7 @@ examples:
   qdense evaluate commonsense --endpoint http://localhost:8000/v1 --model NAME
   qdense score gsm8k completions.jsonl
   qdense compare runs/lora-1 runs/lora-2 runs/dense-1 runs/dense-2 --published llama3-8b
+  qdense data check math10k gsm8k,addsub
   qdense params llama3-8b --r 32
 """
 
@@ -191,6 +192,19 @@ def _parser() -> argparse.ArgumentParser:
     tasks = commands.add_parser("tasks", help="list the benchmarks", description="List the benchmarks.")
     tasks.add_argument("--json", action="store_true", help="print JSON on stdout")
     tasks.set_defaults(command=_tasks)
+
+    data = commands.add_parser("data", help="look into data sets", description="Look into data sets.")
+    data_commands = data.add_subparsers(metavar="COMMAND", required=True)
+    check = data_commands.add_parser(
+        "check",
+        help="find test items that a training set holds",
+        description="Find the test items that a training set holds, exactly or nearly. Exit status 0, whatever is found.",
+    )
+    check.add_argument("train", metavar="TRAIN", help="a known training set (math10k, ...), or a file of one")
+    check.add_argument("tasks", metavar="TASKS", help="comma-separated tasks: gsm8k, math, commonsense, all, ...")
+    _add_data_dir(check)
+    check.add_argument("--json", action="store_true", help="print JSON on stdout")
+    check.set_defaults(command=_data_check)
 
     params = commands.add_parser(
         "params",
@@ -410,6 +424,25 @@ def _tasks(arguments: argparse.Namespace) -> None:
     from qdense.ui import make_console, show_tasks
 
     show_tasks(make_console(), TASKS, GROUPS)
+
+
+def _data_check(arguments: argparse.Namespace) -> None:
+    from qdense.benchmarks.tasks import load_items, tasks_named
+
+    tasks = tasks_named(arguments.tasks)
+
+    from qdense.data.contamination import describe, overlaps
+    from qdense.data.sources import load_named_or_file
+
+    training = load_named_or_file(arguments.train, arguments.data_dir)
+    tests = {task.name: load_items(task, arguments.data_dir) for task in tasks}
+    found = {task: describe(overlap, training, tests[task]) for task, overlap in overlaps(training, tests).items()}
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return
+    from qdense.ui import make_console, show_contamination
+
+    show_contamination(make_console(), training.origin, found)
 
 
 def _params(arguments: argparse.Namespace) -> None:

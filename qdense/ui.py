@@ -91,7 +91,8 @@ def size(num_bytes: float) -> str:
 def percent(scored: Mapping[str, Any], digits: int = 1) -> str:
     """ "53.1 [41.1, 64.8]" from an accuracy with its interval; `digits` are those of the interval."""
     low, high = scored["interval"]
-    return f"{100 * scored['accuracy']:.1f} [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
+    separator = ", " if digits else ","  # without digits, the column is narrow
+    return f"{100 * scored['accuracy']:.1f} [{100 * low:.{digits}f}{separator}{100 * high:.{digits}f}]"
 
 
 class Display:
@@ -410,6 +411,33 @@ def show_score(console: Console, result: dict[str, Any]) -> None:
     samples = f", the majority of {result['num_samples']} samples each" if "num_samples" in result else ""
     console.print(f"{result['task']}: {result['num_scored']:,} of {result['num_items']:,} items scored{samples}")
     console.print(table)
+
+
+def show_contamination(console: Console, origin: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """What `qdense data check` found: a line for each task, then an example of each kind of match."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("task", no_wrap=True)
+    for name in ("items", "exact", "near", "same numbers", "other numbers", "clean"):
+        table.add_column(name, justify="right")
+    keys = ("num_items", "num_exact", "num_near", "num_near_same_numbers", "num_near_other_numbers")
+    for task, overlap in found.items():
+        num_clean = len(overlap["clean_indices"])
+        style = "yellow" if num_clean < overlap["num_items"] else ""
+        table.add_row(task, *(f"{overlap[key]:,}" for key in keys), f"{num_clean:,}", style=style)
+    console.print(Text(clean(f"test items in {origin}")))
+    console.print(table)
+    for task, overlap in found.items():
+        for match in overlap["examples"]:
+            is_near = match["kind"] != "exact"
+            how = f"{100 * match['share']:.0f}% of its words, {match['kind']}" if is_near else match["kind"]
+            console.print(Text(f"\n{task} item {match['item']}, training row {match['row']}: {how}", style="dim"))
+            for label, text in (("test", match["test_text"]), ("training", match["training_text"])):
+                console.print(Text(f"  {label}: {_excerpt(text)}"))
+
+
+def _excerpt(text: str, length: int = 240) -> str:
+    text = clean(" ".join(text.split()))
+    return text if len(text) <= length else f"{text[:length]} ..."
 
 
 def show_tasks(console: Console, tasks: Mapping[str, Task], groups: Mapping[str, Sequence[str]]) -> None:

@@ -165,15 +165,56 @@ def test_evaluation_table(width):
     assert ("[43.0, 50.7]" if width == 120 else "[43,51]") in text
 
 
+def summary(num_correct):
+    def scored(rule_correct):
+        return {"accuracy": rule_correct / 1319, "interval": [0.4, 0.5], "num_without_answer": 17}
+
+    result = {
+        "num_scored": 1319,
+        "num_samples": 8,
+        "num_truncated": 23,
+        "paper": scored(num_correct) | {"pass_at": {"1": 0.3, "8": 0.612}},
+        "strict": scored(num_correct + 1) | {"pass_at": {"1": 0.3, "8": 0.623}},
+        "clean": {"num_items": 1201, "paper": scored(310), "strict": scored(311)},
+    }
+    return {"folder": "runs/x/eval/abc", "tasks": {"gsm8k": result, "wordproblems": result}}
+
+
+DONE = EvaluationDone({**summary(300), "base": summary(100)})
+
+
 def test_evaluation_in_a_pipe_ends_with_the_table():
     console = Console(file=io.StringIO(), width=100)
     with EvaluationDisplay(console, clock=lambda: 0.0) as show:
-        for event in (*EVALUATION, EvaluationDone({"folder": "runs/x/eval/abc"})):
+        for event in (*EVALUATION, DONE):
             show(event)
     text = console.file.getvalue()
     assert "gsm8k with base: 1319 of 1319 items" in text
     assert "strict %" in text
     assert text.rstrip().endswith("runs/x/eval/abc")
+    for part in (
+        "7.6 [40.0, 50.0]",
+        "22.7 [",
+        "cut off",
+        " 23 ",
+        "no answer",
+        " 17",
+        "pass@8",
+        "61.2",
+        "clean",
+        "1,201",
+    ):
+        assert part in text, part
+
+
+def test_the_final_table_fits_a_narrow_terminal():
+    display = EvaluationDisplay(Console(file=io.StringIO(), width=60, force_terminal=True))
+    for event in (*EVALUATION, DONE):
+        display.update(event)
+    text = drawn(display, 60)
+    assert all(len(line) <= 60 for line in text.splitlines())
+    assert "22.7 [40,50]" in text
+    assert "cut off" not in text
 
 
 def test_control_characters_in_data_do_not_steer_the_terminal():

@@ -29,7 +29,7 @@ from qdense.benchmarks.results import average, parse_completion, score_task
 from qdense.benchmarks.scoring import RULES
 from qdense.benchmarks.tasks import Task, load_items
 from qdense.cache import require_free_space, write_atomically
-from qdense.data.contamination import clean_indices
+from qdense.data.contamination import overlaps
 from qdense.data.rows import Row
 from qdense.data.sources import DataSet, load_named_or_file, load_training_set
 from qdense.data.templates import Template, template_named
@@ -148,7 +148,7 @@ def _clean_items(
             "--trained-on math10k"
         )
     emit(Notice(f"looking for test items in {training.origin}"))
-    return {name: clean_indices(training, items) for name, items in data.items()}
+    return {name: overlap.clean_indices for name, overlap in overlaps(training, data).items()}
 
 
 def _load_models(

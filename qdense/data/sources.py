@@ -83,8 +83,16 @@ def load_test_set(upstream: UpstreamFile | None, data_dir: Path | None, emit: Em
     return DataSet(read_rows(path, for_test=True), origin=str(path))
 
 
-def locate(upstream: UpstreamFile, data_dir: Path | None, emit: Emit = ignore) -> Path:
-    """The local path of an upstream file: below `data_dir`, or in the cache, downloaded if need be.
+def local_test_set(upstream: UpstreamFile | None, data_dir: Path | None) -> DataSet | None:
+    """Like `load_test_set`, but None where the file would have to be downloaded."""
+    if upstream is None:
+        return load_test_set(None, data_dir)
+    path = find(upstream, data_dir)
+    return DataSet(read_rows(path, for_test=True), origin=str(path)) if path else None
+
+
+def find(upstream: UpstreamFile, data_dir: Path | None) -> Path | None:
+    """The local path of an upstream file: below `data_dir`, or in the cache; None if it is in neither.
 
     A file in `data_dir` is the user's own and is taken as it is; one in the cache is verified by its blob id.
     """
@@ -94,10 +102,16 @@ def locate(upstream: UpstreamFile, data_dir: Path | None, emit: Emit = ignore) -
         if (data_dir / upstream.path).is_file():
             return data_dir / upstream.path
     cached = cache_dir("data", upstream.path)
-    if cached.is_file():
-        if git_blob_id(cached) == upstream.blob_id:
-            return cached
-        cached.unlink()
+    return cached if cached.is_file() and git_blob_id(cached) == upstream.blob_id else None
+
+
+def locate(upstream: UpstreamFile, data_dir: Path | None, emit: Emit = ignore) -> Path:
+    """Like `find`, but downloads into the cache what is not there."""
+    found = find(upstream, data_dir)
+    if found is not None:
+        return found
+    cached = cache_dir("data", upstream.path)
+    cached.unlink(missing_ok=True)  # damaged
     try:
         download(
             f"{UPSTREAM_URL}/{upstream.path}",

@@ -11,6 +11,7 @@ A run's folder:
 from __future__ import annotations
 
 import math
+import os
 import platform
 import shutil
 import tomllib
@@ -22,10 +23,13 @@ import tomli_w
 import torch
 from transformers import set_seed
 
+from qdense.benchmarks.tasks import TASKS
 from qdense.cache import appearing_folder, require_free_space, write_atomically
+from qdense.data.catalog import TRAINING_SETS
+from qdense.data.contamination import overlaps
 from qdense.data.examples import Encoded, encode_rows, split_rows
-from qdense.data.sources import DataSet, load_training_set
-from qdense.errors import RunError
+from qdense.data.sources import DataSet, load_training_set, local_test_set
+from qdense.errors import QDenseError, RunError
 from qdense.events import Emit, Notice, TrainingDone, TrainingStarted
 from qdense.methods import METHODS
 from qdense.modeling.adapter import AdapterCard, attach_adapter, save_adapter, trainable_parameters
@@ -74,6 +78,8 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
         fraction=recipe.data.fraction,
         seed=recipe.data.seed,
     )
+    if recipe.data.name in TRAINING_SETS:
+        _warn_of_test_items(recipe.data.name, data, data_dir, emit)
     base = load_base(recipe.model, notice)
     training = encode_rows(data.rows, split.training, base.tokenizer, recipe.data)
     validation = encode_rows(data.rows, split.validation, base.tokenizer, recipe.data) if split.validation else None
@@ -247,6 +253,36 @@ def _num_steps(recipe: Recipe, num_examples: int) -> int:
     if settings.max_steps is not None:
         return settings.max_steps
     return math.ceil(settings.epochs * math.ceil(num_examples / settings.batch_size))
+
+
+def _warn_of_test_items(name: str, data: DataSet, data_dir: Path | None, emit: Emit) -> None:
+    """Say which benchmarks the training set holds items of, as far as their test files are here: nothing is downloaded."""
+    if os.environ.get("RANK", "0") != "0":  # torchrun's other processes would all say the same
+        return
+    tests, faults = {}, []
+    for task in TASKS.values():
+        try:
+            test = local_test_set(task.file, data_dir)
+        except (QDenseError, OSError) as error:  # no reason not to train
+            faults.append(str(error))
+            continue
+        if test is not None:
+            tests[task.name] = test
+    held = [
+        f"{task} ({overlap.num_exact:,} exact, {overlap.num_near:,} near of {overlap.num_items:,})"
+        for task, overlap in overlaps(data, tests).items()
+        if overlap.matches
+    ]
+    if held:
+        emit(
+            Notice(
+                f"{name} holds test items of {', '.join(held)}: those scores may be too high. `qdense evaluate --clean` "
+                f"also scores the rest; `qdense data check {name} TASKS` shows what was found",
+                "warning",
+            )
+        )
+    for fault in dict.fromkeys(faults):
+        emit(Notice(f"not looked for in the training set: {fault}", "warning"))
 
 
 def _report_truncation(encoded: Encoded, recipe: Recipe, emit: Emit) -> None:

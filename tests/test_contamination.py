@@ -11,7 +11,7 @@ from qdense.cache import cache_dir
 from qdense.cli import main
 from qdense.data import contamination, sources, wordproblems
 from qdense.data.catalog import TRAINING_SETS, UpstreamFile
-from qdense.data.contamination import EXACT, OTHER_NUMBERS, SAME_NUMBERS, check, clean_indices, overlaps, words
+from qdense.data.contamination import EXACT, OTHER_NUMBERS, SAME_NUMBERS, check, overlaps, words
 from qdense.data.download import git_blob_id
 from qdense.data.rows import Row, read_rows
 from qdense.data.sources import DataSet, local_test_set
@@ -113,6 +113,10 @@ def test_near_with_the_same_numbers_and_with_others():
     assert (match.row, match.kind, match.share) == (2, EXACT, 1.0)
     assert kinds([STORY.format(12, 12)], [STORY.format(12, 5)]) == {0: OTHER_NUMBERS}
     assert kinds([STORY.format(12, 5)], [STORY.format(12, 12)]) == {0: OTHER_NUMBERS}, "12 is there once only"
+
+
+def clean(training, test):
+    return overlaps(training, {"test": test})["test"].clean_indices
 
 
 def test_counts_and_clean_indices():
@@ -300,17 +304,17 @@ def sets():
 
 def test_results_are_remembered_by_content(sets, monkeypatch):
     training, test = sets
-    assert clean_indices(training, test) == [1]
+    assert clean(training, test) == [1]
     built = []
     index_of = contamination.TrainingIndex
     monkeypatch.setattr(contamination, "TrainingIndex", lambda rows: built.append(rows) or index_of(rows))
-    assert clean_indices(DataSet(list(training.rows), "elsewhere"), test) == [1]
+    assert clean(DataSet(list(training.rows), "elsewhere"), test) == [1]
     assert built == []
-    assert clean_indices(DataSet(rows("Who?"), "train"), test) == [0]
-    assert clean_indices(training, DataSet(rows("Why?", "Who?"), "test")) == [0, 1]
+    assert clean(DataSet(rows("Who?"), "train"), test) == [0]
+    assert clean(training, DataSet(rows("Why?", "Who?"), "test")) == [0, 1]
     assert len(built) == 2
     monkeypatch.setattr(contamination, "VERSION", contamination.VERSION + 1)
-    assert clean_indices(training, test) == [1]
+    assert clean(training, test) == [1]
     assert len(built) == 3
 
 
@@ -326,18 +330,18 @@ def test_results_are_remembered_by_content(sets, monkeypatch):
     ],
 )  # fmt: skip
 def test_a_damaged_cache_file_is_computed_anew(sets, damage):
-    clean_indices(*sets)
+    clean(*sets)
     (stored,) = cache_dir("contamination").iterdir()
     whole = stored.read_bytes()
     stored.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
-    assert clean_indices(*sets) == [1]
+    assert clean(*sets) == [1]
     assert stored.read_bytes() == whole
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(sets, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("QDENSE_CACHE", str(tmp_path / "file"))
-    assert clean_indices(*sets) == [1]
+    assert clean(*sets) == [1]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------------

@@ -9,10 +9,9 @@ The key is taken from OPENAI_API_KEY, sent to the server, and written nowhere.
 
 from __future__ import annotations
 
+import asyncio
 import os
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 CHAIN_OF_THOUGHT = "Let's think step by step."
 # Reasoning is longer than the answers that a fine-tuned model writes.
 MAX_NEW_TOKENS = 512
-_NUM_RETRIES = 6  # after 0.5, 1, 2, 4, 8, 8 seconds, or what the server's Retry-After asks for
+TIMEOUT_SECONDS = 120.0  # for one request
+NUM_RETRIES = 6  # after 0.5, 1, 2, 4, 8, 8 seconds, or what the server's Retry-After asks for
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,11 @@ class Endpoint:
         url: what its API lies under, for instance http://localhost:8000/v1; a bare host gets /v1.
         model: the model's name there.
         concurrency: requests under way at a time.
-        timeout_seconds: for one request.
     """
 
     url: str
     model: str
     concurrency: int = 8
-    timeout_seconds: float = 120.0
 
 
 class EndpointModel:
@@ -57,8 +55,6 @@ class EndpointModel:
     def __init__(
         self, endpoint: Endpoint, decoding: Decoding, tasks: Sequence[Task], max_new_tokens: int | None
     ) -> None:
-        from openai import OpenAI
-
         if decoding.num_beams > 1:
             raise EvaluationError("--endpoint: such servers have no beam search; use --decoding greedy or sample")
         self.endpoint, self.decoding = endpoint, decoding
@@ -68,9 +64,6 @@ class EndpointModel:
         self.owner = Path("runs", f"endpoint-{safe_name}")
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
         url = _checked_url(endpoint.url)
-        self._client = OpenAI(
-            api_key=self._key or "none", base_url=url, timeout=endpoint.timeout_seconds, max_retries=_NUM_RETRIES
-        )
         self.settings: dict[str, Any] = {
             "model": endpoint.model,
             "endpoint": url,
@@ -88,7 +81,6 @@ class EndpointModel:
         )
         self.notes: dict[str, Any] = {"adapter": None, "served_models": [], "num_retries": 0}
         self._limit_name = "max_tokens"
-        self._lock = threading.Lock()
 
     def complete(self, task: Task, rows: Sequence[Row], wanted: Sequence[tuple[int, int]]) -> Iterator[Completion]:
         """The completions of the (index, sample) pairs, as they come.
@@ -96,34 +88,40 @@ class EndpointModel:
         Raises:
             EvaluationError: a request failed for good. Those under way are waited for and given first.
         """
+        from openai import AsyncOpenAI
+
         left = iter(wanted)
-        failure: Exception | None = None
-        with ThreadPoolExecutor(self.endpoint.concurrency) as pool:
-            under_way: set[Future[Completion]] = set()
-            try:
-                while True:
-                    # Only as many as can run are handed over, so that stopping leaves none behind.
-                    while failure is None and len(under_way) < self.endpoint.concurrency:
-                        key = next(left, None)
-                        if key is None:
-                            break
-                        under_way.add(pool.submit(self._ask, rows[key[0]], *key))
-                    if not under_way:
+        failure: BaseException | None = None
+        # Leaving the runner, by Ctrl-C too, cancels what is under way.
+        with asyncio.Runner() as runner:
+            loop = runner.get_loop()
+            client = AsyncOpenAI(
+                api_key=self._key or "none",
+                base_url=self.settings["endpoint"],
+                timeout=TIMEOUT_SECONDS,
+                max_retries=NUM_RETRIES,
+            )
+            under_way: set[asyncio.Task[Completion]] = set()
+            while True:
+                while failure is None and len(under_way) < self.endpoint.concurrency:
+                    key = next(left, None)
+                    if key is None:
                         break
-                    ended, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                    for future in ended:
-                        error = future.exception()
-                        if error is None:
-                            yield future.result()
-                        elif isinstance(error, Exception):
-                            failure = failure or error
-            except BaseException:  # Ctrl-C: cut the connections, or leaving the pool would wait for the answers
-                self._client.close()
-                raise
+                    under_way.add(loop.create_task(self._ask(client, rows[key[0]], *key)))
+                if not under_way:
+                    break
+                ended, under_way = runner.run(_first_of(under_way))
+                for task_ended in ended:
+                    error = task_ended.exception()
+                    if error is None:
+                        yield task_ended.result()
+                    else:
+                        failure = failure or error
+            runner.run(client.close())
         if failure is not None:
             raise self._explained(failure)
 
-    def _ask(self, row: Row, index: int, sample: int) -> Completion:
+    async def _ask(self, client: Any, row: Row, index: int, sample: int) -> Completion:
         problem = "\n\n".join(part for part in (row.instruction.strip(), row.input.strip()) if part)
         request: dict[str, Any] = {
             "model": self.endpoint.model,
@@ -132,15 +130,14 @@ class EndpointModel:
         }
         if self.decoding.temperature:
             request |= {"top_p": self.decoding.top_p, "seed": self.decoding.seed + sample}
-        raw = self._create(request)
+        raw = await self._create(client.chat.completions.with_raw_response.create, request)
         reply = raw.parse()
         if not getattr(reply, "choices", None):
             raise EvaluationError(f"the reply to item {index} holds no choices: {str(reply)[:200]}")
         choice = reply.choices[0]
-        with self._lock:
-            self.notes["num_retries"] += raw.retries_taken
-            if reply.model and reply.model not in self.notes["served_models"]:
-                self.notes["served_models"].append(reply.model)
+        self.notes["num_retries"] += raw.retries_taken
+        if reply.model and reply.model not in self.notes["served_models"]:
+            self.notes["served_models"].append(reply.model)
         return Completion(
             index=index,
             completion=choice.message.content or "",
@@ -150,21 +147,20 @@ class EndpointModel:
             sample=sample,
         )
 
-    def _create(self, request: dict[str, Any]) -> Any:
+    async def _create(self, create: Any, request: dict[str, Any]) -> Any:
         """Send it. Servers differ in the name of the token limit: the old one is tried first, as more know it."""
         from openai import BadRequestError
 
-        create: Any = self._client.chat.completions.with_raw_response.create
         name = self._limit_name
         try:
-            return create(**request, **{name: self.max_new_tokens})
+            return await create(**request, **{name: self.max_new_tokens})
         except BadRequestError as error:
             if name != "max_tokens" or "max_completion_tokens" not in str(error):
                 raise
             self._limit_name = "max_completion_tokens"
-        return create(**request, **{self._limit_name: self.max_new_tokens})
+        return await create(**request, **{self._limit_name: self.max_new_tokens})
 
-    def _explained(self, error: Exception) -> Exception:
+    def _explained(self, error: BaseException) -> BaseException:
         """What a user can do about it. A fault of ours comes back as it is."""
         import openai
 
@@ -177,9 +173,7 @@ class EndpointModel:
         if isinstance(error, openai.NotFoundError):
             return EvaluationError(f"{place}: not found ({text}). Check --endpoint (with its /v1) and --model. {again}")
         if isinstance(error, openai.APITimeoutError):
-            return EvaluationError(
-                f"{place}: no answer within {self.endpoint.timeout_seconds:g} s, {_NUM_RETRIES + 1} times. {again}"
-            )
+            return EvaluationError(f"{place}: no answer within {TIMEOUT_SECONDS:g} s, {NUM_RETRIES + 1} times. {again}")
         if isinstance(error, openai.APIConnectionError):
             return EvaluationError(f"{place}: cannot be reached ({error.__cause__ or text}). Is the server up? {again}")
         if isinstance(error, (openai.OpenAIError, ValueError)):  # a reply that is no JSON is a ValueError
@@ -203,3 +197,9 @@ def _checked_url(url: str) -> str:
             f"the environment as {KEY_VARIABLE}"
         )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
+
+
+async def _first_of(
+    tasks: set[asyncio.Task[Completion]],
+) -> tuple[set[asyncio.Task[Completion]], set[asyncio.Task[Completion]]]:
+    return await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -27,12 +27,14 @@ class Template:
     Attributes:
         training_prompt, evaluation_prompt: Row -> the text that ends where the response begins.
         response: Row -> the text that a training example adds to its prompt.
+        stop: headings of the prompt: a model that writes one has ended its response.
     """
 
     name: str
     training_prompt: Callable[[Row], str]
     evaluation_prompt: Callable[[Row], str]
     response: Callable[[Row], str]
+    stop: tuple[str, ...] = ("### Instruction:", "### Input:", "### Response:")
 
 
 def _alpaca_prompt(row: Row) -> str:

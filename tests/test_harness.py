@@ -221,6 +221,31 @@ def test_stored_completions_item_by_item(shared_data, tmp_path, name):
             assert 0 < sum(found) < len(found)
 
 
+def test_a_group_is_the_plain_mean_of_its_tasks(shared_data, tmp_path):
+    """The whole harness on the paper's Table 2, with a model that "writes" each row's `output`."""
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import LM
+
+    class Stored(LM):
+        def generate_until(self, requests):
+            return [request.doc["output"] for request in requests]
+
+        def loglikelihood(self, requests):
+            raise NotImplementedError
+
+        loglikelihood_rolling = loglikelihood
+
+    (name,) = exported("math", tmp_path, shared_data)
+    results = simple_evaluate(Stored(), tasks=[name], task_manager=manager(tmp_path), bootstrap_iters=0)
+    accuracies = {}
+    for task in GROUPS["math"]:
+        num_correct, _, num_items = test_scoring.STORED[task]
+        accuracies[task] = results["results"][f"qdense_{task}"]["exact_match,paper"]
+        assert accuracies[task] == pytest.approx(num_correct / num_items)
+    group = results["groups"]["qdense_math"]["exact_match,paper"]
+    assert group == pytest.approx(sum(accuracies.values()) / len(accuracies))
+
+
 # --- the same model, the same adapter, the same score ---------------------------------------------------------------------------
 
 

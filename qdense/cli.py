@@ -14,9 +14,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qdense import __version__
+from qdense.cache import cache_dir
 from qdense.errors import QDenseError, did_you_mean
+
+if TYPE_CHECKING:
+    from qdense.benchmarks.tasks import Task
 
 _EXAMPLES = """\
 examples:
@@ -29,6 +34,7 @@ examples:
   qdense score gsm8k completions.jsonl
   qdense compare runs/lora-1 runs/lora-2 runs/dense-1 runs/dense-2 --published llama3-8b
   qdense data check math10k gsm8k,addsub
+  qdense tasks math --export lm-eval exported
   qdense params llama3-8b --r 32
 """
 
@@ -189,8 +195,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(command=_compare)
 
-    tasks = commands.add_parser("tasks", help="list the benchmarks", description="List the benchmarks.")
+    tasks = commands.add_parser(
+        "tasks",
+        help="list the benchmarks, or export them to lm-evaluation-harness",
+        description="List the benchmarks, or write them as task files of lm-evaluation-harness, for a second opinion.",
+    )
+    tasks.add_argument("tasks", metavar="TASKS", nargs="?", help="only these, comma-separated (default: every one)")
     tasks.add_argument("--json", action="store_true", help="print JSON on stdout")
+    tasks.add_argument("--export", nargs=2, metavar=("lm-eval", "DIR"), help="write task files into this folder")
+    tasks.add_argument("--template", default="alpaca", metavar="NAME", help="prompt of the exported tasks (alpaca)")
+    tasks.add_argument(
+        "--decoding",
+        choices=("greedy", "beam4"),
+        default="greedy",
+        help="of the exported tasks (greedy; the harness cuts beam searches short)",
+    )
+    _add_data_dir(tasks)
     tasks.set_defaults(command=_tasks)
 
     data = commands.add_parser("data", help="look into data sets", description="Look into data sets.")
@@ -416,14 +436,49 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _tasks(arguments: argparse.Namespace) -> None:
-    from qdense.benchmarks.tasks import GROUPS, TASKS, describe
+    from qdense.benchmarks.tasks import GROUPS, TASKS, describe, tasks_named
 
+    chosen = TASKS if arguments.tasks is None else {task.name: task for task in tasks_named(arguments.tasks)}
+    groups = {name: members for name, members in GROUPS.items() if chosen.keys() >= set(members)}
+    if arguments.export is not None:
+        _export_tasks(arguments, list(chosen.values()))
+        return
     if arguments.json:
-        print(json.dumps({"tasks": [describe(task) for task in TASKS.values()], "groups": GROUPS}, indent=2))
+        print(json.dumps({"tasks": [describe(task) for task in chosen.values()], "groups": groups}, indent=2))
         return
     from qdense.ui import make_console, show_tasks
 
-    show_tasks(make_console(), TASKS, GROUPS)
+    show_tasks(make_console(), chosen, groups)
+
+
+def _export_tasks(arguments: argparse.Namespace, tasks: Sequence[Task]) -> None:
+    import shlex
+
+    kind, folder = arguments.export
+    if kind != "lm-eval":
+        raise QDenseError(f'--export "{kind}": unknown format; known: lm-eval')
+
+    from qdense.benchmarks.generation import DECODINGS
+    from qdense.benchmarks.harness import export
+    from qdense.data.templates import template_named
+
+    template = template_named(arguments.template)
+    names = export(tasks, Path(folder), arguments.data_dir, template, DECODINGS[arguments.decoding])
+    if arguments.json:
+        print(json.dumps({"folder": folder, "num_tasks": len(tasks), "names": names}, indent=2))
+        return
+    print(f"wrote {len(tasks)} tasks to {folder} (template {template.name}, {arguments.decoding})")
+    if arguments.decoding == "beam4":
+        print(
+            "The harness ends a whole batch's beam search at the first end of any: its completions will differ from ours."
+        )
+    print(
+        "\nRun them (pip install lm-eval) on an adapter that was trained with this template:\n"
+        "  python -m qdense.denselora lm_eval --model hf --model_args pretrained=MODEL,peft=RUN/adapter,dtype=bfloat16 \\\n"
+        f"    --include_path {shlex.quote(folder)} --tasks {','.join(names)} --batch_size 16\n"
+        "MODEL is a hub id or a folder. For an NF4 base, name the folder that qdense has cached, and the tokenizer:\n"
+        f"  pretrained={cache_dir('quantized')}/NAME-...,tokenizer=MODEL"
+    )
 
 
 def _data_check(arguments: argparse.Namespace) -> None:

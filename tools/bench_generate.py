@@ -5,9 +5,10 @@
 Two comparisons, each side by side in one process, repeated, medians with their range:
 
     beams    the authors' loop (one prompt at a time, 4 beams, no KV cache: LLM-Adapters' evaluate.py) against beam4
-    greedy   plain `generate` on batches in the order of the file; the same sorted by length; transformers' continuous batching
-             (`generate_batch`); and qdense's search: all on the same weights in memory, so the search alone is compared, and
-             plain `generate` also on packed NF4, as transformers loads it
+    greedy   plain `generate` on batches in the order of the file; transformers' continuous batching (`generate_batch`);
+             qdense's search on sorted batches that only shrink as sequences end; and as it is, free places filled at once.
+             All on the same weights in memory, so that the search alone is compared; plain `generate` also on packed NF4,
+             as transformers loads it
 
 Texts are compared too: in float32 all ways must write the same; in bfloat16 a share of completions differs with the batch.
 """
@@ -26,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
-from qdense.benchmarks.generation import DECODINGS, Prompt, generate
+from qdense.benchmarks.generation import DECODINGS, Prompt, generate, longest_first
 from qdense.benchmarks.tasks import load_items, task_named
 from qdense.cli import _quiet_libraries
 from qdense.data.templates import template_named
@@ -91,13 +92,27 @@ def by_generate_batch(base: BaseModel, model: Any, prompts: Sequence[Prompt], li
 
 
 def by_qdense(
-    base: BaseModel, model: Any, prompts: Sequence[Prompt], limit: int, batch_size: int, decoding: str
+    base: BaseModel,
+    model: Any,
+    prompts: Sequence[Prompt],
+    limit: int,
+    batch_size: int,
+    decoding: str,
+    *,
+    refill: bool = True,
 ) -> Tokens:
     """The search of qdense/benchmarks/generation.py. (Its completions are text; they are compared as such.)"""
-    completions = generate(
-        base, model, prompts, DECODINGS[decoding], max_new_tokens=limit, stop=(), batch_size=batch_size
-    )
-    return {c.index: base.tokenizer(c.completion)["input_ids"] for c in completions}
+    parts = [prompts]
+    if not refill:
+        ordered = longest_first(prompts)
+        parts = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    return {
+        completion.index: base.tokenizer(completion.completion)["input_ids"]
+        for part in parts
+        for completion in generate(
+            base, model, part, DECODINGS[decoding], max_new_tokens=limit, stop=(), batch_size=batch_size
+        )
+    }
 
 
 def _until_eos(base: BaseModel, tokens: list[int]) -> list[int]:
@@ -146,13 +161,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--adapter", type=Path, help="a run; its base is taken")
-    parser.add_argument("--task", default="gsm8k")
+    parser.add_argument("--task", default="svamp")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--greedy-items", type=int, default=96)
+    parser.add_argument("--greedy-items", type=int, default=192)
     parser.add_argument("--greedy-tokens", type=int, default=256)
     parser.add_argument("--beam-items", type=int, default=8)
     parser.add_argument("--beam-tokens", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=16, help="of plain `generate`; qdense takes it and its own")
+    parser.add_argument("--batch-size", type=int, default=16, help="of plain `generate`; measured beside qdense's own")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("QDENSE_DATA"))
     parser.add_argument("--output", type=Path, help="append the tables to this file")
@@ -180,7 +195,6 @@ def main() -> None:
         for i, row in enumerate(rows[: max(arguments.greedy_items, arguments.beam_items)])
     ]
     greedy, beams = prompts[: arguments.greedy_items], prompts[: arguments.beam_items]
-    by_length = sorted(greedy, key=lambda prompt: -len(prompt.input_ids))
     size, limit = arguments.batch_size, arguments.greedy_tokens
     own_size = DECODINGS["greedy"].batch_size_cuda if base.device.type == "cuda" else DECODINGS["greedy"].batch_size_cpu
     device = (
@@ -207,15 +221,17 @@ def main() -> None:
         parts.append(table(base, title, *measure(ways, arguments.repeats)))
     if greedy:
         ways = {
-            f"plain generate, batches of {size} in file order": lambda: by_generate(base, model, greedy, limit, size),
-            "the same, on packed NF4": lambda: by_generate(packed_base, packed_model, greedy, limit, size),
-            f"sorted by length, batches of {size}": lambda: by_generate(base, model, by_length, limit, size),
-            f"plain generate, batches of {own_size} in file order": lambda: by_generate(
-                base, model, greedy, limit, own_size
+            f"plain generate, batches of {size}": lambda: by_generate(base, model, greedy, limit, size),
+            f"plain generate, batches of {size}, packed NF4": lambda: by_generate(
+                packed_base, packed_model, greedy, limit, size
             ),
-            "transformers' generate_batch": lambda: by_generate_batch(packed_base, model, greedy, limit),
-            f"qdense greedy, {size} at a time": lambda: by_qdense(base, model, greedy, limit, size, "greedy"),
-            f"qdense greedy, {own_size} at a time (its default)": lambda: by_qdense(
+            f"plain generate, batches of {own_size}": lambda: by_generate(base, model, greedy, limit, own_size),
+            "transformers' generate_batch": lambda: by_generate_batch(base, model, greedy, limit),
+            f"qdense, {size} at a time": lambda: by_qdense(base, model, greedy, limit, size, "greedy"),
+            f"qdense, {own_size} at a time, only shrinking": lambda: by_qdense(
+                base, model, greedy, limit, own_size, "greedy", refill=False
+            ),
+            f"qdense, {own_size} at a time (its default)": lambda: by_qdense(
                 base, model, greedy, limit, own_size, "greedy"
             ),
         }

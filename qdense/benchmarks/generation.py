@@ -39,7 +39,7 @@ class Decoding:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    batch_size_cpu: int = 32
+    batch_size_cpu: int = 64
     batch_size_cuda: int = 64
 
     def record(self) -> dict[str, Any]:

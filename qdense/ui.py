@@ -42,7 +42,7 @@ from qdense.planning.parameters import ParameterCount
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _PLAIN_INTERVAL_SECONDS = 10.0
-_NARROW = 80  # columns
+_NARROW, _WIDE = 80, 100  # columns
 
 
 def make_console(stream: TextIO | None = None) -> Console:
@@ -329,8 +329,7 @@ class EvaluationDisplay(Display):
             table.add_column(name, no_wrap=True)
         for name in ("items", "paper %", "strict %"):
             table.add_column(name, justify="right", no_wrap=True)
-        if self.done and not is_narrow:
-            # Of all completions, those that hit the token limit; of the items, those without an answer by the strict rule.
+        if self.done and self._has_room_for_counts:
             for name in ("cut off", "no answer"):
                 table.add_column(name, justify="right", no_wrap=True)
         for task in self.started.tasks:
@@ -343,6 +342,18 @@ class EvaluationDisplay(Display):
                 else:
                     self._add_progress(table, (first, clean(column)), self.progress.get((task, column)), style)
         return table
+
+    @property
+    def _has_room_for_counts(self) -> bool:
+        """For completions that hit the token limit, and items without an answer by the strict rule; else they are a line."""
+        return self.console.width >= _WIDE
+
+    def _counts_line(self) -> str:
+        assert self.started
+        results = [self._result(task, True) for task in self.started.tasks]
+        num_truncated = sum(result["num_truncated"] for result in results)
+        num_without = sum(result["strict"]["num_without_answer"] for result in results)
+        return f"{num_truncated:,} completions cut off at the token limit, {num_without:,} items without an answer (strict)"
 
     def _result(self, task: str, is_last: bool) -> dict[str, Any]:
         assert self.done
@@ -382,7 +393,8 @@ class EvaluationDisplay(Display):
 
     def _done_line(self) -> str:
         assert self.done
-        return f"95% Wilson intervals; completions and summary.json in {self.done.summary['folder']}"
+        counts = "" if self._has_room_for_counts else self._counts_line() + ". "
+        return f"{counts}95% Wilson intervals; completions and summary.json in {self.done.summary['folder']}"
 
     def plain(self, event: Any) -> str | None:
         if isinstance(event, EvaluationStarted):

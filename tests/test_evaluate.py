@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from test_training import run as train_run
 from qdense.benchmarks import evaluate as evaluate_module
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate, newest_run
 from qdense.benchmarks.generation import DECODINGS, generate
-from qdense.benchmarks.tasks import TASKS, load_items
+from qdense.benchmarks.tasks import TASKS, load_items, tasks_named
 from qdense.errors import AdapterError, EvaluationError, QDenseError
 from qdense.events import EvaluationProgress, Notice
 from qdense.modeling.adapter import AdapterCard, attach_adapter, load_adapter, save_adapter, trainable_parameters
@@ -48,8 +49,6 @@ def ignore(event):
 
 
 def files(summary):
-    from pathlib import Path
-
     return {path.name: path.read_text() for path in sorted(Path(summary["folder"]).iterdir())}
 
 
@@ -246,6 +245,19 @@ def test_labels_that_are_no_answers_are_named(tmp_path):
     path.write_text(json.dumps([{"instruction": "x", "answer": "A"}, {"instruction": "y", "answer": "F"}]))
     with pytest.raises(QDenseError, match=r'row 1: "F" cannot be an answer of aqua'):
         evaluate(request_for(None, tasks=[TASKS["aqua"]], data_dir=tmp_path), ignore)
+
+
+def test_the_seven_tasks_without_real_data_here(tiny_model, fixtures, tmp_path, monkeypatch):
+    """From file to score, on our own fixtures: untested on the real files."""
+    monkeypatch.chdir(tmp_path)
+    tasks = tasks_named("MultiArith,SingleEq,mathqa,social_i_qa,hellaswag,ARC-Easy,openbookqa")
+    model = {"name": str(tiny_model), "quantization": "none"}
+    summary = evaluate(request_for(None, tasks=tasks, model=model, data_dir=fixtures), ignore)
+    assert list(summary["tasks"]) == ["multiarith", "singleeq", "mathqa", "siqa", "hellaswag", "arc-e", "obqa"]
+    for name, result in summary["tasks"].items():
+        assert (result["num_items"], result["num_scored"]) == (4, 4), name
+        lines = (Path(summary["folder"]) / f"{name}.jsonl").read_text().splitlines()
+        assert sorted(json.loads(line)["index"] for line in lines) == [0, 1, 2, 3]
 
 
 def test_clean_items_are_scored_by_themselves(finished_run, tmp_path):

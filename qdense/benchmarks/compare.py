@@ -308,8 +308,9 @@ def _common_items(evaluations: Sequence[Evaluation], task: str) -> list[int]:
 
 def _identity(evaluation: Evaluation) -> dict[str, Any]:
     """What a group is called, and how many parameters its recipe trains, where that can be known."""
+    what = "endpoint" if "endpoint" in evaluation.settings else "base"
     identity: dict[str, Any] = {
-        "name": f"base {Path(evaluation.settings['model']).name}" if evaluation.is_base else "adapter",
+        "name": f"{what} {Path(evaluation.settings['model']).name}" if evaluation.is_base else "adapter",
         "model": evaluation.settings["model"],
         "method": None,
         "r": None,

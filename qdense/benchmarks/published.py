@@ -13,6 +13,8 @@ from qdense.benchmarks.tasks import GROUPS
 
 _TABLE_1 = "arXiv:2505.23808, Table 1"
 _TABLE_2 = "arXiv:2505.23808, Table 2"
+_DORA = "arXiv:2402.09353 (DoRA), beside which DenseLoRA is compared"
+_LLM_ADAPTERS = "arXiv:2304.01933 (LLM-Adapters)"
 # Why a figure is not certain.
 WORKED_BACK = "worked back from the average, +-0.5"
 UNCERTAIN = "uncertain"
@@ -97,10 +99,11 @@ def _row(
 
 PUBLISHED: tuple[Published, ...] = (
     # boolq, piqa, siqa, hellaswag, winogrande, arc-e, arc-c, obqa, average
-    _row(None, "ChatGPT", None, None, "73.1 85.4 68.5 78.5 66.1 89.8 79.9 74.8 77.0", note="gpt-3.5-turbo, zero-shot CoT"),
-    _row("llama3-8b", "LoRA", 32, 0.70, "70.8 85.2 79.9 91.7 84.3 84.2 71.2 79.0 80.8"),
-    _row("llama3-8b", "DoRA", 16, None, "74.5 88.8 80.3 95.5 84.7 90.1 79.1 87.2 85.0"),
-    _row("llama3-8b", "DoRA", 32, 0.71, "74.6 89.3 79.9 95.5 85.6 90.5 80.4 85.8 85.2"),
+    _row(None, "ChatGPT", None, None, "73.1 85.4 68.5 78.5 66.1 89.8 79.9 74.8 77.0",
+         source=_LLM_ADAPTERS, note="gpt-3.5-turbo, zero-shot CoT"),
+    _row("llama3-8b", "LoRA", 32, 0.70, "70.8 85.2 79.9 91.7 84.3 84.2 71.2 79.0 80.8", source=_DORA),
+    _row("llama3-8b", "DoRA", 16, None, "74.5 88.8 80.3 95.5 84.7 90.1 79.1 87.2 85.0", source=_DORA),
+    _row("llama3-8b", "DoRA", 32, 0.71, "74.6 89.3 79.9 95.5 85.6 90.5 80.4 85.8 85.2", source=_DORA),
     _row("llama3-8b", "VeRA", None, 0.01, "62.2 81.6 (65) 54.5 61.8? 84.4 67.2 64.6 67.7", is_third_party=True),
     _row("llama3-8b", "LoKr", None, 0.01, "65.1 81.6 (80) 92.0 82.1 89.2 76.7 80.9 80.9", is_third_party=True),
     _row("llama3-8b", "DenseLoRA", 16, 0.01, "72.3 87.5 (80) 93.5 85.2 89.8 78.2 84.0 83.8", is_third_party=True),
@@ -109,9 +112,9 @@ PUBLISHED: tuple[Published, ...] = (
     _row("llama3-8b", "DenseLoRA", 256, 0.31, "85.5", source="arXiv:2505.23808, Fig. 4"),
     _row("llama3-8b", "DenseLoRA", 32, None, "81.1", source="arXiv:2505.23808, Fig. 3", variant="10%",
          note="trained on 10% of Commonsense170K; that it is on LLaMA-3-8B is inferred"),
-    _row("llama2-7b", "LoRA", 32, None, "69.8 79.9 79.5 83.6 82.6 79.8 64.7 81.0 77.6"),
-    _row("llama2-7b", "DoRA", 16, None, "72.0 83.1 79.9 89.1 83.0 84.5 71.0 81.2 80.5"),
-    _row("llama2-7b", "DoRA", 32, None, "71.8 83.7 76.0 89.1 82.6 83.7 68.2 82.4 79.7"),
+    _row("llama2-7b", "LoRA", 32, None, "69.8 79.9 79.5 83.6 82.6 79.8 64.7 81.0 77.6", source=_DORA),
+    _row("llama2-7b", "DoRA", 16, None, "72.0 83.1 79.9 89.1 83.0 84.5 71.0 81.2 80.5", source=_DORA),
+    _row("llama2-7b", "DoRA", 32, None, "71.8 83.7 76.0 89.1 82.6 83.7 68.2 82.4 79.7", source=_DORA),
     # gsm8k, aqua, addsub, svamp, average
     _row("llama3-8b", "LoRA", None, None, "47.1 18.1 90.6 71.9 56.9", group="math", source=_TABLE_2, is_third_party=True),
     _row("llama3-8b", "DenseLoRA", 32, None, "57.5", group="math", source=_TABLE_2, is_third_party=True),

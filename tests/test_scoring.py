@@ -82,6 +82,11 @@ def test_letters(completion, paper, strict):
             "solution1",
         ),  # the authors: the last
         ("**Answer:** `solution2`", "solution2", "solution2"),
+        (
+            "The answer to the question is solution1.\n\nThe answer to the question is solution2.",
+            "solution1",
+            "solution2",
+        ),
         ("", None, None),
     ],
 )
@@ -97,6 +102,9 @@ def test_options(completion, paper, strict):
         ("True", None, "true"),
         ("the answer is not true", "true", None),
         ("That isn't true, so false", "true", "false"),
+        # SmolLM2's own
+        ('The answer to the question "Is there a word with q without u?" is "true/false"', "true", None),
+        ('The answer to the question "is true grit a remake" is "true".', "true", "true"),
         ("yes", None, None),
     ],
 )

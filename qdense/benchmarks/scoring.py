@@ -7,21 +7,22 @@ deleted from numbers, one regular expression, the last match for numbers and the
     numbers   the last well-formed number; thousands separators, .5, 1e-3 and 3/4 understood; a minus behind a digit subtracts
     letters   the letter of the last "answer is X" (or "option X"), else the last capital that stands alone ("A" before a
               word is the article)
-    options   whole words in any case, "solution 1" for "solution1"; the last "answer is X" (X, Y or Z is none), else the
+    options   whole words in any case, "solution 1" for "solution1"; the last "answer (to ...) is X" ("X or Y" is none), else the
               only one that is named, else the one the response begins with; one behind "not" is not named
 
-They differ, for instance, in (the letters are real completions of AQuA's test file):
+They differ, for instance, in:
 
-    completion                                               paper       strict
-    "so she has 3/4 of it left"                              4.0         0.75
-    "about .5 litres"                                        5.0         0.5
-    "1e-3"                                                   -3.0        0.001
-    "7=10-3"                                                 -3.0        3.0
-    "Assume x = 4. The answer is (B)."                       "A"         "B"       (the A of "Assume")
-    "... in the ratio 17:3. Distance covered ..., so E."     "D"         "E"       (the D of "Distance")
-    "solution1 is wrong; the correct answer is solution2"    solution1   solution2
-    "It is untrue"                                           true        no answer
-    "The correct answer is True"                             no answer   true
+    completion                                                     paper       strict
+    real ones: the stored completions of the test files (GSM8K 193 and 1235, AQuA 5), and SmolLM2's on BoolQ
+    "... so the total is 29/3 liters. The answer is 29/3."         3           9.667
+    "... $90 - $200 = -$110. The answer is -$110."                 110         -110
+    "Rationale: Bill's average speed is ... The answer is (D)."    B           D           (the B of "Bill")
+    'The answer to the question "..." is "true/false"'             true        no answer
+    made ones
+    "about .5 litres", "1e-3", "7=10-3"                            5, -3, -3   0.5, 0.001, 3
+    "solution1 is wrong; the correct answer is solution2"          solution1   solution2
+    "It is untrue"                                                 true        no answer
+    "The correct answer is True"                                   no answer   true
 
 Both read the response only: a model that runs on and writes the template's next "### Response:" has ended its response
 there (the authors split at it, and take what follows the first heading in arithmetic, the last in commonsense); `strict`
@@ -175,7 +176,8 @@ def options(*labels: str) -> AnswerKind:
     named = "|".join(re.sub(r"(\d)$", r"\\s?\1", label) for label in labels)  # "solution 1" is solution1
     whole_word = re.compile(rf"(?<!\w)(?<!not )(?<!n't )({named})(?!\w)", re.IGNORECASE)
     stated = re.compile(
-        rf"\banswer\b\s*(?:option\s*)?(?:is|would be|should be|:|=)\s*:?\s*[\"'*(`]*({named})(?!\w)"
+        rf"\banswer\b(?:\s+to\b[^\n]{{0,200}}?)?\s*(?:option\s*)?(?:(?:is|would be|should be|=)[ \t]*:?[ \t]*|:\s*)"
+        rf"[\"'*(`]*({named})(?!\w)"
         rf"(?!\s*(?:/|or\b)\s*(?:{named}))",
         re.IGNORECASE,
     )

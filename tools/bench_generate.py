@@ -7,8 +7,7 @@ Two comparisons, each side by side in one process, repeated, medians with their 
     beams    the authors' loop (one prompt at a time, 4 beams, no KV cache: LLM-Adapters' evaluate.py) against beam4
     greedy   plain `generate` on batches in the order of the file; transformers' continuous batching (`generate_batch`);
              qdense's search on sorted batches that only shrink as sequences end; and as it is, free places filled at once.
-             All on the same weights in memory, so that the search alone is compared; plain `generate` also on packed NF4,
-             as transformers loads it
+             All on the same weights in memory, so that the search alone is compared
 
 Texts are compared too: in float32 all ways must write the same; in bfloat16 a share of completions differs with the batch.
 """
@@ -163,7 +162,7 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, help="a run; its base is taken")
     parser.add_argument("--task", default="svamp")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--greedy-items", type=int, default=192)
+    parser.add_argument("--greedy-items", type=int, default=128)
     parser.add_argument("--greedy-tokens", type=int, default=256)
     parser.add_argument("--beam-items", type=int, default=8)
     parser.add_argument("--beam-tokens", type=int, default=64)
@@ -178,16 +177,9 @@ def main() -> None:
     card = read_card(folder) if folder else None
     recipe = ModelRecipe(**({"name": arguments.model} if card is None else card.model) | {"dtype": arguments.dtype})
 
-    def load(*, packed: bool) -> tuple[BaseModel, Any]:
-        base = load_base(recipe, for_training=packed)
-        for module in base.model.modules():
-            if packed and hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = True  # off for training only
-        model = load_adapter(base, folder, card) if folder and card else base.model
-        return base, model.eval()
-
-    base, model = load(packed=False)
-    packed_base, packed_model = load(packed=True)
+    base = load_base(recipe, for_training=False)
+    model = load_adapter(base, folder, card) if folder and card else base.model
+    model.eval()
     template = template_named(card.template if card else "alpaca")
     rows = load_items(task_named(arguments.task), arguments.data_dir).rows
     prompts = [
@@ -222,9 +214,6 @@ def main() -> None:
     if greedy:
         ways = {
             f"plain generate, batches of {size}": lambda: by_generate(base, model, greedy, limit, size),
-            f"plain generate, batches of {size}, packed NF4": lambda: by_generate(
-                packed_base, packed_model, greedy, limit, size
-            ),
             f"plain generate, batches of {own_size}": lambda: by_generate(base, model, greedy, limit, own_size),
             "transformers' generate_batch": lambda: by_generate_batch(base, model, greedy, limit),
             f"qdense, {size} at a time": lambda: by_qdense(base, model, greedy, limit, size, "greedy"),

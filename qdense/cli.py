@@ -39,6 +39,10 @@ examples:
 """
 
 
+# What can be wrong with a path that a user names.
+_PATH_FAULTS = {
+    errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG
+}  # fmt: skip
 _GO_ON = "by the same command (train: with --resume, from the last checkpoint)"
 
 
@@ -63,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(
                 f"no space left on the disk while writing {error.filename or 'a file'}. Free some, then go on {_GO_ON}."
             )
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
+        if error.errno in _PATH_FAULTS:
             return _fail(f"{error.filename}: {error.strerror}. Check the path and its permissions.")
         raise
     except RuntimeError as error:
@@ -135,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--limit", type=_positive, metavar="N", help="only the first N items of each task")
     what.add_argument("--clean", action="store_true", help="score also without the items that the training set holds")
     what.add_argument(
-        "--trained-on", metavar="TRAIN", help="that training set, if not the run's: a known name or a file"
+        "--trained-on", metavar="TRAIN", help="that training set, if not the run's: a known name, a file or a recipe"
     )
     how = evaluate.add_argument_group("how completions are made")
     how.add_argument(
@@ -203,11 +207,10 @@ def _parser() -> argparse.ArgumentParser:
     tasks.add_argument("tasks", metavar="TASKS", nargs="?", help="only these, comma-separated (default: every one)")
     tasks.add_argument("--json", action="store_true", help="print JSON on stdout")
     tasks.add_argument("--export", nargs=2, metavar=("lm-eval", "DIR"), help="write task files into this folder")
-    tasks.add_argument("--template", default="alpaca", metavar="NAME", help="prompt of the exported tasks (alpaca)")
+    tasks.add_argument("--template", metavar="NAME", help="prompt of the exported tasks (alpaca)")
     tasks.add_argument(
         "--decoding",
         choices=("greedy", "beam4"),
-        default="greedy",
         help="of the exported tasks (greedy; the harness cuts beam searches short)",
     )
     _add_data_dir(tasks)
@@ -220,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
         help="find test items that a training set holds",
         description="Find the test items that a training set holds, exactly or nearly. Exit status 0, whatever is found.",
     )
-    check.add_argument("train", metavar="TRAIN", help="a known training set (math10k, ...), or a file of one")
+    check.add_argument("train", metavar="TRAIN", help="a known training set (math10k, ...), a file of one, or a recipe")
     check.add_argument("tasks", metavar="TASKS", help="comma-separated tasks: gsm8k, math, commonsense, all, ...")
     _add_data_dir(check)
     check.add_argument("--json", action="store_true", help="print JSON on stdout")
@@ -417,8 +420,10 @@ def _compare(arguments: argparse.Namespace) -> None:
         [load_evaluation(run) for run in arguments.runs], rule=arguments.rule, published=arguments.published
     )
     output: Path | None = arguments.output
-    by_suffix = {".json": "json", ".csv": "csv", ".md": "markdown"}
-    form = arguments.format or by_suffix.get(output.suffix.lower() if output else "", "table")
+    by_suffix = {".json": "json", ".csv": "csv", ".md": "markdown", ".txt": "table"}
+    form = arguments.format or (by_suffix.get(output.suffix.lower()) if output else "table")
+    if form is None:
+        raise QDenseError(f"--output {output}: its ending must be one of {', '.join(by_suffix)}, or name a --format")
     if form == "table" and output is None:
         show_comparison(make_console(), comparison)
         return
@@ -443,6 +448,9 @@ def _tasks(arguments: argparse.Namespace) -> None:
     if arguments.export is not None:
         _export_tasks(arguments, list(chosen.values()))
         return
+    for option in ("template", "decoding"):
+        if getattr(arguments, option) is not None:
+            raise QDenseError(f"--{option}: of exported tasks; add --export lm-eval DIR")
     if arguments.json:
         print(json.dumps({"tasks": [describe(task) for task in chosen.values()], "groups": groups}, indent=2))
         return
@@ -457,18 +465,20 @@ def _export_tasks(arguments: argparse.Namespace, tasks: Sequence[Task]) -> None:
     kind, folder = arguments.export
     if kind != "lm-eval":
         raise QDenseError(f'--export "{kind}": unknown format; known: lm-eval')
+    if not folder:
+        raise QDenseError("--export lm-eval: name the folder to write into")
 
     from qdense.benchmarks.generation import DECODINGS
     from qdense.benchmarks.harness import export
     from qdense.data.templates import template_named
 
-    template = template_named(arguments.template)
-    names = export(tasks, Path(folder), arguments.data_dir, template, DECODINGS[arguments.decoding])
+    template, decoding = template_named(arguments.template or "alpaca"), DECODINGS[arguments.decoding or "greedy"]
+    names = export(tasks, Path(folder), arguments.data_dir, template, decoding)
     if arguments.json:
         print(json.dumps({"folder": folder, "num_tasks": len(tasks), "names": names}, indent=2))
         return
-    print(f"wrote {len(tasks)} tasks to {folder} (template {template.name}, {arguments.decoding})")
-    if arguments.decoding == "beam4":
+    print(f"wrote {len(tasks)} tasks to {folder} (template {template.name}, {decoding.name})")
+    if decoding.name == "beam4":
         print(
             "The harness ends a whole batch's beam search at the first end of any: its completions will differ from ours."
         )

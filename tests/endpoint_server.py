@@ -11,6 +11,14 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+ODD = [
+    {"choices": [{}]},
+    {"choices": [None]},
+    {"choices": {"a": 1}},
+    {"choices": [{"message": None}]},
+    {"choices": [{"message": {"content": {"text": "7"}}}]},
+    {"choices": [{"message": {"content": "7"}}], "usage": {"prompt_tokens": "many"}},
+]
 SEEN: dict[str, int] = {}
 LOCK = threading.Lock()
 UNDER_WAY = [0]
@@ -56,6 +64,16 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(
                 200, {"id": "x", "object": "chat.completion", "created": 1, "model": model, "choices": []}
             )
+        if model == "odd":  # each time another reply that is none
+            return self.reply(200, ODD[hash(question) % len(ODD)] | {"model": model})
+        if model == "parts":
+            content = [
+                {"type": "text", "text": "The answer \ud83d"},
+                {"type": "image"},
+                {"type": "text", "text": " is 7."},
+            ]
+            usage = {"prompt_tokens": None}
+            return self.reply(200, {"choices": [{"message": {"content": content}}], "usage": usage})
         if model == "modern" and "max_tokens" in body:
             return self.reply(
                 400, {"error": {"message": "Unsupported parameter; use 'max_completion_tokens' instead."}}

@@ -200,7 +200,7 @@ def test_the_newest_finished_evaluation_of_a_run_is_taken(tmp_path):
     (run / "eval" / "newer-but-bare" / "items.json").unlink()
     (run / "eval" / "going" / "summary.json").unlink()
     (run / "adapter").mkdir()
-    for named in (run, run / "adapter", run / "eval" / "new"):
+    for named in (run, run / "adapter", run / "eval", run / "eval" / "new"):
         assert load_evaluation(named).folder == run / "eval" / "new"
         assert load_evaluation(named).seed == 42
     assert load_evaluation(run / "eval" / "old").outcomes["gsm8k"]["paper"][12] == 0
@@ -212,9 +212,6 @@ def test_folders_that_hold_no_evaluation(tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(EvaluationError, match=r"run: not evaluated yet; run `qdense evaluate TASKS --adapter .*run`"):
         load_evaluation(tmp_path / "run")
-    (tmp_path / "base-smollm2-135m").mkdir()
-    with pytest.raises(EvaluationError, match=r"run `qdense evaluate TASKS --model smollm2-135m`"):
-        load_evaluation(tmp_path / "base-smollm2-135m")
     run = write_evaluation(tmp_path / "x", {"gsm8k": HALF}, recipe=recipe_tables())
     folder = run / "eval" / "0123456789ab"
     (folder / "items.json").unlink()
@@ -228,6 +225,20 @@ def test_folders_that_hold_no_evaluation(tmp_path):
     (folder / "settings.json").unlink()
     with pytest.raises(EvaluationError, match=r"no settings\.json"):
         load_evaluation(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "command"),
+    [
+        ({"model": "../models/tiny"}, "--model ../models/tiny"),
+        ({"model": "gpt", "endpoint": "http://host/v1"}, "--endpoint http://host/v1 --model gpt"),
+    ],
+)
+def test_the_command_that_goes_on_is_the_right_one(tmp_path, settings, command):
+    run = write_evaluation(tmp_path / "base", {"gsm8k": HALF}, adapter_sha256=None, **settings)
+    next(run.glob("eval/*/summary.json")).unlink()
+    with pytest.raises(EvaluationError, match=re.escape(f"Run `qdense evaluate TASKS {command}` again")):
+        load_evaluation(run)
 
 
 @pytest.mark.parametrize(
@@ -499,6 +510,14 @@ def test_published_rows_need_no_run(capsys):
 
 
 def test_mistakes_on_the_command_line(tmp_path, capsys):
+    published = ["compare", "--published", "llama3-8b", "--output"]
+    assert main([*published, str(tmp_path / "o.xlsx")]) == 2
+    assert "its ending must be one of .json, .csv, .md, .txt, or name a --format" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    long = tmp_path / ("n" * 300 + ".md")
+    for place, named in ((tmp_path / "file" / "o.md", tmp_path / "file"), (long, long), (tmp_path, tmp_path)):
+        assert main([*published, str(place), "--format", "csv"]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {named}: ")
     assert main(["compare"]) == 2
     assert "--published" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "none")]) == 2

@@ -388,6 +388,24 @@ def test_data_check_as_json(data_dir, by, capsys, no_download):
     assert {example["training_text"] for example in addsub["examples"]} == {STORY.format(1, 2)}
 
 
+def test_data_check_of_what_a_recipe_trains_on(data_dir, tmp_path, capsys):
+    """The way for a file with columns of other names, which the command line has no option for."""
+    rows = [{"question": STORY.format(1, 2), "reply": "3"}]
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    (tmp_path / "own.toml").write_text(
+        f"""[model]
+name = "smollm2-135m"
+[data]
+path = "{tmp_path}/own.json"
+columns = {{ instruction = "question", output = "reply" }}
+"""
+    )
+    assert main(["data", "check", str(tmp_path / "own.toml"), "addsub", "--json", "--data-dir", str(data_dir)]) == 0
+    assert json.loads(capsys.readouterr().out)["addsub"]["num_exact"] == 1
+    assert main(["data", "check", str(tmp_path / "own.json"), "addsub", "--data-dir", str(data_dir)]) == 2
+    assert "Name the columns in a recipe: [data.columns]" in capsys.readouterr().err
+
+
 def test_data_check_for_a_person(data_dir, capsys):
     escape = STORY.replace("Ann", "A\x1b[31mnn")
     write(data_dir / TRAINING_SETS["math10k"].path, [escape.format(1, 2)])
@@ -410,6 +428,7 @@ def test_data_check_for_a_person(data_dir, capsys):
         (["math10k", "gsm9k"], 'did you mean "gsm8k"'),
         (["wordproblems", "gsm8k", "--data-dir", "nowhere"], "no such data folder"),
         ([".", "wordproblems"], "unknown data format"),
+        (["nowhere.toml", "wordproblems"], "nowhere.toml: no such"),
     ],
 )
 def test_mistakes_end_with_status_2(arguments, message, capsys):

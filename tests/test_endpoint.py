@@ -71,13 +71,15 @@ def test_a_model_behind_a_server_is_asked_step_by_step_and_scored(workplace, cap
     assert task["strict"]["num_correct"] == sum(row.output.split(" = ")[0].count("+") for row in rows)
     assert 0 < task["strict"]["num_correct"] < 40
     assert task["num_truncated"] == task["finish"].get("length", 0)
-    assert summary["served_models"] == ["gpt-0613"]
+    (session,) = summary["sessions"]
+    assert (session["served_models"], session["num_retries"]) == (["gpt-0613"], 0)
     assert summary["folder"].startswith("runs/endpoint-gpt/eval/")
     assert summary["prompt"] == "{instruction}\n\nLet's think step by step."
     assert KEY not in written(workplace)
     # again: everything is on file, nothing is asked
     assert evaluate(url, "gpt", "--limit", "40", "--max-new-tokens", "77") == 0
-    assert json.loads(capsys.readouterr().out)["tasks"] == summary["tasks"]
+    again = json.loads(capsys.readouterr().out)
+    assert (again["tasks"], again["sessions"]) == (summary["tasks"], summary["sessions"])
     assert len(sent(log)) == 40
 
 
@@ -95,7 +97,7 @@ def test_faults_that_pass_are_retried(workplace, capsys):
         assert evaluate(url, "flaky", "--limit", "12") == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["tasks"]["wordproblems"]["num_scored"] == 12
-    assert summary["num_retries"] == 12
+    assert summary["sessions"][0]["num_retries"] == 12
     assert len(sent(workplace / "log")) == 24
 
 
@@ -104,9 +106,14 @@ def test_samples_differ_by_their_seed(workplace, capsys):
         options = ("--decoding", "sample", "--samples", "3", "--seed", "10", "--temperature", "0.5", "--top-p", "0.9")
         assert evaluate(url, "gpt", "--limit", "2", *options) == 0
     bodies = [request["body"] for request in sent(workplace / "log")]
-    assert sorted(body["seed"] for body in bodies) == [10, 10, 11, 11, 12, 12]
+    seeds = {body["seed"] for body in bodies}
+    assert len(seeds) == 6
+    assert all(0 <= seed < 2**31 for seed in seeds)
     assert {(body["temperature"], body["top_p"]) for body in bodies} == {(0.5, 0.9)}
     assert json.loads(capsys.readouterr().out)["tasks"]["wordproblems"]["num_samples"] == 3
+    with server(workplace / "log2") as url:
+        assert evaluate(url, "gpt", "--limit", "2", *options[:4], "--seed", "11") == 0
+    assert not seeds & {request["body"]["seed"] for request in sent(workplace / "log2")}
 
 
 def test_a_server_that_wants_the_new_name_of_the_limit_gets_it(workplace, capsys):
@@ -133,7 +140,8 @@ def test_what_came_before_a_fault_is_kept(workplace, capsys, monkeypatch):
         ("locked", "the key is refused"),
         ("unknown", "not found"),
         ("garbage", "model garbage: "),
-        ("hollow", "the reply to item 0 holds no choices"),
+        ("hollow", "the reply to item 0 is no chat completion"),
+        ("odd", "the reply to item 0 is no chat completion"),
         ("silent", "no answer within 0.3 s, 2 times"),
     ],
 )
@@ -175,6 +183,25 @@ def test_contradictions_are_refused(workplace, capsys, arguments, message):
     assert message in error
     assert "secret" not in error
     assert not (workplace / "runs").exists()
+
+
+def test_replies_in_parts_and_broken_characters_are_kept(workplace, capsys):
+    with server(workplace / "log") as url:
+        for _ in range(2):  # the second time from the file
+            assert evaluate(url, "parts", "--limit", "2") == 0
+            assert json.loads(capsys.readouterr().out)["tasks"]["wordproblems"]["num_scored"] == 2
+    (path,) = workplace.glob("runs/*/eval/*/wordproblems.jsonl")
+    line = json.loads(path.read_text().splitlines()[0])
+    assert (line["completion"], line["num_tokens"]) == ("The answer ? is 7.", 0)
+
+
+@pytest.mark.parametrize("key", ["sk-first\nsk-second", "sk-\u201cquoted\u201d"])
+def test_a_key_that_cannot_be_sent_is_refused_unshown(workplace, capsys, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    assert evaluate("http://127.0.0.1:9", "m", "--limit", "1") == 2
+    error = capsys.readouterr().err
+    assert "OPENAI_API_KEY: holds a line break or another character" in error
+    assert "sk-" not in error
 
 
 def test_without_a_key_none_is_sent(workplace, monkeypatch, capsys):

@@ -65,7 +65,7 @@ def test_summary_and_completions(finished_run, tmp_path, monkeypatch):
     assert str(finished_run / "eval") in summary["folder"]
     assert "runs/base-tiny/eval" in summary["base"]["folder"]
     written = files(summary)
-    assert set(written) == {"items.json", "settings.json", "summary.json", "wordproblems.jsonl"}
+    assert set(written) == {"items.json", "sessions.json", "settings.json", "summary.json", "wordproblems.jsonl"}
     lines = [json.loads(line) for line in written["wordproblems.jsonl"].splitlines()]
     assert sorted(line["index"] for line in lines) == list(range(10))
     assert all(line["num_tokens"] <= 5 and line["finish"] in ("eos", "length") for line in lines)
@@ -73,8 +73,12 @@ def test_summary_and_completions(finished_run, tmp_path, monkeypatch):
     items = json.loads(written["items.json"])["wordproblems"]
     assert items["index"] == list(range(10))
     assert sum(items["strict"]) == task["strict"]["num_correct"]
-    for key in ("held_in", "dtype", "batch_sizes", "device", "versions", "template", "stop", "git_hash"):
+    for key in ("dtype", "batch_size", "device", "versions", "template", "stop"):
         assert summary[key], key
+    (session,) = summary["sessions"]
+    assert session == json.loads(written["sessions.json"])[0]
+    for key in ("held_in", "batch_sizes", "git_hash", "started"):
+        assert session[key], key
     progress = [event for event in events if isinstance(event, EvaluationProgress)]
     assert [event.num_done for event in progress if event.column == "adapter"] == list(range(11))
     assert [event.column for event in progress] == ["base"] * 11 + ["adapter"] * 11
@@ -145,11 +149,63 @@ def test_any_character_in_a_completion_survives_a_resume(finished_run, monkeypat
 
 
 def test_other_settings_go_elsewhere(finished_run):
-    folders = {
-        evaluate(request_for(finished_run, **changes), ignore)["folder"]
-        for changes in ({}, {"max_new_tokens": 4}, {"decoding": DECODINGS["beam4"]}, {"limit": 5}, {"batch_size": 2})
-    }
-    assert len(folders) == 5
+    sample = replace(DECODINGS["sample"], num_samples=1)
+    decodings = [
+        DECODINGS["greedy"], DECODINGS["beam4"], sample, replace(sample, num_samples=2), replace(sample, seed=1),
+        replace(sample, temperature=0.6), replace(sample, top_p=0.9),
+    ]  # fmt: skip
+    changes = [
+        *({"decoding": decoding} for decoding in decodings),
+        {"max_new_tokens": 4},
+        {"limit": 5},
+        {"batch_size": 2},
+        {"template": "llm-adapters"},
+    ]
+    folders = [evaluate(request_for(finished_run, **changed), ignore)["folder"] for changed in changes]
+    assert len(set(folders)) == len(changes)
+    assert evaluate(request_for(finished_run), ignore)["folder"] == folders[0]
+
+
+def test_another_adapter_or_other_data_in_the_same_place_go_elsewhere(finished_run, tmp_path, fixtures):
+    shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
+    shutil.copytree(fixtures, tmp_path / "data")
+    request = request_for(tmp_path / "run", tasks=tasks_named("multiarith"), data_dir=tmp_path / "data", limit=2)
+    folders = [evaluate(request, ignore)["folder"]]
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    state = load_file(weights)
+    name = next(name for name in state if name.endswith("decoder"))
+    state[name] = state[name].clone()
+    state[name][0, 0] += 0.25
+    save_file(state, weights)
+    folders.append(evaluate(request, ignore)["folder"])
+    test_file = tmp_path / "data" / TASKS["multiarith"].file.path
+    rows = json.loads(test_file.read_text())
+    rows[0]["instruction"] += " Now."
+    test_file.write_text(json.dumps(rows))
+    folders.append(evaluate(request, ignore)["folder"])
+    assert len(set(folders)) == 3
+
+
+def test_each_start_is_told_by_itself(finished_run, tmp_path, monkeypatch):
+    """Two commits of qdense, two batch sizes, weights held in two ways: all are on file, and the mix is told."""
+    shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
+    request = request_for(tmp_path / "run")
+    monkeypatch.setattr(evaluate_module, "git_hash", lambda: "first")
+    first = evaluate(request, ignore)
+    path = Path(first["folder"]) / "wordproblems.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+    monkeypatch.setattr(evaluate_module, "git_hash", lambda: "second")
+    monkeypatch.setattr("qdense.modeling.base._has_memory_to_unpack", lambda *a: False)
+    events = []
+    second = evaluate(request, events.append)
+    assert second["folder"] == first["folder"]
+    assert [session["git_hash"] for session in second["sessions"]] == ["first", "second"]
+    assert [session["held_in"] for session in second["sessions"]] == ["bfloat16, the values of nf4", "nf4"]
+    assert sum("completions by qdense at first; going on at second" in getattr(e, "text", "") for e in events) == 1
+    assert lines_of(second) == lines_of(first)  # bit for bit the same, held in either way
+    events.clear()
+    assert evaluate(request, events.append)["sessions"] == second["sessions"]  # nothing was left to complete
+    assert not any("going on at" in getattr(event, "text", "") for event in events)
 
 
 def test_a_corrupted_completion_file_is_named(finished_run):
@@ -301,7 +357,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(tiny_model, tmp_path, 
     summary = evaluate(request_for(None, model=model, batch_size=8), events.append)
     assert lines_of(summary) == whole
     assert refused == [8, 4]
-    assert summary["batch_sizes"] == [8, 4, 2]
+    assert summary["sessions"][0]["batch_sizes"] == [8, 4, 2]
     assert [e.text for e in events if isinstance(e, Notice) and e.level == "warning"] == [
         "out of memory: going on with 4 at a time; nothing finished is lost",
         "out of memory: going on with 2 at a time; nothing finished is lost",

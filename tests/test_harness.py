@@ -155,6 +155,13 @@ def test_the_command(fixtures, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "wrote 2 tasks" in printed
     assert f"--include_path {tmp_path / 'out'} --tasks qdense_obqa,qdense_siqa" in printed
+    for arguments, message in (
+        (["--template", "alpaca"], "--template: of exported tasks"),
+        (["--decoding", "greedy"], "--decoding: of exported tasks"),
+        (["--export", "lm-eval", ""], "name the folder"),
+    ):
+        assert main(["tasks", "obqa", *arguments]) == 2
+        assert message in capsys.readouterr().err
     assert main(["tasks", "obqa", "--export", "helm", str(tmp_path / "out")]) == 2
     assert '"helm": unknown format; known: lm-eval' in capsys.readouterr().err
     assert main([*command, "--template", "x"]) == 2

@@ -32,6 +32,13 @@ from qdense.errors import EvaluationError
         ("no number at all", None, None),
         ("", None, None),
         ("9/0", 0, None),
+        ("The answer is 1 1/2.", 2, 1.5),
+        ("in 2010 3/4 of them", 4, 0.75),
+        (r"\frac{3}{4}", 4, 0.75),
+        (r"-2\frac{1}{2}", 2, -2.5),
+        ("5*10^3", 3, 5000),
+        (r"3 \times 10^{-2} m", -2, 0.03),
+        ("2 x 10 = 20", 20, 20),
         ("The answer is 12.\n\n### Response:\n13", 12, 12),  # ran on into the next response
         ("The answer is 12.\n\n### Instruction:\nAdd 7.", 7, 12),  # the authors split at "### Response:" only
         ("Therefore, Martha ends up with 79 cards.", 79, 79),
@@ -56,6 +63,13 @@ def test_numbers(completion, paper, strict):
         ("so the answer is A) 367 and not B", "A", "A"),
         ("The answer in arabic numerals is 770. Distance", "D", None),
         ("nothing here", None, None),
+        ("The answer is D, since option A is too small.", "D", "D"),
+        ("The answer is (D). The other choice B is too big.", "D", "D"),
+        ("The correct answer is therefore D, not B.", "D", "D"),
+        ("the answer is not A", "A", None),
+        ("It is not (B) but (C)", "B", "C"),
+        ("it is (C), not (B)", "C", "C"),
+        ("answer choice (E)", "E", "E"),
     ],
 )
 def test_letters(completion, paper, strict):

@@ -100,13 +100,15 @@ def load_evaluation(path: Path) -> Evaluation:
 def _evaluation_folder(path: Path) -> Path:
     if not path.is_dir():
         raise EvaluationError(f"{path}: no such folder. Name a run, its RUN/eval/DIGEST, or runs/base-MODEL.")
+    if path.name in ("adapter", "eval"):
+        path = path.parent  # where evaluate puts the results of RUN/adapter
     if (path / "settings.json").is_file() or path.parent.name == "eval":
         return path
-    if path.name == "adapter":
-        path = path.parent  # where evaluate puts the results of RUN/adapter
     found = [folder for folder in (path / "eval").glob("*") if folder.is_dir()]
     if not found:
-        raise EvaluationError(f"{path}: not evaluated yet; run `{_command(path)}`")
+        raise EvaluationError(
+            f"{path}: not evaluated yet; run `qdense evaluate TASKS --adapter {path}`, or with --model NAME for a bare base"
+        )
 
     def rank(folder: Path) -> tuple[bool, int]:
         summary = folder / "summary.json"
@@ -116,15 +118,19 @@ def _evaluation_folder(path: Path) -> Path:
     return max(found, key=rank)
 
 
-def _command(run: Path) -> str:
-    if run.name.startswith("base-") and not (run / "recipe.toml").is_file():
-        return f"qdense evaluate TASKS --model {run.name.removeprefix('base-')}"
-    return f"qdense evaluate TASKS --adapter {run}"
-
-
 def _again(folder: Path) -> str:
-    run = folder.parent.parent if folder.parent.name == "eval" else Path("RUN")
-    return f"Run `{_command(run)}` again, with the options it had; completions that are there are kept."
+    """What makes the evaluation in this folder anew."""
+    try:
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        subject = f"--model {settings['model']}"
+        if "endpoint" in settings:
+            subject = f"--endpoint {settings['endpoint']} {subject}"
+        is_adapter = settings["adapter_sha256"] is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        is_adapter, subject = True, ""
+    if is_adapter:
+        subject = f"--adapter {folder.parent.parent if folder.parent.name == 'eval' else 'RUN'}"
+    return f"Run `qdense evaluate TASKS {subject}` again, with the options it had; completions that are there are kept."
 
 
 def _read(path: Path, checked: Callable[[Any], Any]) -> Any:

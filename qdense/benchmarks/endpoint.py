@@ -10,6 +10,8 @@ The key is taken from OPENAI_API_KEY, sent to the server, and written nowhere.
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,7 +64,7 @@ class EndpointModel:
         self.column = endpoint.model
         safe_name = "".join(c if c.isalnum() or c in "-_." else "-" for c in endpoint.model).strip(".") or "model"
         self.owner = Path("runs", f"endpoint-{safe_name}")
-        self._key = os.environ.get(KEY_VARIABLE, "").strip()
+        self._key = _checked_key(os.environ.get(KEY_VARIABLE, ""))
         url = _checked_url(endpoint.url)
         self.settings: dict[str, Any] = {
             "model": endpoint.model,
@@ -79,7 +81,7 @@ class EndpointModel:
             ("key", f"from {KEY_VARIABLE}" if self._key else f"none ({KEY_VARIABLE} is not set)"),
             ("decoding", f"{decoding.name}, {self.settings['template']}, {endpoint.concurrency} requests at a time"),
         )
-        self.notes: dict[str, Any] = {"adapter": None, "served_models": [], "num_retries": 0}
+        self.session: dict[str, Any] = {"served_models": [], "num_retries": 0}
         self._limit_name = "max_tokens"
 
     def complete(self, task: Task, rows: Sequence[Row], wanted: Sequence[tuple[int, int]]) -> Iterator[Completion]:
@@ -129,23 +131,13 @@ class EndpointModel:
             "temperature": self.decoding.temperature,
         }
         if self.decoding.temperature:
-            request |= {"top_p": self.decoding.top_p, "seed": self.decoding.seed + sample}
+            request |= {"top_p": self.decoding.top_p, "seed": _seed_of(self.decoding.seed, index, sample)}
         raw = await self._create(client.chat.completions.with_raw_response.create, request)
-        reply = raw.parse()
-        if not getattr(reply, "choices", None):
-            raise EvaluationError(f"the reply to item {index} holds no choices: {str(reply)[:200]}")
-        choice = reply.choices[0]
-        self.notes["num_retries"] += raw.retries_taken
-        if reply.model and reply.model not in self.notes["served_models"]:
-            self.notes["served_models"].append(reply.model)
-        return Completion(
-            index=index,
-            completion=choice.message.content or "",
-            num_prompt_tokens=reply.usage.prompt_tokens if reply.usage else 0,
-            num_tokens=reply.usage.completion_tokens if reply.usage else 0,
-            finish={"stop": "eos", "length": "length"}.get(choice.finish_reason, choice.finish_reason or "eos"),
-            sample=sample,
-        )
+        completion, served_model = _read_reply(raw.http_response.json(), index, sample)
+        self.session["num_retries"] += raw.retries_taken
+        if served_model is not None and served_model not in self.session["served_models"]:
+            self.session["served_models"].append(served_model)
+        return completion
 
     async def _create(self, create: Any, request: dict[str, Any]) -> Any:
         """Send it. Servers differ in the name of the token limit: the old one is tried first, as more know it."""
@@ -164,8 +156,7 @@ class EndpointModel:
         """What a user can do about it. A fault of ours comes back as it is."""
         import openai
 
-        text = str(error).replace(self._key, "***") if self._key else str(error)
-        text = text[:500]
+        text = self._without_key(error)
         place = f"{self.settings['endpoint']}, model {self.endpoint.model}"
         again = "What came is kept: the same command goes on."
         if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
@@ -175,12 +166,54 @@ class EndpointModel:
         if isinstance(error, openai.APITimeoutError):
             return EvaluationError(f"{place}: no answer within {TIMEOUT_SECONDS:g} s, {NUM_RETRIES + 1} times. {again}")
         if isinstance(error, openai.APIConnectionError):
-            return EvaluationError(f"{place}: cannot be reached ({error.__cause__ or text}). Is the server up? {again}")
+            cause = self._without_key(error.__cause__ or error)
+            return EvaluationError(f"{place}: cannot be reached ({cause}). Is the server up? {again}")
         if isinstance(error, (openai.OpenAIError, ValueError)):  # a reply that is no JSON is a ValueError
             return EvaluationError(f"{place}: {text}. {again}")
         if isinstance(error, EvaluationError):
             return EvaluationError(f"{place}: {text}. {again}")
         return error
+
+    def _without_key(self, error: BaseException) -> str:
+        text = str(error)
+        return (text.replace(self._key, "***") if self._key else text)[:500]
+
+
+def _read_reply(reply: Any, index: int, sample: int) -> tuple[Completion, str | None]:
+    """The completion in a server's reply, and its own name of the model. Servers and proxies send all kinds of things."""
+    try:
+        choice = reply["choices"][0]
+        content, reason = choice["message"].get("content"), choice.get("finish_reason")
+        if isinstance(content, list):  # parts of several kinds
+            content = "".join(part["text"] for part in content if part.get("type") == "text")
+        text = "" if content is None else str.encode(content, errors="replace").decode()  # half characters too
+        usage = reply.get("usage") or {}
+        counts = [usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
+        model = reply.get("model") or None
+        if not all(
+            isinstance(value, kind)
+            for value, kind in [(reason, str | None), (model, str | None), *((n, int) for n in counts)]
+        ):
+            raise TypeError
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise EvaluationError(f"the reply to item {index} is no chat completion: {json.dumps(reply)[:200]}") from None
+    finish = {"stop": "eos", "length": "length"}.get(reason, reason or "eos")
+    return Completion(index, text, counts[0], counts[1], finish, sample), model
+
+
+def _seed_of(seed: int, index: int, sample: int) -> int:
+    """Of one completion: no two share one, so that two seeds of an evaluation are independent of each other."""
+    digest = hashlib.sha256(f"{seed}:{index}:{sample}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1  # 31 bits: what all servers take
+
+
+def _checked_key(key: str) -> str:
+    key = key.strip()
+    if not (key.isascii() and key.isprintable()):
+        raise EvaluationError(
+            f"{KEY_VARIABLE}: holds a line break or another character that no key has; set it to the key alone"
+        )
+    return key
 
 
 def _checked_url(url: str) -> str:

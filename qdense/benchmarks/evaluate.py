@@ -6,6 +6,7 @@ runs/endpoint-<model>/eval/<digest>/ for an endpoint's model. In each:
     settings.json    all that could change a completion (decoding, template, dtype, base, adapter, data, versions, ...); the
                      digest is of these, so results never mix
     <task>.jsonl     every completion, a line each
+    sessions.json    each start that completed something: when, by which commit, with which batch sizes, by which server
     items.json       which items are right by which rule: what `qdense compare` pairs runs by
     summary.json     accuracies with their intervals; written last
 """
@@ -13,11 +14,14 @@ runs/endpoint-<model>/eval/<digest>/ for an endpoint's model. In each:
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,13 +85,13 @@ class Respondent(Protocol):
         column: what a table calls it: "base", "adapter" or the endpoint's model.
         owner: the folder that its results lie in.
         settings: all about it that could change a completion, and that makes its folder's digest.
-        notes: what else a summary tells: where the adapter lies, batch sizes, the server's own name of its model.
+        session: what else is told of this start, as it stands: batch sizes, the server's own name of its model, retries.
     """
 
     column: str
     owner: Path
     settings: dict[str, Any]
-    notes: dict[str, Any]
+    session: dict[str, Any]
 
     def complete(self, task: Task, rows: Sequence[Row], wanted: Sequence[tuple[int, int]]) -> Iterator[Completion]:
         """The completions of the (index, sample) pairs, in any order."""
@@ -219,7 +223,6 @@ class LocalModel:
             "adapter_sha256": _weights_digest(adapter) if adapter else None,
             "quantization": recipe.quantization,
             "dtype": recipe.dtype,
-            "held_in": base.held_in,
             "template": ", ".join(sorted({template.name for template in self.templates.values()})),
             "stop": sorted({marker for template in self.templates.values() for marker in template.stop}),
             "decoding": decoding.record(),
@@ -227,7 +230,12 @@ class LocalModel:
             "batch_size": self.batch_size,
             "device": torch.cuda.get_device_name(base.device) if on_gpu else "CPU",
         }
-        self.notes: dict[str, Any] = {"adapter": str(adapter) if adapter else None, "batch_sizes": [self.batch_size]}
+        # How the weights are held changes no bit of a result, and depends on the memory that is free.
+        self.session: dict[str, Any] = {
+            "adapter": str(adapter) if adapter else None,
+            "held_in": base.held_in,
+            "batch_sizes": [self.batch_size],
+        }
 
     def complete(self, task: Task, rows: Sequence[Row], wanted: Sequence[tuple[int, int]]) -> Iterator[Completion]:
         template: Template = self.templates[task.name]
@@ -250,7 +258,7 @@ class LocalModel:
     def _smaller_batch(self, batch_size: int) -> None:
         self.emit(Notice(f"out of memory: going on with {batch_size} at a time; nothing finished is lost", "warning"))
         self.batch_size = batch_size
-        self.notes["batch_sizes"].append(batch_size)
+        self.session["batch_sizes"].append(batch_size)
 
 
 def _weights_digest(adapter: Path) -> str:
@@ -286,9 +294,10 @@ def _evaluate_one(
     require_free_space(folder, 64 * 2**20, "the completions")
     write_atomically(folder / "settings.json", json.dumps(settings, indent=2) + "\n")
     results, items = {}, {}
+    sessions = _Sessions(folder / "sessions.json", respondent, emit)
     for task in request.tasks:
         rows = data[task.name].rows[: request.limit]
-        done = _complete(task, rows, respondent, folder / f"{task.name}.jsonl", request.decoding.num_samples, emit)
+        done = _complete(task, rows, respondent, sessions, folder, request.decoding.num_samples, emit)
         texts = {
             index: [done[index, sample].completion for sample in range(request.decoding.num_samples)]
             for index in range(len(rows))
@@ -306,8 +315,7 @@ def _evaluate_one(
     write_atomically(folder / "items.json", json.dumps(items) + "\n")
     summary = {
         **settings,
-        **respondent.notes,
-        "git_hash": git_hash(),
+        "sessions": sessions.listed,
         "column": respondent.column,
         "folder": str(folder),
         "tasks": results,
@@ -317,10 +325,50 @@ def _evaluate_one(
     return summary
 
 
+class _Sessions:
+    """sessions.json: what is true of one start and not of another. A start that completes nothing is not listed."""
+
+    def __init__(self, path: Path, respondent: Respondent, emit: Emit) -> None:
+        self.path, self.respondent, self.emit = path, respondent, emit
+        self.commit, self.started = git_hash(), datetime.now(UTC).isoformat(timespec="seconds")
+        try:
+            self.listed: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+            commits = {session["git_hash"] for session in self.listed}
+        except FileNotFoundError:
+            self.listed, commits = [], set()
+        except (ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(f"{path}: damaged ({error!r}). Remove {path.parent} to start over.") from None
+        self.others = sorted(commits - {self.commit})
+        self.number = len(self.listed)
+
+    def update(self) -> None:
+        """Have the file say what is true now; called before a completion is filed."""
+        now = {"started": self.started, "git_hash": self.commit, **copy.deepcopy(self.respondent.session)}
+        if self.listed[self.number :] == [now]:
+            return
+        if self.others and len(self.listed) == self.number:
+            self.emit(
+                Notice(
+                    f"{self.path.parent}: holds completions by qdense at {', '.join(map(str, self.others))}; going on at "
+                    f"{self.commit}. Remove the folder to have all by one",
+                    "warning",
+                )
+            )
+        self.listed[self.number :] = [now]
+        write_atomically(self.path, json.dumps(self.listed, indent=2) + "\n")
+
+
 def _complete(
-    task: Task, rows: Sequence[Row], respondent: Respondent, path: Path, num_samples: int, emit: Emit
+    task: Task,
+    rows: Sequence[Row],
+    respondent: Respondent,
+    sessions: _Sessions,
+    folder: Path,
+    num_samples: int,
+    emit: Emit,
 ) -> dict[tuple[int, int], Completion]:
     """All completions of a task, those on file first; each new one is on file before the next is counted."""
+    path = folder / f"{task.name}.jsonl"
     done = _read_file(path)
     wanted = [(index, sample) for index in range(len(rows)) for sample in range(num_samples)]
     num_generated, started = 0, time.monotonic()
@@ -350,6 +398,7 @@ def _complete(
     if left:
         with path.open("a", encoding="utf-8") as stream:
             for completion in respondent.complete(task, rows, left):
+                sessions.update()
                 done[completion.index, completion.sample] = completion
                 stream.write(json.dumps(asdict(completion), ensure_ascii=False) + "\n")
                 stream.flush()
@@ -367,7 +416,7 @@ def _read_file(path: Path) -> dict[tuple[int, int], Completion]:
     content = path.read_bytes()
     whole, newline, rest = content.rpartition(b"\n")
     if rest:
-        path.write_bytes(whole + newline)
+        os.truncate(path, len(whole + newline))
     done = {}
     # Split at line feeds alone: str.splitlines would also split at U+2028, which JSON leaves as it is.
     for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):

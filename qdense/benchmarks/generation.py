@@ -155,8 +155,8 @@ def _batches(
     logits = torch.empty(0)
     while queue or search.prompts:
         free = batch_size - len(search.prompts)
-        # A prefill stops all others for a while: let some places come free first.
-        if queue and free >= max(1, batch_size // 4):
+        # A prefill stops all others for a while: let half the places come free first (tools/results/generation.md).
+        if queue and free >= (batch_size + 1) // 2:
             new = [queue.pop() for _ in range(min(free, len(queue)))]
             search.take(new)
             added, added_logits = _prefill(base, model, new, search.width)
@@ -266,7 +266,8 @@ def _prefill(base: BaseModel, model: Any, prompts: Sequence[Prompt], width: int)
         position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
+        # Not 1: that slice is strided, and on a CPU torch.matmul then copies the whole output layer for each row.
+        logits_to_keep=torch.tensor([longest - 1], device=base.device),
     )
     batch = _Batch(cache, mask)
     place = {prompt.index: i for i, prompt in enumerate(distinct)}
@@ -361,10 +362,10 @@ class _Tokens:
             else:
                 completions.append(self.endings.completion(self.prompts[row], self.tokens[row], finish))
         if completions:
+            chosen = chosen[rows]  # before any sequence is let go: this may run out of memory
             self.prompts = [self.prompts[row] for row in rows]
             self.tokens = [self.tokens[row] for row in rows]
             self.generators = [self.generators[row] for row in rows]
-            chosen = chosen[rows]
         return rows, chosen, completions
 
     def _choose(self, logits: torch.Tensor) -> torch.Tensor:
@@ -374,10 +375,12 @@ class _Tokens:
         probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
         reached = probabilities.cumsum(dim=-1)
         # A token is kept while those before it hold less than top_p; the first always is.
-        kept = torch.where(reached - probabilities < self.decoding.top_p, probabilities, 0.0).cumsum(dim=-1)
+        is_kept = reached - probabilities < self.decoding.top_p
+        kept = torch.where(is_kept, probabilities, 0.0).cumsum(dim=-1)
         drawn = torch.tensor([generator.random() for generator in self.generators], device=logits.device)
         place = torch.searchsorted(kept, (drawn * kept[:, -1])[:, None], right=True)
-        return order.gather(1, place.clamp(max=logits.shape[-1] - 1))[:, 0]
+        # In float32 a draw may round to 1, which lies behind all that is kept.
+        return order.gather(1, place.minimum(is_kept.sum(dim=-1, keepdim=True) - 1))[:, 0]
 
 
 class _Beams:
@@ -428,11 +431,12 @@ class _Beams:
             self.tokens[item] = [sequence for _, _, sequence in running]
             rows += [item * self.width + beam for _, beam, _ in running]
             tokens += [sequence[-1] for _, _, sequence in running]
+        chosen = torch.tensor(tokens, device=logits.device)  # before any item is let go: this may run out of memory
         self.prompts = [self.prompts[item] for item in kept]
         self.tokens = [self.tokens[item] for item in kept]
         self.finished = [self.finished[item] for item in kept]
         self.scores = torch.tensor(kept_scores).reshape(-1, self.width)
-        return rows, torch.tensor(tokens, device=logits.device), completions
+        return rows, chosen, completions
 
     def _advance_item(
         self, item: int, scores: list[float], beams: list[int], tokens: list[int]

@@ -138,7 +138,7 @@ def read_completions(path: Path, num_items: int) -> dict[int, list[str]]:
 def parse_completion(place: str, line: str) -> tuple[int, int, str]:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a whole number of thousands of digits
         raise EvaluationError(f"{place}: not valid JSON: {error}") from None
     if not isinstance(record, dict):
         raise EvaluationError(f'{place}: must be an object {{"index": i, "completion": "..."}}')

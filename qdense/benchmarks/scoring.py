@@ -1,12 +1,13 @@
-"""Reading an answer from a completion, by two rules side by side.
+r"""Reading an answer from a completion, by two rules side by side.
 
 `paper` is the authors' rule to the letter, faults included, so that a number can stand beside a published one: commas
 deleted from numbers, one regular expression, the last match for numbers and the first for choices, wherever it stands.
 `strict` is a sound reading, rule by rule:
 
-    numbers   the last well-formed number; thousands separators, .5, 1e-3 and 3/4 understood; a minus behind a digit subtracts
-    letters   the letter of the last "answer is X" (or "option X"), else the last capital that stands alone ("A" before a
-              word is the article)
+    numbers   the last well-formed number; thousands separators, .5, 1e-3, 5*10^3, 3/4, 1 1/2 and \frac{3}{4} understood; a
+              minus behind a digit subtracts
+    letters   the letter of the last "answer is X", else of the last "option X", else the last capital that stands alone ("A"
+              before a word is the article); one behind "not" is passed over
     options   whole words in any case, "solution 1" for "solution1"; the last "answer (to ...) is X" ("X or Y" is none), else the
               only one that is named, else the one the response begins with; one behind "not" is not named
 
@@ -20,6 +21,7 @@ They differ, for instance, in:
     'The answer to the question "..." is "true/false"'             true        no answer
     made ones
     "about .5 litres", "1e-3", "7=10-3"                            5, -3, -3   0.5, 0.001, 3
+    "1 1/2", "\frac{3}{4}", "5*10^3"                               2, 4, 3     1.5, 0.75, 5000
     "solution1 is wrong; the correct answer is solution2"          solution1   solution2
     "It is untrue"                                                 true        no answer
     "The correct answer is True"                                   no answer   true
@@ -103,33 +105,37 @@ _NUMBER = r"""
     (?<![\w.])                                  # not inside a word or another number
     (?P<sign>(?<![\d)])[-\u2212]|)              # a minus sign; after a digit or bracket it is a subtraction
     \$?
+    (?:(?P<whole>\d{1,3})\ (?=\d+/\d))?         # the 1 of 1 1/2
     (?P<value>\d{1,3}(?:,\d{3})+(?:\.\d+)?      # 1,234.5
       | \d+(?:\.\d+)?                           # 12, 12.5
       | \.\d+)                                  # .5
-    (?P<exponent>[eE][-+]?\d+)?
+    (?:[eE](?P<exponent>[-+]?\d+)
+      | \s?(?:[*x\u00d7]|\\times)\s?10\^\{?(?P<power>[-+]?\d+)\}?)?  # 1e-3, 5*10^3
     (?:\s?/\s?(?P<denominator>\d+(?:\.\d+)?))?  # 3/4
     (?![\d])
 """
 _STRICT_NUMBER = re.compile(_NUMBER, re.VERBOSE)
+_TEX_FRACTION = re.compile(r"\\[dt]?frac\s?\{(\d+)\}\s?\{(\d+)\}")
 
 
 def strict_number(response: str) -> float | None:
-    """The last well-formed number: thousands separators, a leading decimal point, fractions and exponents understood.
+    """The last well-formed number: thousands separators, a leading decimal point, fractions, mixed numbers ("1 1/2") and
+    powers of ten understood.
 
     A minus directly behind a digit or a bracket is a subtraction, not a sign. A fraction behind which the result stands
     ("3/4 = 0.75") is not the last number.
     """
     last = None
-    for last in _STRICT_NUMBER.finditer(response):  # noqa: B007
+    for last in _STRICT_NUMBER.finditer(_TEX_FRACTION.sub(r" \1/\2", response)):  # noqa: B007
         pass
     if last is None:
         return None
-    value = float(last["value"].replace(",", "") + (last["exponent"] or ""))
+    value = float(f"{last['value'].replace(',', '')}e{last['exponent'] or last['power'] or 0}")
     if last["denominator"]:
         denominator = float(last["denominator"])
         if denominator == 0:
             return None
-        value /= denominator
+        value = value / denominator + float(last["whole"] or 0)
     return -value if last["sign"] else value
 
 
@@ -145,23 +151,24 @@ NUMBER = AnswerKind("number", r"-?\d+\.?\d*", True, False, strict_number, _is_nu
 
 # --- letters ----------------------------------------------------------------------------------------------------------------
 
-_ANSWER_IS = re.compile(
-    r"\b(?:answer|option|choice)\b\s*(?:choice|option)?\s*(?:is|would be|:|=)?\s*:?\s*[\"'*]*\(?([A-E])\b(?!')",
-    re.IGNORECASE,
-)
-_LONE_LETTER = re.compile(r"(?<![\w'])\(?([B-E]|A(?=[).:,*\"']|\s*$|\s*\n))(?![\w'])")
+_IS = r"\s*(?:(?:is|would be|should be|must be)(?:\s+(?:\w+ly|therefore|thus|then|hence))?,?|:|=)?\s*:?\s*"
+_LETTER = r"[\"'*$]*\(?((?-i:[A-E]))\b(?!')"
+_LETTERS = [
+    re.compile(rf"\banswer(?:\s+(?:choice|option))?{_IS}(?:(?:choice|option)\s+)?{_LETTER}", re.IGNORECASE),
+    re.compile(rf"(?<!not )(?<!n't )\b(?:option|choice){_IS}{_LETTER}", re.IGNORECASE),
+    re.compile(r"(?<!not )(?<!not \()(?<![\w'(])\(?([B-E]|A(?=[).:,*\"']|\s*$|\s*\n))(?![\w'])"),
+]
 
 
 def strict_letter(response: str) -> str | None:
-    """The letter of the last "answer is X" (or "option X"), else the last letter that stands alone.
+    """The letter of the last "answer is X", else of the last "option X", else the last letter that stands alone.
 
-    A letter is a capital; "A" before a word is taken for the article, not for a choice.
+    A letter is a capital; "A" before a word is taken for the article, not for a choice. One behind "not" is none.
     """
-    stated = [letter for letter in _ANSWER_IS.findall(response) if letter.isupper()]
-    if stated:
-        return str(stated[-1])
-    alone = _LONE_LETTER.findall(response)
-    return str(alone[-1]) if alone else None
+    for pattern in _LETTERS:
+        if found := pattern.findall(response):
+            return str(found[-1])
+    return None
 
 
 # The authors' first match counts inside words too: the A of "Assume". Always "A" scores 24.8% on AQuA.

@@ -95,7 +95,7 @@ def _row(place: str, record: Any, columns: Columns, for_test: bool) -> Row:
                 raise DataError(f'{place}: column "{column}" is empty')
             names = [str(name) for name in record if name is not None]
             raise DataError(
-                f'{place}: no column "{column}"{did_you_mean(column, names)}. Name the columns in the recipe: '
+                f'{place}: no column "{column}"{did_you_mean(column, names)}. Name the columns in a recipe: '
                 "[data.columns] instruction, input, output"
             )
         if not isinstance(value, str):

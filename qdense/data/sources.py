@@ -62,15 +62,18 @@ def load_training_set(data: DataRecipe, data_dir: Path | None, emit: Emit = igno
 
 
 def load_named_or_file(name: str, data_dir: Path | None, emit: Emit = ignore) -> DataSet:
-    """The rows of a training set that is given on the command line: a known name, or the path of a file. Raises DataError."""
-    from qdense.recipe import DataRecipe
+    """The rows of a training set that is given on the command line: a known name, the path of a file, or a recipe whose
+    data is meant. Raises DataError, or RecipeError."""
+    from qdense.recipe import DataRecipe, load_recipe
 
+    if name.endswith(".toml"):
+        return load_training_set(load_recipe(name).data, data_dir, emit)
     if name in TRAINING_SETS:
         return load_training_set(DataRecipe(name=name), data_dir, emit)
     if not os.path.exists(name) and not name.endswith(FORMATS):
         raise DataError(
             f'"{name}": unknown training set{did_you_mean(name, TRAINING_SETS)}; or give the path of a file '
-            f"({', '.join(FORMATS)})"
+            f"({', '.join(FORMATS)}), or of a recipe (.toml)"
         )
     return load_training_set(DataRecipe(path=name), data_dir, emit)
 

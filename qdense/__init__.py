@@ -14,15 +14,15 @@ __version__ = "0.1.0"
 __all__ = ["DenseLoraConfig", "DenseLoraModel", "QDenseError", "__version__"]
 
 if TYPE_CHECKING:
-    from qdense.denselora import DenseLoraConfig, DenseLoraModel
     from qdense.errors import QDenseError
+    from qdense.tuners import DenseLoraConfig, DenseLoraModel
 
 
 def __getattr__(name: str) -> Any:
     if name in ("DenseLoraConfig", "DenseLoraModel"):
-        import qdense.denselora
+        import qdense.tuners
 
-        return getattr(qdense.denselora, name)
+        return getattr(qdense.tuners, name)
     if name == "QDenseError":
         from qdense.errors import QDenseError
 

@@ -484,7 +484,7 @@ def _export_tasks(arguments: argparse.Namespace, tasks: Sequence[Task]) -> None:
         )
     print(
         "\nRun them (pip install lm-eval) on an adapter that was trained with this template:\n"
-        "  python -m qdense.denselora lm_eval --model hf --model_args pretrained=MODEL,peft=RUN/adapter,dtype=bfloat16 \\\n"
+        "  python -m qdense.tuners lm_eval --model hf --model_args pretrained=MODEL,peft=RUN/adapter,dtype=bfloat16 \\\n"
         f"    --include_path {shlex.quote(folder)} --tasks {','.join(names)} --batch_size 16\n"
         "MODEL is a hub id or a folder. For an NF4 base, name the folder that qdense has cached, and the tokenizer:\n"
         f"  pretrained={cache_dir('quantized')}/NAME-...,tokenizer=MODEL"

@@ -10,10 +10,10 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 
 from qdense import DenseLoraConfig
-from qdense.denselora import DenseLoraLinear
 from qdense.modeling.base import load_base
 from qdense.ops.denselora import denselora_delta
 from qdense.recipe import ModelRecipe
+from qdense.tuners.denselora import DenseLoraLinear
 
 TOKENS = torch.arange(24).reshape(2, 12) + 5
 

@@ -329,7 +329,7 @@ def test_the_harness_command_loads_a_denselora_adapter(adapter, tmp_path):
     arguments = ["lm_eval", "--model", "hf", "--tasks", "qdense_wordproblems", "--include_path", str(tmp_path / "tasks"),
                  "--model_args", f"pretrained={prepare_smollm2(ignore)},peft={adapter},dtype=float32", "--device", "cpu",
                  "--limit", "2", "--gen_kwargs", "max_gen_toks=4", "--output_path", str(tmp_path / "out.json")]  # fmt: skip
-    command = [sys.executable, "-m", "qdense.denselora", *arguments]
+    command = [sys.executable, "-m", "qdense.tuners", *arguments]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert outcome.returncode == 0, outcome.stderr[-2000:]
     (written,) = tmp_path.glob("out*.json")

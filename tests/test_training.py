@@ -310,7 +310,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(tiny_model, tmp_path
 
 
 def test_dead_parameters_stop_the_run(tiny_model, tmp_path, monkeypatch):
-    from qdense.denselora.layer import DenseLoraLinear
+    from qdense.tuners.denselora.layer import DenseLoraLinear
 
     # An adapter whose output is thrown away has no gradients at all.
     monkeypatch.setattr(
@@ -333,7 +333,7 @@ def test_tensors_that_stay_dead_stop_at_step_3(tiny_model, tmp_path, monkeypatch
     def without_m(x, encoder, m, decoder, **options):
         return original(x, encoder, m.detach(), decoder, **options)
 
-    monkeypatch.setattr("qdense.denselora.layer.denselora_delta", without_m)
+    monkeypatch.setattr("qdense.tuners.denselora.layer.denselora_delta", without_m)
     with pytest.raises(RunError, match=r"step 3: 10 of 20 trainable tensors have no gradient.*denselora_m"):
         run(recipe_for(tiny_model, tmp_path / "run"))
 

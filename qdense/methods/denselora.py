@@ -8,7 +8,7 @@ from qdense.methods.method import AdapterSettings, LinearShapes, Method
 
 
 def _build_config(adapter: AdapterSettings) -> Any:
-    from qdense.denselora import DenseLoraConfig
+    from qdense.tuners.denselora import DenseLoraConfig
 
     return DenseLoraConfig(
         r=adapter.r,

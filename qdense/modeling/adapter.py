@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-import qdense.denselora  # noqa: F401  (registers the method, so that PEFT can load it)
+import qdense.tuners  # noqa: F401  (registers our methods, so that PEFT can load them)
 from qdense.cache import write_atomically
 from qdense.errors import AdapterError
 from qdense.methods import METHODS

@@ -7,19 +7,9 @@ from dataclasses import dataclass, field
 from peft import PeftConfig
 
 from qdense.ops.denselora import ACTIVATIONS
+from qdense.tuners.registry import PeftTypeName
 
-
-class _PeftTypeName(str):
-    """A PEFT type that is not in PEFT's own enum: PEFT asks for `.value`, hashes and compares it as the string."""
-
-    __slots__ = ()
-
-    @property
-    def value(self) -> str:
-        return str(self)
-
-
-DENSELORA = _PeftTypeName("DENSELORA")
+DENSELORA = PeftTypeName("DENSELORA")
 
 
 @dataclass

@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from qdense.denselora.config import DenseLoraConfig
 from qdense.ops.denselora import denselora_delta, denselora_delta_weight
+from qdense.tuners.denselora.config import DenseLoraConfig
 
 
 class SharedPair(nn.Module):

@@ -1,7 +1,7 @@
-"""Run another program with DenseLoRA known to PEFT: python -m qdense.denselora lm_eval --model hf ...
+"""Run another program with our methods known to PEFT: python -m qdense.tuners lm_eval --model hf ...
 
 A program that loads adapters through PEFT knows those methods only that something has registered in its process. This
-registers DenseLoRA (by importing the package), then runs the module named first, as `python -m` would.
+registers ours (by importing the package), then runs the module named first, as `python -m` would.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python -m qdense.denselora MODULE [ARGUMENTS], for instance MODULE = lm_eval")
+        sys.exit("usage: python -m qdense.tuners MODULE [ARGUMENTS], for instance MODULE = lm_eval")
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 

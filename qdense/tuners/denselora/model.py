@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from qdense.catalog import PAPER_TARGET_MODULES
-from qdense.denselora.config import DENSELORA, DenseLoraConfig
-from qdense.denselora.layer import DenseLoraLinear, SharedPair
+from qdense.tuners.denselora.config import DenseLoraConfig
+from qdense.tuners.denselora.layer import DenseLoraLinear, SharedPair
 
 _CONTAINER = "denselora_shared"
 
@@ -191,18 +190,3 @@ class DenseLoraModel(BaseTuner):
                     f"{module.quantization_backend.backend_name}. "
                     'Load the base unquantized (quantization = "none"), load the adapter there, and merge.'
                 )
-
-
-def register_denselora() -> None:
-    """Make the method known to PEFT.
-
-    Not `peft.utils.register_peft_method`: it refuses names that are missing from PEFT's own enum. A name of type str with
-    `.value` in the same dictionaries is all that the rest of PEFT asks for. Safe to call twice.
-    """
-    registries: tuple[tuple[Any, Any], ...] = (
-        (PEFT_TYPE_TO_CONFIG_MAPPING, DenseLoraConfig),
-        (PEFT_TYPE_TO_TUNER_MAPPING, DenseLoraModel),
-        (PEFT_TYPE_TO_PREFIX_MAPPING, DenseLoraModel.prefix),
-    )
-    for registry, entry in registries:
-        registry[DENSELORA] = entry

@@ -1,0 +1,10 @@
+"""DenseLoRA as a PEFT method."""
+
+from qdense.tuners.denselora.config import DENSELORA, DenseLoraConfig
+from qdense.tuners.denselora.layer import DenseLoraLinear, SharedPair
+from qdense.tuners.denselora.model import DenseLoraModel
+from qdense.tuners.registry import register
+
+register(DENSELORA, DenseLoraConfig, DenseLoraModel)
+
+__all__ = ["DENSELORA", "DenseLoraConfig", "DenseLoraLinear", "DenseLoraModel", "SharedPair"]

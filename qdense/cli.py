@@ -522,12 +522,14 @@ def _params(arguments: argparse.Namespace) -> None:
     asked = {key: value for key, value in asked.items() if value is not None}
     if is_recipe:
         overrides = [f"adapter.{key}={_toml(value)}" for key, value in asked.items()]
+        overrides.append('model.quantization="none"')  # it changes no count, and full fine-tuning has no other
         recipe = load_recipe(arguments.subject, overrides)
         model, adapter = recipe.model.name, recipe.adapter
     else:
-        tables = {"model": {"name": "llama3-8b"}, "data": {"name": "wordproblems"}, "adapter": asked}
+        base = {"name": "llama3-8b", "quantization": "none"}
+        tables = {"model": base, "data": {"name": "wordproblems"}, "adapter": asked}
         model, adapter = arguments.subject, recipe_from_tables(tables, source="qdense params").adapter
-    count = count_parameters(model, adapter.method, adapter.r, adapter.target_modules)
+    count = count_parameters(model, adapter)
     if arguments.json:
         from dataclasses import asdict
 

@@ -12,9 +12,9 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from qdense.catalog import CATALOG, MODULE_LETTERS, PAPER_TARGET_MODULES
 from qdense.data.catalog import TRAINING_SETS
@@ -68,12 +68,6 @@ def _module_names(value: Any) -> Any:
     return value
 
 
-def _not_relu(value: Any) -> Any:
-    if value == "relu":
-        raise _RefusedError("ReLU has zero slope at 0: a decoder that starts at zero would never get a gradient")
-    return value
-
-
 def _checked(function: Any) -> Any:
     return BeforeValidator(lambda value: function(value) if isinstance(value, str) else value)
 
@@ -92,13 +86,21 @@ class ModelRecipe(_Table):
     device: Device = Field("auto", description="auto, cuda or cpu")
 
 
-class AdapterRecipe(_Table):
+class _AdapterRecipe(_Table):
     method: Annotated[str, _checked(_known_method)] = Field("denselora", description="a method's name")
     r: int = Field(32, ge=1, le=512, description="a whole number from 1 to 512")
     alpha: float | None = Field(None, gt=0, description="a positive number; left out, it is 2 r")
     dropout: float = Field(0.05, ge=0, lt=1, description="a number from 0 up to, but not including, 1")
-    activation: Annotated[Literal["gelu", "silu", "tanh", "none"], _checked(_not_relu)] = Field(
-        "gelu", description="gelu, silu, tanh or none"
+    activation: Literal["gelu", "silu", "tanh", "relu", "none"] = Field(
+        "gelu", description="gelu, silu, tanh, relu or none"
+    )
+    sharing: Literal["kind", "shape", "none"] = Field(
+        "kind",
+        description="kind (all layers of one module name share encoder and decoder), shape (all of one size) or none",
+    )
+    zero_init: Literal["decoder", "m", "none"] = Field(
+        "decoder",
+        description="decoder, m or none: which factor starts at zero, so that the adapter adds nothing at first",
     )
     target_modules: Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
                               _checked(_module_names)] = Field(
@@ -111,6 +113,32 @@ class AdapterRecipe(_Table):
     def scaling_alpha(self) -> float:
         """alpha, or the authors' 2 r where the recipe leaves it out."""
         return self.alpha if self.alpha is not None else 2.0 * self.r
+
+    @property
+    def own(self) -> Any:
+        """The method's own table, [adapter.<method>]; None if it has none."""
+        return getattr(self, self.method, None)
+
+    @property
+    def unused(self) -> list[str]:
+        """Keys that the recipe gives and the method does not read."""
+        always = {"method", "dtype", "master_weights", self.method}
+        return sorted(self.model_fields_set - METHODS[self.method].uses - always - _OWN_TABLES.keys())
+
+
+# A method's own table is read whatever the method is, so that one recipe serves all methods.
+_OWN_TABLES = {method.name: method.settings for method in METHODS.values() if method.settings is not None}
+if TYPE_CHECKING:
+    AdapterRecipe = _AdapterRecipe
+else:
+    AdapterRecipe = create_model(
+        "AdapterRecipe",
+        __base__=_AdapterRecipe,
+        **{
+            name: (settings, Field(default_factory=settings, description=f"a table of settings of {name}"))
+            for name, settings in _OWN_TABLES.items()
+        },
+    )
 
 
 class ColumnsRecipe(_Table):
@@ -171,6 +199,8 @@ class Recipe(_Table):
         """Plain tables for TOML: every value that is set or has a default, and no empty ones."""
         tables = self.model_dump(mode="json", exclude_none=True)
         tables["adapter"]["alpha"] = self.adapter.scaling_alpha
+        for name in _OWN_TABLES.keys() - {self.adapter.method}:
+            del tables["adapter"][name]
         return tables
 
 
@@ -254,6 +284,18 @@ def _conflicts(tables: Mapping[str, Any], wrong: set[str]) -> Iterator[tuple[str
     if batch_size and micro_batch_size and batch_size % micro_batch_size:
         key = "training.micro_batch_size"
         yield key, f"{key} = {micro_batch_size}", f"must divide training.batch_size = {batch_size}"
+    if value("adapter", "activation") == "relu" and value("adapter", "zero_init") != "none":
+        message = (
+            'needs adapter.zero_init = "none": ReLU has zero slope at 0, and behind a factor that starts at zero nothing would '
+            "ever get a gradient"
+        )
+        yield "adapter.activation", 'adapter.activation = "relu"', message
+    method = METHODS.get(str(value("adapter", "method")))
+    quantization = value("model", "quantization")
+    if method is not None and quantization and quantization not in method.quantizations:
+        accepted = " or ".join(f'"{name}"' for name in method.quantizations)
+        message = f"method {method.name} needs {accepted}: {method.why_not_quantized}"
+        yield "model.quantization", f'model.quantization = "{quantization}"', message
     if value("training", "keep") == "best" and value("data", "validation_rows") == 0:
         message = 'needs validation rows: set data.validation_rows above 0, or training.keep = "last"'
         yield "training.keep", 'training.keep = "best"', message

@@ -570,7 +570,6 @@ def show_parameters(console: Console, count: ParameterCount) -> None:
     for name, number in count.by_module.items():
         table.add_row(name, f"{number:,}")
     table.add_row("all", f"{count.trainable_parameters:,}", style="bold")
-    console.print(
-        f"{count.method} r {count.r} on {count.model}: {count.percent:.4g}% of {count.base_parameters:,} parameters"
-    )
+    method = count.method if count.r is None else f"{count.method} r {count.r}"
+    console.print(f"{method} on {count.model}: {count.percent:.4g}% of {count.base_parameters:,} parameters")
     console.print(table)

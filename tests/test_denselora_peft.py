@@ -278,7 +278,7 @@ def test_other_modules_than_linear_are_refused(tiny_model):
         ({"alpha": -1.0}, "alpha = -1.0: must be positive"),
         ({"dropout": 1.0}, "dropout = 1.0: must be at least 0 and below 1"),
         ({"activation": "relu"}, "relu.*zero slope at 0"),
-        ({"activation": "swish"}, "must be one of gelu, silu, tanh, none"),
+        ({"activation": "swish"}, "must be one of gelu, silu, tanh, relu, none"),
         ({"layers_pattern": "layers"}, "without layers_to_transform"),
     ],
 )

@@ -245,7 +245,7 @@ def test_an_adapter_is_loaded_in_the_dtype_it_was_saved_in(tiny_model, tmp_path,
     recipe = ModelRecipe(name=str(tiny_model), quantization=quantization, device="cpu")
     torch.manual_seed(0)
     base = load_base(recipe)
-    model = attach_adapter(base, AdapterRecipe(r=4, dtype=str(dtype).removeprefix("torch.")))
+    model = attach_adapter(base, AdapterRecipe(r=4, dtype=str(dtype).removeprefix("torch.")), 1)
     for _, parameter in trainable_parameters(model):
         torch.nn.init.normal_(parameter, std=0.02)
     card = AdapterCard(model={}, fingerprint=base.fingerprint, template="alpaca", method="denselora")
@@ -291,7 +291,7 @@ def test_the_newest_finished_run(finished_run, tmp_path):
     for name, age in (("old", 100), ("deeper/new", 0), ("older", 200)):
         shutil.copytree(finished_run, tmp_path / name)
         stamp = 2_000_000_000 - age
-        os.utime(tmp_path / name / "adapter" / "adapter_config.json", (stamp, stamp))
+        os.utime(tmp_path / name / "adapter" / "qdense.json", (stamp, stamp))
     assert newest_run(tmp_path) == tmp_path / "deeper" / "new"
 
 

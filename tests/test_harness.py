@@ -262,7 +262,7 @@ def adapter(tmp_path_factory):
     model = {"name": "smollm2-135m", "quantization": "none", "dtype": "float32", "device": "cpu"}
     base = load_base(ModelRecipe(**model))
     torch.manual_seed(0)
-    attached = attach_adapter(base, AdapterRecipe(r=8, dropout=0.0))
+    attached = attach_adapter(base, AdapterRecipe(r=8, dropout=0.0), 1)
     for name, parameter in attached.named_parameters():
         if name.endswith("decoder"):
             torch.nn.init.normal_(parameter, std=0.15)

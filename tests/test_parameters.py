@@ -1,14 +1,17 @@
 """Counts against the published table (PAPER.md) and against real modules."""
 
 import pytest
+import torch
 from conftest import tiny_config
-from peft import get_peft_model
 
 from qdense import DenseLoraConfig
-from qdense.catalog import CATALOG, PAPER_TARGET_MODULES
+from qdense.catalog import CATALOG
 from qdense.errors import ModelError
 from qdense.methods import METHODS
+from qdense.modeling.adapter import attach_adapter
+from qdense.modeling.base import BaseModel
 from qdense.planning.parameters import count_parameters
+from qdense.recipe import AdapterRecipe
 
 PUBLISHED = {
     ("llama3-8b", 16): (925_696, 0.0115),
@@ -29,15 +32,15 @@ PUBLISHED = {
 @pytest.mark.parametrize(("model", "r"), PUBLISHED)
 def test_denselora_counts_are_the_published_ones(model, r):
     trainable, percent = PUBLISHED[model, r]
-    count = count_parameters(model, "denselora", r, PAPER_TARGET_MODULES)
+    count = count_parameters(model, AdapterRecipe(r=r))
     assert count.trainable_parameters == trainable == sum(count.by_module.values())
     digits = len(str(percent).partition(".")[2])
     assert round(count.percent, digits) == percent
 
 
 def test_lora_counts_are_the_published_ones():
-    assert count_parameters("llama2-7b", "lora", 16, PAPER_TARGET_MODULES).trainable_parameters == 28_049_408
-    count = count_parameters("llama3-8b", "lora", 32, PAPER_TARGET_MODULES)
+    assert count_parameters("llama2-7b", AdapterRecipe(method="lora", r=16)).trainable_parameters == 28_049_408
+    count = count_parameters("llama3-8b", AdapterRecipe(method="lora", r=32))
     assert count.trainable_parameters == 56_623_104
     assert round(count.percent, 2) == 0.70
 
@@ -59,29 +62,49 @@ def test_base_sizes(model, num_parameters):
     assert CATALOG[model].num_parameters == num_parameters
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_counts_agree_with_real_modules(method):
+VARIANTS = [
+    *({"method": method} for method in METHODS if method != "none"),
+    {"sharing": "shape"},
+    {"sharing": "none"},
+    {"method": "denselora-freeze", "sharing": "shape"},
+    {"method": "lokr", "r": 1},
+    {"method": "lokr", "r": 1, "lokr": {"decompose_both": True}},
+    {"method": "lokr", "r": 2, "lokr": {"decompose_factor": 16}},
+    {"method": "adalora", "adalora": {"initial_r": 2.0}},
+    {"method": "vera", "vera": {"r": 24}},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_counts_agree_with_real_modules(variant):
     from transformers import LlamaForCausalLM
 
-    from qdense.recipe import AdapterRecipe
-
     config = tiny_config()
-    recipe = AdapterRecipe(method=method, r=8)
-    model = get_peft_model(LlamaForCausalLM(config), METHODS[method].build_config(recipe))
+    recipe = AdapterRecipe(**{"r": 8} | variant)
+    base = BaseModel(
+        "tiny", "tiny", LlamaForCausalLM(config).requires_grad_(False), None, {}, 0, torch.device("cpu"), "float32"
+    )
+    model = attach_adapter(base, recipe, num_steps=100)
     shapes = {"q_proj": (64, 64), "k_proj": (64, 32), "v_proj": (64, 32), "up_proj": (64, 128), "down_proj": (128, 64)}
-    counted = METHODS[method].count_parameters(shapes, config.num_hidden_layers, 8)
-    assert sum(counted.values()) == model.get_nb_trainable_parameters()[0]
-    assert DenseLoraConfig(r=8).alpha == recipe.scaling_alpha
+    counted = METHODS[recipe.method].count_parameters(recipe, shapes, config.num_hidden_layers)
+    assert sum(counted.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert DenseLoraConfig(r=8).alpha == AdapterRecipe(r=8).scaling_alpha
+
+
+def test_the_base_alone_trains_nothing():
+    count = count_parameters("llama3-8b", AdapterRecipe(method="none"))
+    assert (count.trainable_parameters, count.percent) == (0, 0)
+    assert count_parameters("smollm2-135m", AdapterRecipe(method="full", target_modules="QKVOGUD")).percent < 100
 
 
 def test_unknown_models_and_modules_are_named():
     with pytest.raises(ModelError, match='did you mean "llama3-8b"'):
-        count_parameters("llama3-8", "denselora", 16, PAPER_TARGET_MODULES)
+        count_parameters("llama3-8", AdapterRecipe(r=16))
     with pytest.raises(ModelError, match="has no module w_proj"):
-        count_parameters("llama3-8b", "denselora", 16, ["w_proj"])
+        count_parameters("llama3-8b", AdapterRecipe(r=16, target_modules=["w_proj"]))
 
 
 def test_hub_ids_count_like_names():
-    by_name = count_parameters("llama3-8b", "denselora", 16, PAPER_TARGET_MODULES)
-    by_id = count_parameters("meta-llama/Meta-Llama-3-8B", "denselora", 16, PAPER_TARGET_MODULES)
+    by_name = count_parameters("llama3-8b", AdapterRecipe(r=16))
+    by_id = count_parameters("meta-llama/Meta-Llama-3-8B", AdapterRecipe(r=16))
     assert by_id.by_module == by_name.by_module

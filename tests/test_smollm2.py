@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 def test_train_evaluate_train_on_real_weights(smollm2):
     base = smollm2()
     torch.manual_seed(0)
-    model = attach_adapter(base, AdapterRecipe(r=8, dropout=0.0))
+    model = attach_adapter(base, AdapterRecipe(r=8, dropout=0.0), 1)
     ids = base.tokenizer("There are 7 crayons in the drawer. Mary took 3 out.", return_tensors="pt")["input_ids"]
     for name, parameter in model.named_parameters():  # a decoder that is not zero, so that every tensor has a gradient
         if name.endswith("decoder"):

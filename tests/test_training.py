@@ -265,7 +265,7 @@ def test_a_disk_that_fills_up_in_a_checkpoint_is_told(tiny_model, tmp_path, monk
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer_module, "save_adapter", full)
+    monkeypatch.setattr(trainer_module, "save_state", full)
     with pytest.raises(RunError, match=r"step 2: the checkpoint cannot be written: .*No space left"):
         run(recipe_for(tiny_model, tmp_path / "run"))
 

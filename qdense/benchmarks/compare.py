@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from qdense.benchmarks.published import published_rows
 from qdense.benchmarks.scoring import RULES
@@ -26,6 +27,7 @@ from qdense.catalog import CATALOG
 from qdense.errors import EvaluationError, ModelError
 from qdense.methods import METHODS
 from qdense.planning.parameters import count_parameters
+from qdense.recipe import AdapterRecipe
 
 CONFIDENCE = 0.95
 NUM_DRAWS = 10_000
@@ -326,15 +328,15 @@ def _identity(evaluation: Evaluation) -> dict[str, Any]:
     if evaluation.is_base or evaluation.recipe is None:
         return identity
     adapter = evaluation.recipe["adapter"]
-    identity |= {"name": f"{adapter['method']} r{adapter['r']}", "method": adapter["method"], "r": adapter["r"]}
-    if adapter["method"] in METHODS:
-        try:
-            model, modules = evaluation.recipe["model"]["name"], adapter["target_modules"]
-            count = count_parameters(model, adapter["method"], adapter["r"], modules)
-        except (ModelError, KeyError):
-            return identity  # a model whose shapes are not built in
-        identity |= {"trainable_parameters": count.trainable_parameters, "trainable_percent": count.percent}
-    return identity
+    method = METHODS.get(adapter["method"])
+    r = adapter["r"] if method is None or "r" in method.uses else None
+    name = adapter["method"] if r is None else f"{adapter['method']} r{r}"
+    identity |= {"name": name, "method": adapter["method"], "r": r}
+    try:
+        count = count_parameters(evaluation.recipe["model"]["name"], AdapterRecipe.model_validate(adapter))
+    except (ModelError, KeyError, ValidationError):
+        return identity  # a model whose shapes are not built in, or a recipe of another version
+    return identity | {"trainable_parameters": count.trainable_parameters, "trainable_percent": count.percent}
 
 
 def _mean(matrices: Sequence[OutcomeMatrix]) -> float:

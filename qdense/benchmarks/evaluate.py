@@ -39,7 +39,7 @@ from qdense.data.sources import DataSet, load_named_or_file, load_training_set
 from qdense.data.templates import Template, template_named
 from qdense.errors import AdapterError, EvaluationError
 from qdense.events import Emit, EvaluationDone, EvaluationProgress, EvaluationStarted, Notice
-from qdense.modeling.adapter import AdapterCard, find_adapter, load_adapter, read_card
+from qdense.modeling.adapter import CARD_FILE, AdapterCard, find_adapter, load_adapter, read_card
 from qdense.modeling.base import BaseModel, load_base
 from qdense.provenance import git_hash, package_versions
 from qdense.recipe import ModelRecipe, load_recipe, recipe_from_tables
@@ -100,7 +100,7 @@ class Respondent(Protocol):
 
 def newest_run(runs_dir: Path) -> Path:
     """The run below `runs_dir` whose adapter was finished last. Raises AdapterError."""
-    patterns = ("*/adapter/adapter_config.json", "*/*/adapter/adapter_config.json")
+    patterns = (f"*/adapter/{CARD_FILE}", f"*/*/adapter/{CARD_FILE}")
     finished = [path for pattern in patterns for path in runs_dir.glob(pattern)]
     if not finished:
         raise AdapterError(
@@ -166,6 +166,11 @@ def _load_models(
         if card.fingerprint is None:
             emit(Notice(f"{folder}: has no qdense.json, so nothing tells whether {base.name} is its base", "warning"))
         model = load_adapter(base, folder, card)
+        if request.with_base and not hasattr(model, "disable_adapter"):
+            raise EvaluationError(
+                f"--with-base: {folder} is a whole model ({card.method}), which cannot be taken off its base. Score the base "
+                f"by itself: qdense evaluate TASKS --model {base.name}"
+            )
     model.eval()
 
     def local(adapter: Path | None) -> LocalModel:
@@ -263,11 +268,12 @@ class LocalModel:
 
 def _weights_digest(adapter: Path) -> str:
     digest = hashlib.sha256()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        path = adapter / name
-        if not path.is_file():
-            raise AdapterError(f"{adapter}: has no {name}")
-        digest.update(path.read_bytes())
+    files = sorted(adapter.glob("*.safetensors"))
+    if not files:
+        raise AdapterError(f"{adapter}: has no adapter_model.safetensors")
+    for path in (*adapter.glob("adapter_config.json"), *files):
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -1,33 +1,88 @@
-"""DenseLoRA (arXiv:2505.23808): one encoder and decoder for each module kind, an r x r matrix M for each layer."""
+"""DenseLoRA (arXiv:2505.23808) and the paper's two ablations of it (Table 4).
+
+One encoder and decoder for each module kind, an r x r matrix M for each layer.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from qdense.methods.method import AdapterSettings, LinearShapes, Method
 
-
-def _build_config(adapter: AdapterSettings) -> Any:
-    from qdense.tuners.denselora import DenseLoraConfig
-
-    return DenseLoraConfig(
-        r=adapter.r,
-        alpha=adapter.scaling_alpha,
-        dropout=adapter.dropout,
-        activation=adapter.activation,
-        target_modules=list(adapter.target_modules),
-        task_type="CAUSAL_LM",
-    )
+_USES = frozenset({"r", "alpha", "dropout", "activation", "sharing", "zero_init", "target_modules"})
 
 
-def _count_parameters(shapes: LinearShapes, num_layers: int, r: int) -> dict[str, int]:
+def _config(adapter: AdapterSettings, **changes: Any) -> Any:
+    from qdense.tuners import DenseLoraConfig
+
+    settings: dict[str, Any] = {
+        "r": adapter.r,
+        "alpha": adapter.scaling_alpha,
+        "dropout": adapter.dropout,
+        "activation": adapter.activation,
+        "sharing": adapter.sharing,
+        "zero_init": adapter.zero_init,
+        "target_modules": list(adapter.target_modules),
+        "task_type": "CAUSAL_LM",
+    }
+    return DenseLoraConfig(**(settings | changes))
+
+
+def _groups(adapter: AdapterSettings, shapes: LinearShapes) -> dict[str, list[str]]:
+    """The module kinds that share an encoder and decoder, by the name of what they share."""
+    groups: dict[str, list[str]] = {}
+    for kind, shape in shapes.items():
+        groups.setdefault(f"{shape}" if adapter.sharing == "shape" else kind, []).append(kind)
+    return {" + ".join(kinds): kinds for kinds in groups.values()}
+
+
+def _count_shared(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> dict[str, int]:
+    """(d_in + d_out) r for each pair of encoder and decoder."""
+    pairs = num_layers if adapter.sharing == "none" else 1
+    return {name: sum(shapes[kinds[0]]) * adapter.r * pairs for name, kinds in _groups(adapter, shapes).items()}
+
+
+def _count_matrices(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> dict[str, int]:
+    """l r^2 for each module kind: a matrix M for each layer."""
+    return {name: len(kinds) * num_layers * adapter.r**2 for name, kinds in _groups(adapter, shapes).items()}
+
+
+def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> dict[str, int]:
     """(d_in + d_out + l r) r for each module kind: encoder, decoder and l matrices M."""
-    return {kind: (d_in + d_out + num_layers * r) * r for kind, (d_in, d_out) in shapes.items()}
+    matrices = _count_matrices(adapter, shapes, num_layers)
+    return {name: count + matrices[name] for name, count in _count_shared(adapter, shapes, num_layers).items()}
+
+
+def _awake_at_start(name: str) -> bool:
+    return name.endswith(".decoder")
 
 
 METHOD = Method(
     name="denselora",
-    build_config=_build_config,
+    summary="DenseLoRA: shared encoder and decoder, a dense matrix for each layer",
+    uses=_USES,
+    build_config=lambda adapter, num_steps: _config(adapter),
     count_parameters=_count_parameters,
-    awake_at_start=lambda name: name.endswith(".decoder"),
+    awake_at_start=_awake_at_start,
+)
+
+# M starts at zero here: behind a frozen decoder of zeros nothing would ever learn, and behind a random M the adapter would
+# disturb the base from the first step on.
+FREEZE = dataclasses.replace(
+    METHOD,
+    name="denselora-freeze",
+    summary="ablation: encoder and decoder stay as they were drawn, M starts at zero and is trained",
+    uses=_USES - {"zero_init"},
+    build_config=lambda adapter, num_steps: _config(adapter, freeze_shared=True, zero_init="m"),
+    count_parameters=_count_matrices,
+    awake_at_start=lambda name: True,
+)
+
+ONLY_MATRIX = dataclasses.replace(
+    METHOD,
+    name="denselora-only-matrix",
+    summary="ablation: no activations, so the adapter is a matrix and can be merged",
+    uses=_USES - {"activation"},
+    build_config=lambda adapter, num_steps: _config(adapter, activation="none"),
 )

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-# Module kind -> (d_in, d_out), of the modules that are adapted.
+from pydantic import BaseModel, ConfigDict
+
+# Module kind -> (d_in, d_out) of one decoder layer's linear modules.
 LinearShapes = Mapping[str, tuple[int, int]]
 
 
+class MethodSettings(BaseModel):
+    """Settings of one method alone: the table [adapter.<method>] of a recipe. Each field's description says what is accepted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
 class AdapterSettings(Protocol):
-    """What a method may read of a recipe's [adapter] table."""
+    """What a method may read of a recipe's [adapter] table; `own` is its table of settings."""
 
     @property
     def r(self) -> int: ...
@@ -22,7 +32,35 @@ class AdapterSettings(Protocol):
     @property
     def activation(self) -> str: ...
     @property
+    def sharing(self) -> str: ...
+    @property
+    def zero_init(self) -> str: ...
+    @property
     def target_modules(self) -> Sequence[str]: ...
+    @property
+    def own(self) -> Any: ...
+
+
+class RankSchedule(Protocol):
+    """What a method does to its weights beside the optimizer, after each of its steps; for bit-exact resumes with a state."""
+
+    def begin(self, model: Any, num_micro_batches: int) -> None:
+        """Before the first step, which like all others sums the losses of so many micro-batches."""
+
+    def validating(self, model: Any) -> AbstractContextManager[None]:
+        """Within it, the model's loss is that of the text alone."""
+
+    def step(self, model: Any, step: int) -> None:
+        """After the optimizer's step number `step` (1, 2, ...), gradients still there."""
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write its state beside a checkpoint's weights."""
+
+    def load(self, model: Any, folder: Path) -> None:
+        """Take the state back."""
+
+    def has_settled(self, model: Any, step: int) -> bool:
+        """Whether the ranks will stay as they are: only such weights may be kept as the best."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +69,34 @@ class Method:
 
     Attributes:
         name: the value of `adapter.method`.
-        build_config: [adapter] table -> PEFT configuration.
-        count_parameters: (shapes of one layer, number of layers, r) -> trainable parameters by module kind.
+        summary: what it is, in a line.
+        uses: the keys of [adapter] that it reads; others are noted, not refused, so that one recipe serves all methods.
+        build_config: ([adapter] table, number of optimizer steps) -> PEFT configuration; None where PEFT has no part in it.
+        count_parameters: ([adapter] table, shapes of one layer's target modules, number of layers) -> trainable parameters by
+            module kind.
         awake_at_start: whether the parameter of this name must have a gradient at step 1. The others are behind a
             matrix that starts at zero: they get theirs once it has moved, at step 3 at the latest, since linear warm-up
             makes the first update's learning rate 0.
+        settings: the type of its own table [adapter.<name>], if it has one.
+        quantizations: those of a base that it works on.
+        why_not_quantized: the reason for those that are missing.
+        prepare: is given the PeftModel after it was made or loaded, to mend what PEFT leaves broken.
+        schedule: see `RankSchedule`.
     """
 
     name: str
-    build_config: Callable[[AdapterSettings], Any]
-    count_parameters: Callable[[LinearShapes, int, int], dict[str, int]]
-    awake_at_start: Callable[[str], bool]
+    summary: str
+    uses: frozenset[str]
+    build_config: Callable[[AdapterSettings, int], Any] | None
+    count_parameters: Callable[[AdapterSettings, LinearShapes, int], dict[str, int]]
+    awake_at_start: Callable[[str], bool] = lambda name: True
+    settings: type[MethodSettings] | None = None
+    quantizations: tuple[str, ...] = ("nf4", "int8", "none")
+    why_not_quantized: str = ""
+    prepare: Callable[[Any], None] = lambda model: None
+    schedule: RankSchedule | None = None
+
+    @property
+    def is_saved_whole_by_peft(self) -> bool:
+        """Whether PEFT's files hold all that a resumed run needs of the weights."""
+        return self.build_config is not None and self.schedule is None

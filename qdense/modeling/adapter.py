@@ -1,7 +1,8 @@
 """The adapter on a base: attached by a recipe, saved in PEFT's format, loaded again, refused where it does not belong.
 
-Beside PEFT's adapter_config.json and adapter_model.safetensors lies qdense.json: the base's fingerprint, the prompt
-template, and what made the adapter. Adapters that PEFT alone has made load too; nothing then vouches for their base.
+Full fine-tuning takes the same way; what it saves is a whole model in Transformers' format. Beside the files of either lies
+qdense.json: the base's fingerprint, the prompt template, and what made the adapter. Adapters that PEFT alone has made load
+too; nothing then vouches for their base.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qdense.tuners  # noqa: F401  (registers our methods, so that PEFT can load them)
 from qdense.cache import write_atomically
 from qdense.errors import AdapterError
-from qdense.methods import METHODS
+from qdense.methods import METHODS, Method
 from qdense.modeling.base import BaseModel, Fingerprint
 from qdense.recipe import AdapterRecipe
 
@@ -43,31 +45,70 @@ class AdapterCard:
     method: str
 
 
-def attach_adapter(base: BaseModel, recipe: AdapterRecipe) -> Any:
+def attach_adapter(base: BaseModel, recipe: AdapterRecipe, num_steps: int) -> Any:
     """Put a fresh adapter on the base. Its initial values come from torch's generator: seed it first.
 
+    Args:
+        num_steps: of the whole run, for a method with a schedule.
+
     Returns:
-        A PeftModel whose trainable parameters have `recipe.dtype`.
+        A PeftModel whose adapter has `recipe.dtype`; of full fine-tuning the base's own model, partly trainable.
 
     Raises:
-        AdapterError: no module of the base has one of the target names, or PEFT refuses them.
+        AdapterError: no module of the base has one of the target names, the method does not work on this base, or PEFT
+            refuses.
     """
     from peft import get_peft_model
 
+    method = METHODS[recipe.method]
     names = {name.rpartition(".")[2] for name, module in base.model.named_modules() if isinstance(module, nn.Linear)}
     missing = [target for target in recipe.target_modules if target.rpartition(".")[2] not in names]
     if missing:
         raise AdapterError(
             f"adapter.target_modules: {base.name} has no linear module {', '.join(missing)}. It has: {', '.join(sorted(names))}"
         )
+    if method.build_config is None:
+        return _trainable_base(base, recipe)
     try:
         # PEFT's autocast would make bf16 adapters fp32.
-        model = get_peft_model(base.model, METHODS[recipe.method].build_config(recipe), autocast_adapter_dtype=False)
+        model = get_peft_model(base.model, method.build_config(recipe, num_steps), autocast_adapter_dtype=False)
     except (ValueError, TypeError) as error:
         raise AdapterError(f"adapter: {error}") from error
-    for _, parameter in trainable_parameters(model):
-        parameter.data = parameter.data.to(getattr(torch, recipe.dtype))
+    for _, tensor in _adapter_tensors(model):
+        tensor.data = tensor.data.to(getattr(torch, recipe.dtype))
+    method.prepare(model)
     return model
+
+
+def _trainable_base(base: BaseModel, recipe: AdapterRecipe) -> Any:
+    """The base's own model, its target modules trainable."""
+    if recipe.method == "none":
+        raise AdapterError(
+            f'adapter.method = "{recipe.method}": trains nothing. Score the base by `qdense evaluate TASKS --model {base.name}`.'
+        )
+    for name, module in base.model.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in recipe.target_modules:
+            if not module.weight.is_floating_point():
+                raise AdapterError(
+                    f'adapter.method = "{recipe.method}": {name} of {base.name} holds {module.weight.dtype}, which cannot be '
+                    'trained. Name an unquantized model, with model.quantization = "none".'
+                )
+            module.weight.requires_grad_(True)
+    return base.model
+
+
+def _adapter_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name in the saved file, and tensor in the model, of all that PEFT saves of the adapter: frozen parts too."""
+    from peft import get_peft_model_state_dict
+
+    names = {
+        tensor.data_ptr(): name
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+        if tensor.numel()  # a layer that AdaLoRA has cut to rank 0 has no memory to be recognised by
+    }
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() in names:
+            yield names.pop(tensor.data_ptr()), tensor
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -76,18 +117,45 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 
 
 def save_adapter(model: Any, folder: Path, card: AdapterCard | None) -> None:
-    """Write the adapter (PEFT's format, safetensors) and, if given, its card."""
-    # "auto" would ask the hub for the base's vocabulary size; the embeddings are never touched here.
-    model.save_pretrained(folder, save_embedding_layers=False)
+    """Write the adapter (PEFT's format, safetensors), or the whole model where there is none, and, if given, its card."""
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        # "auto" would ask the hub for the base's vocabulary size; the embeddings are never touched here.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    else:
+        model.save_pretrained(folder)
     if card is not None:
         write_atomically(folder / CARD_FILE, json.dumps(asdict(card), indent=2) + "\n")
 
 
-def restore_weights(model: Any, folder: Path) -> None:
-    """Copy saved weights into the adapter that the model has, bit by bit, keeping dtype and identity of its tensors."""
+_TRAINABLE_FILE = "trainable.safetensors"
+
+
+def save_state(model: Any, folder: Path, method: Method) -> None:
+    """Write what a run needs to go on: the adapter in PEFT's format; where that is not all (AdaLoRA's is cut to the ranks of
+    the moment), or there is none, the trained tensors as they are."""
+    if method.is_saved_whole_by_peft:
+        save_adapter(model, folder, card=None)
+    else:
+        tensors = {name: parameter.detach().contiguous() for name, parameter in trainable_parameters(model)}
+        save_file(tensors, folder / _TRAINABLE_FILE)
+    if method.schedule is not None:
+        method.schedule.save(model, folder)
+
+
+def restore_state(model: Any, folder: Path, method: Method) -> None:
+    """Copy what `save_state` wrote into the model, bit by bit, keeping dtype and identity of its tensors."""
     from peft import set_peft_model_state_dict
 
-    set_peft_model_state_dict(model, _read_weights(model, folder))
+    if method.is_saved_whole_by_peft:
+        set_peft_model_state_dict(model, _read_weights(model, folder))
+    else:
+        saved = load_file(folder / _TRAINABLE_FILE)
+        for name, parameter in trainable_parameters(model):
+            parameter.data.copy_(saved[name])
+    if method.schedule is not None:
+        method.schedule.load(model, folder)
 
 
 def _read_weights(model: Any, folder: Path) -> dict[str, torch.Tensor]:
@@ -112,7 +180,7 @@ def _read_weights(model: Any, folder: Path) -> dict[str, torch.Tensor]:
 def find_adapter(path: Path) -> Path:
     """The adapter's folder, given itself or the run that holds it. Raises AdapterError."""
     for folder in (path / "adapter", path):
-        if (folder / "adapter_config.json").is_file():
+        if any((folder / name).is_file() for name in (CARD_FILE, "adapter_config.json")):
             return folder
     if not path.exists():
         raise AdapterError(f"{path}: no such run or adapter")
@@ -121,7 +189,7 @@ def find_adapter(path: Path) -> Path:
         if (path / "checkpoints").exists()
         else ""
     )
-    raise AdapterError(f"{path}: holds no adapter (adapter/adapter_config.json or adapter_config.json).{hint}")
+    raise AdapterError(f"{path}: holds no adapter (adapter_config.json or {CARD_FILE}, here or in adapter/).{hint}")
 
 
 def read_card(folder: Path) -> AdapterCard:
@@ -146,10 +214,13 @@ def read_card(folder: Path) -> AdapterCard:
 def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
     """Put a saved adapter on the base, for inference, in the dtype it was saved in.
 
+    Returns:
+        A PeftModel; for a fully fine-tuned model the base's own, with the saved weights.
+
     Raises:
         AdapterError: it was made for another base, or its files do not fit.
     """
-    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import PeftModel
 
     if card.fingerprint is not None and card.fingerprint != base.fingerprint:
         differing = ", ".join(part for part, value in base.fingerprint.items() if card.fingerprint.get(part) != value)
@@ -157,6 +228,9 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
             f"{folder}: this adapter was made for another base ({card.model.get('name')}); {base.name} differs from it in: "
             f"{differing}. Give the right base by --model."
         )
+    method = METHODS.get(card.method)
+    if method is not None and method.build_config is None:
+        return _load_whole_model(base, folder)
     if not (folder / "adapter_model.safetensors").is_file():
         # PEFT would take the folder's name for a hub id and ask there
         raise AdapterError(f"{folder}: has no adapter_model.safetensors")
@@ -166,10 +240,29 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
         raise AdapterError(f"{folder}: the adapter does not fit {base.name}: {error}") from error
     weights = _read_weights(model, folder)
     # PEFT makes the tensors in the base's dtype; take the saved one, and the saved values again, which were rounded.
-    own = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model, save_embedding_layers=False).values()}
-    dtype = next(iter(weights.values())).dtype
-    for parameter in model.parameters():
-        if parameter.data_ptr() in own:
-            parameter.data = parameter.data.to(dtype)
-    set_peft_model_state_dict(model, weights)
+    for name, tensor in _adapter_tensors(model):
+        tensor.data = weights[name].to(tensor.device)
+    if method is not None:
+        method.prepare(model)
     return model
+
+
+def _load_whole_model(base: BaseModel, folder: Path) -> Any:
+    """The base's own model with the weights that are saved in `folder`."""
+    parameters = dict(base.model.named_parameters())
+    try:
+        saved = {
+            name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()
+        }
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{folder}: the model's weights cannot be read: {error}") from error
+    unfit = [name for name, tensor in saved.items() if name not in parameters or parameters[name].shape != tensor.shape]
+    missing = [name for name in parameters if name not in saved]
+    if unfit or missing:
+        raise AdapterError(
+            f"{folder}: does not hold the weights of {base.name}: "
+            f"{len(missing)} missing {missing[:2]}, {len(unfit)} unfit {unfit[:2]}"
+        )
+    for name, parameter in parameters.items():
+        parameter.data.copy_(saved[name])
+    return base.model

@@ -20,6 +20,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "silu": F.silu,
     "tanh": torch.tanh,
+    "relu": F.relu,  # zero slope at 0: learns only where no factor starts at zero
     "none": lambda x: x,  # the paper's "only matrix" ablation: linear, so it can be merged
 }
 

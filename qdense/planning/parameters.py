@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qdense.catalog import CATALOG, CatalogModel
 from qdense.errors import ModelError, did_you_mean
 from qdense.methods import METHODS
+from qdense.recipe import AdapterRecipe
 
 
 @dataclass(frozen=True)
@@ -15,35 +15,38 @@ class ParameterCount:
     """Counts as `qdense params` reports them.
 
     Attributes:
+        r: None where the method does not read it.
         percent: of base and adapter together, as PEFT and the paper's tables give it.
     """
 
     method: str
     model: str
-    r: int
+    r: int | None
     trainable_parameters: int
     base_parameters: int
     percent: float
     by_module: dict[str, int]
 
 
-def count_parameters(model: str, method: str, r: int, target_modules: Sequence[str]) -> ParameterCount:
+def count_parameters(model: str, adapter: AdapterRecipe) -> ParameterCount:
     """Count for a model of the catalog. Raises ModelError for one whose shapes are not built in."""
     entry = catalog_model(model)
     shapes = entry.linear_shapes()
-    unknown = [name for name in target_modules if name not in shapes]
+    unknown = [name for name in adapter.target_modules if name not in shapes]
     if unknown:
         raise ModelError(f"{model}: has no module {unknown[0]}{did_you_mean(unknown[0], shapes)}")
-    chosen = {name: shapes[name] for name in shapes if name in target_modules}
-    by_module = METHODS[method].count_parameters(chosen, entry.num_layers, r)
+    chosen = {name: shapes[name] for name in shapes if name in adapter.target_modules}
+    method = METHODS[adapter.method]
+    by_module = method.count_parameters(adapter, chosen, entry.num_layers)
     trainable = sum(by_module.values())
+    added = trainable if method.build_config is not None else 0
     return ParameterCount(
-        method=method,
+        method=adapter.method,
         model=model,
-        r=r,
+        r=adapter.r if "r" in method.uses else None,
         trainable_parameters=trainable,
         base_parameters=entry.num_parameters,
-        percent=100 * trainable / (entry.num_parameters + trainable),
+        percent=100 * trainable / (entry.num_parameters + added),
         by_module=by_module,
     )
 

@@ -73,6 +73,13 @@ def _with_masters(base: Any) -> Any:
                 master.grad = None
             return outcome
 
+        @torch.no_grad()
+        def adopt(self) -> None:
+            """Take over values that were changed beside `step`: where a parameter is not its master, rounded."""
+            for parameter, master in zip(self._parameters, self._masters, strict=True):
+                changed = parameter != master.to(parameter.dtype)
+                master.copy_(torch.where(changed, parameter.to(master.dtype), master))
+
         def zero_grad(self, set_to_none: bool = True) -> None:
             for parameter in self._parameters:
                 if set_to_none:

@@ -32,7 +32,7 @@ from qdense.data.sources import DataSet, load_training_set, local_test_set
 from qdense.errors import QDenseError, RunError
 from qdense.events import Emit, Notice, TrainingDone, TrainingStarted
 from qdense.methods import METHODS
-from qdense.modeling.adapter import AdapterCard, attach_adapter, save_adapter, trainable_parameters
+from qdense.modeling.adapter import CARD_FILE, AdapterCard, attach_adapter, save_adapter, trainable_parameters
 from qdense.modeling.base import BaseModel, load_base
 from qdense.provenance import git_hash, package_versions
 from qdense.recipe import Recipe, load_recipe
@@ -80,6 +80,9 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
     )
     if recipe.data.name in TRAINING_SETS:
         _warn_of_test_items(recipe.data.name, data, data_dir, emit)
+    if recipe.adapter.unused:
+        keys = ", ".join(f"adapter.{key}" for key in recipe.adapter.unused)
+        notice(f"not read by method {recipe.adapter.method}: {keys}")
     base = load_base(recipe.model, notice)
     training = encode_rows(data.rows, split.training, base.tokenizer, recipe.data)
     validation = encode_rows(data.rows, split.validation, base.tokenizer, recipe.data) if split.validation else None
@@ -96,7 +99,7 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
         )
 
     set_seed(recipe.training.seed)
-    model = attach_adapter(base, recipe.adapter)
+    model = attach_adapter(base, recipe.adapter, num_steps)
     num_trainable = sum(parameter.numel() for _, parameter in trainable_parameters(model))
     # One more than are kept: the oldest goes only once the newest is written. And room for the result and the metrics.
     require_free_space(
@@ -192,7 +195,7 @@ def _checkpoint_to_resume(recipe: Recipe, run_dir: Path, resume: bool, emit: Emi
             f"{run_dir}: holds files but no {RECIPE_FILE}, so it is no run of qdense. Give another --output."
         )
     _refuse_other_recipe(recipe, run_dir)
-    if (run_dir / ADAPTER_DIR / "adapter_config.json").is_file():
+    if (run_dir / ADAPTER_DIR / CARD_FILE).is_file():
         raise RunError(
             f"{run_dir}: this run is finished ({run_dir / ADAPTER_DIR}). Evaluate it by `qdense evaluate TASKS --adapter "
             f"{run_dir}`, or train anew with another --output."
@@ -312,12 +315,16 @@ def _facts(
         * num_trainable
         / (num_trainable + sum(_num_elements(p) for p in base.model.parameters() if not p.requires_grad))
     )
+    method = METHODS[adapter.method]
+    shown = {"r": f" r {adapter.r}", "alpha": f", alpha {adapter.scaling_alpha:g},"}
+    settings_of_adapter = "".join(text for key, text in shown.items() if key in method.uses)
+    dtype = adapter.dtype if method.build_config is not None else recipe.model.dtype
     modules = ", ".join(name.removesuffix("_proj") for name in adapter.target_modules)
     epochs = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.epochs:g} epochs"
     return (
         ("base", f"{recipe.model.name} ({recipe.model.quantization}, {recipe.model.dtype}) on {_device_name(base.device)}"),
-        ("adapter", f"{adapter.method} r {adapter.r}, alpha {adapter.scaling_alpha:g}, on {modules}"),
-        ("trainable", f"{num_trainable:,} parameters, {share:.3g}% of the model, {adapter.dtype}"),
+        ("adapter", f"{adapter.method}{settings_of_adapter} on {modules}"),
+        ("trainable", f"{num_trainable:,} parameters, {share:.3g}% of the model, {dtype}"),
         ("data", f"{recipe.data.path or recipe.data.name}: {len(training.examples):,} rows"
                  f" of {len(data.rows) - num_validation:,}, {num_validation} more for validation"),
         ("training", f"{epochs}, batch {settings.batch_size} ({settings.micro_batch_size} at a time), "

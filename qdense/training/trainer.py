@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from qdense.data.examples import IGNORED, Example, collate
 from qdense.errors import RunError
 from qdense.events import CheckpointSaved, Emit, StepDone, Validated, ValidationProgress
 from qdense.methods import Method
-from qdense.modeling.adapter import restore_weights, save_adapter, trainable_parameters
+from qdense.modeling.adapter import restore_state, save_state, trainable_parameters
 from qdense.modeling.base import BaseModel
 from qdense.recipe import Recipe
 from qdense.training.optimizer import build_optimizer
@@ -59,7 +60,7 @@ class AdapterTrainer(Trainer):
         emit: Emit,
         seconds_before: float = 0.0,
     ) -> None:
-        self.recipe, self.emit, self.adapted = recipe, emit, model
+        self.recipe, self.emit, self.adapted, self.method = recipe, emit, model, method
         self.best_step, self.best_loss, self.best_weights = 0, math.inf, {}  # type: int, float, dict[str, Tensor]
         self.progress = _ProgressCallback(self, emit, base.device, seconds_before)
         super().__init__(
@@ -68,9 +69,11 @@ class AdapterTrainer(Trainer):
             data_collator=lambda examples: collate(examples, base.pad_token_id),
             train_dataset=training,
             eval_dataset=validation or None,
-            callbacks=[_Watch(self, method), self.progress],
+            callbacks=[_Watch(self, method), _Ranks(self), self.progress],
         )
         self.remove_callback(PrinterCallback)
+        if method.schedule is not None:
+            method.schedule.begin(model, recipe.training.batch_size // recipe.training.micro_batch_size)
 
     # --- optimizer --------------------------------------------------------------------------------------------------------
 
@@ -96,14 +99,14 @@ class AdapterTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validation loss: mean over all loss tokens of the validation rows."""
-        loader = self.get_eval_dataloader()
+        loader, schedule = self.get_eval_dataloader(), self.method.schedule
         was_training = self.adapted.training
         self.adapted.eval()
         total, count = 0.0, 0
         for number, batch in enumerate(loader, start=1):
             batch = self._prepare_inputs(batch)
             num_labels = int((batch["labels"][:, 1:] != IGNORED).sum())
-            with torch.no_grad():
+            with torch.no_grad(), schedule.validating(self.adapted) if schedule is not None else nullcontext():
                 loss = self.adapted(
                     input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
                 ).loss
@@ -115,7 +118,8 @@ class AdapterTrainer(Trainer):
         loss_mean = total / count
         if not math.isfinite(loss_mean):
             raise RunError(f"step {self.state.global_step}: the validation loss is {loss_mean}. {_REMEDY}")
-        is_best = loss_mean < self.best_loss
+        has_settled = schedule is None or schedule.has_settled(self.adapted, self.state.global_step)
+        is_best = has_settled and loss_mean < self.best_loss
         if is_best:
             self.best_step, self.best_loss = self.state.global_step, loss_mean
             self.best_weights = {name: p.detach().cpu().clone() for name, p in trainable_parameters(self.adapted)}
@@ -146,7 +150,7 @@ class AdapterTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_adapter(self.adapted, folder, card=None)
+        save_state(self.adapted, folder, self.method)
         if self.best_weights:
             safetensors.torch.save_file(self.best_weights, folder / _BEST_WEIGHTS)
             (folder / _BEST_INFO).write_text(json.dumps({"step": self.best_step, "loss": self.best_loss}))
@@ -156,7 +160,7 @@ class AdapterTrainer(Trainer):
 
     def restore(self, folder: Path) -> None:
         """Take weights, and the best ones so far, from a checkpoint; optimizer and order are Trainer's business."""
-        restore_weights(self.adapted, folder)
+        restore_state(self.adapted, folder, self.method)
         if (folder / _BEST_INFO).is_file():
             best = json.loads((folder / _BEST_INFO).read_text())
             self.best_step, self.best_loss = best["step"], best["loss"]
@@ -204,6 +208,21 @@ class _Watch(TrainerCallback):
                     f"{', '.join(dead[:3])}{', ...' if len(dead) > 3 else ''}. This is a fault of the set-up, not of the data: "
                     "check adapter.target_modules and training.gradient_checkpointing, and report it."
                 )
+
+
+class _Ranks(TrainerCallback):
+    """Runs the method's schedule, between the optimizer's step and the end of its gradients."""
+
+    def __init__(self, trainer: AdapterTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.method.schedule is None:
+            return
+        self.trainer.method.schedule.step(self.trainer.adapted, state.global_step + 1)
+        optimizer: Any = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)  # accelerate wraps it
+        if hasattr(optimizer, "adopt"):
+            optimizer.adopt()
 
 
 class _ProgressCallback(TrainerCallback):

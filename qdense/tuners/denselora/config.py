@@ -10,6 +10,8 @@ from qdense.ops.denselora import ACTIVATIONS
 from qdense.tuners.registry import PeftTypeName
 
 DENSELORA = PeftTypeName("DENSELORA")
+SHARING = ("kind", "shape", "none")
+ZERO_INIT = ("decoder", "m", "none")
 
 
 @dataclass
@@ -27,7 +29,7 @@ class DenseLoraConfig(PeftConfig):
     activation: str = field(
         default="gelu",
         metadata={
-            "help": "After encoder and decoder: gelu, silu, tanh; none is the paper's 'only matrix', and merges."
+            "help": "After encoder and decoder: gelu, silu, tanh, relu; none is the paper's 'only matrix', and merges."
         },
     )
     target_modules: list[str] | str | None = field(
@@ -41,9 +43,24 @@ class DenseLoraConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Other modules that are trained in full and saved with the adapter."}
     )
+    sharing: str = field(
+        default="kind",
+        metadata={
+            "help": "Which layers share an encoder and decoder: kind (all of one module name, the authors'), shape (all of one "
+            "input and output size), none."
+        },
+    )
+    zero_init: str = field(
+        default="decoder",
+        metadata={
+            "help": "Which factor starts at zero, so that the adapter adds nothing at first: decoder (the authors'), m, none."
+        },
+    )
+    freeze_shared: bool = field(
+        default=False, metadata={"help": "Train M alone; encoders and decoders stay as they were drawn."}
+    )
     init_weights: bool = field(
-        default=True,
-        metadata={"help": "Start with a zero decoder, so that the adapter adds nothing; False: a random one (tests)."},
+        default=True, metadata={"help": "False: no factor starts at zero, whatever zero_init says (PEFT's convention)."}
     )
 
     def __post_init__(self) -> None:
@@ -57,12 +74,22 @@ class DenseLoraConfig(PeftConfig):
             raise ValueError(f"DenseLoraConfig.alpha = {self.alpha!r}: must be positive.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"DenseLoraConfig.dropout = {self.dropout!r}: must be at least 0 and below 1.")
-        if self.activation not in ACTIVATIONS:
-            reason = ""
-            if self.activation == "relu":
-                reason = " ReLU has zero slope at 0, so a decoder that starts at zero would never get a gradient."
+        for name, accepted in (("activation", ACTIVATIONS), ("sharing", SHARING), ("zero_init", ZERO_INIT)):
+            if getattr(self, name) not in accepted:
+                raise ValueError(
+                    f"DenseLoraConfig.{name} = {getattr(self, name)!r}: must be one of {', '.join(accepted)}."
+                )
+        if not self.init_weights:
+            self.zero_init = "none"
+        if self.activation == "relu" and self.zero_init != "none":
             raise ValueError(
-                f"DenseLoraConfig.activation = {self.activation!r}: must be one of {', '.join(ACTIVATIONS)}.{reason}"
+                "DenseLoraConfig.activation = 'relu': must be with zero_init = \"none\". ReLU has zero slope at 0, so behind a "
+                "factor that starts at zero nothing would ever get a gradient."
+            )
+        if self.freeze_shared and self.zero_init == "decoder":
+            raise ValueError(
+                'DenseLoraConfig.freeze_shared = True: must be with zero_init = "m" or "none". A frozen decoder of zeros would '
+                "keep the adapter at nothing."
             )
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT keeps them as a set

@@ -25,10 +25,11 @@ class SharedPair(nn.Module):
         self.encoder = nn.Parameter(torch.empty(r, d_in, dtype=dtype, device=device))
         self.decoder = nn.Parameter(torch.empty(d_out, r, dtype=dtype, device=device))
 
-    def reset_parameters(self, init_weights: bool) -> None:
-        """Kaiming-uniform encoder (a = sqrt 5) and zero decoder: the adapter adds nothing, and GELU'(0) = 0.5 lets D learn."""
+    def reset_parameters(self, zero_init: str) -> None:
+        """Kaiming-uniform encoder (a = sqrt 5) and, the authors' way, zero decoder: the adapter adds nothing, and
+        GELU'(0) = 0.5 lets D learn. Else the decoder is drawn like the encoder."""
         nn.init.kaiming_uniform_(self.encoder, a=math.sqrt(5))
-        if init_weights:
+        if zero_init == "decoder":
             nn.init.zeros_(self.decoder)
         else:
             nn.init.kaiming_uniform_(self.decoder, a=math.sqrt(5))
@@ -61,7 +62,7 @@ class DenseLoraLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
 
     def update_layer(self, adapter_name: str, config: DenseLoraConfig, pair: SharedPair) -> None:
-        """Add (or replace) the adapter `adapter_name`: a new M (r, r), Kaiming uniform, in the pair's dtype."""
+        """Add (or replace) the adapter `adapter_name`: a new M (r, r), Kaiming uniform or zero, in the pair's dtype."""
         assert config.alpha is not None
         self.r[adapter_name] = config.r
         self.scaling[adapter_name] = config.alpha / config.r
@@ -70,7 +71,10 @@ class DenseLoraLinear(nn.Module, BaseTunerLayer):
         self.shared[adapter_name] = pair
         m = torch.empty(config.r, config.r, dtype=pair.encoder.dtype, device=self.weight.device)
         self.denselora_m[adapter_name] = nn.Parameter(m)
-        nn.init.kaiming_uniform_(self.denselora_m[adapter_name], a=math.sqrt(5))
+        if config.zero_init == "m":
+            nn.init.zeros_(self.denselora_m[adapter_name])
+        else:
+            nn.init.kaiming_uniform_(self.denselora_m[adapter_name], a=math.sqrt(5))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -44,6 +44,8 @@ class DenseLoraModel(BaseTuner):
         before = [(parameter, parameter.requires_grad) for parameter in self.denselora_shared.parameters()]
         self.denselora_shared[adapter_name] = nn.ModuleDict()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if self._is_frozen(adapter_name):
+            self.denselora_shared[adapter_name].requires_grad_(False)
         for parameter, requires_grad in before:  # a further adapter leaves the trainability of the others alone
             parameter.requires_grad = requires_grad
 
@@ -82,15 +84,19 @@ class DenseLoraModel(BaseTuner):
     def _shared_pair(
         self, config: DenseLoraConfig, adapter_name: str, kind: str, key: str, base: nn.Linear
     ) -> SharedPair:
-        """The pair of module kind `kind`, made when its first layer is met; later layers must have the same shape."""
+        """The pair that this layer shares, made when its first layer is met; later layers must have the same shape."""
         pairs = self.denselora_shared[adapter_name]
         assert isinstance(pairs, nn.ModuleDict)
+        if config.sharing == "shape":
+            kind = f"{base.in_features}_to_{base.out_features}"
+        elif config.sharing == "none":
+            kind = key.replace(".", "__")  # names of submodules hold no dot
         if kind not in pairs:
             dtype: torch.dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
             if not dtype.is_floating_point:  # 8-bit layers have no compute dtype of their own
                 dtype = torch.get_default_dtype()
             new = SharedPair(config.r, base.in_features, base.out_features, dtype=dtype, device=base.weight.device)
-            new.reset_parameters(config.init_weights)
+            new.reset_parameters(config.zero_init)
             pairs[kind] = new
         pair = pairs[kind]
         assert isinstance(pair, SharedPair)
@@ -99,17 +105,21 @@ class DenseLoraModel(BaseTuner):
             raise ValueError(
                 f"DenseLoRA shares one encoder and decoder among all {kind} layers, so these must be of one shape: the "
                 f"first maps {d_in} -> {d_out}, {key} maps {base.in_features} -> {base.out_features}. Leave {kind} out "
-                "of target_modules, or choose equal layers by layers_to_transform."
+                'of target_modules, choose equal layers by layers_to_transform, or set sharing = "shape".'
             )
         return pair
 
     # --- what PEFT does to layers, done to the pairs --------------------------------------------------------------------
 
     def _train_pairs_of(self, adapter_names: str | Sequence[str]) -> None:
-        """Make encoders and decoders of these adapters trainable, and freeze all others'."""
+        """Make encoders and decoders of these adapters trainable (unless they are to stay frozen), and freeze all others'."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name, pairs in self.denselora_shared.items():
-            pairs.requires_grad_(name in names)
+            pairs.requires_grad_(name in names and not self._is_frozen(name))
+
+    def _is_frozen(self, adapter_name: str) -> bool:
+        configs: dict[str, Any] = self.peft_config
+        return bool(configs[adapter_name].freeze_shared)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
@@ -119,7 +129,7 @@ class DenseLoraModel(BaseTuner):
         super().set_requires_grad(adapter_names, requires_grad=requires_grad)
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name in self.denselora_shared:
-                self.denselora_shared[name].requires_grad_(requires_grad)
+                self.denselora_shared[name].requires_grad_(requires_grad and not self._is_frozen(name))
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)

@@ -1,0 +1,137 @@
+"""AdaLoRA (arXiv:2303.10512), PEFT's own: starts with more rank than it ends with, and keeps it where it matters.
+
+PEFT's schedule is in steps; here it is in shares of the run, so that it fits any length. PEFT leaves it to the training loop
+to run it: `RankSchedule.step` does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from qdense.methods.method import AdapterSettings, LinearShapes, Method, MethodSettings
+
+
+class AdaLoraSettings(MethodSettings):
+    """[adapter.adalora]; the defaults of rank and regularisation are PEFT's, the shares those of the paper's GLUE runs."""
+
+    initial_r: float = Field(1.5, ge=1, le=8, description="a number from 1 to 8: the rank at first, as a multiple of r")
+    warmup_share: float = Field(
+        0.1, ge=0, lt=1, description="a number from 0 to below 1: the share of the steps before ranks are first cut"
+    )
+    final_share: float = Field(
+        0.3, ge=0, lt=1, description="a number from 0 to below 1: the share of the steps after the last cut"
+    )
+    cut_every: int = Field(10, ge=1, description="a positive whole number: steps from one cut to the next")
+    orthogonality: float = Field(0.5, ge=0, description="a number, 0 or more: weight of the orthogonality in the loss")
+
+
+def _initial_r(adapter: AdapterSettings) -> int:
+    return int(adapter.own.initial_r * adapter.r)
+
+
+def _build_config(adapter: AdapterSettings, num_steps: int) -> Any:
+    from peft import AdaLoraConfig
+
+    own: AdaLoraSettings = adapter.own
+    first_cut = int(own.warmup_share * num_steps)
+    last_cut = num_steps - int(own.final_share * num_steps)
+    if first_cut >= last_cut:
+        raise ValueError(
+            f"AdaLoRA has no step to cut ranks in: warmup_share = {own.warmup_share} and final_share = {own.final_share} leave "
+            f"none of the {num_steps} steps. Lower one of them."
+        )
+    return AdaLoraConfig(
+        target_r=adapter.r,
+        init_r=_initial_r(adapter),
+        tinit=first_cut,
+        tfinal=num_steps - last_cut,
+        deltaT=own.cut_every,
+        total_step=num_steps,
+        orth_reg_weight=own.orthogonality,
+        lora_alpha=adapter.scaling_alpha,  # type: ignore[arg-type]  # PEFT takes any number
+        lora_dropout=adapter.dropout,
+        target_modules=list(adapter.target_modules),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> dict[str, int]:
+    """(d_in + d_out + 1) r_initial for each layer: what is trained at first; fewer are left at the end."""
+    r = _initial_r(adapter)
+    return {kind: (d_in + d_out + 1) * r * num_layers for kind, (d_in, d_out) in shapes.items()}
+
+
+class _Schedule:
+    """PEFT's rank allocator, driven and saved."""
+
+    _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+    def begin(self, model: Any, num_micro_batches: int) -> None:
+        # PEFT adds the penalty to the loss of each micro-batch, and a step sums these: once a step is meant.
+        model.peft_config["default"].orth_reg_weight /= num_micro_batches
+
+    @contextmanager
+    def validating(self, model: Any) -> Iterator[None]:
+        config = model.peft_config["default"]
+        weight, config.orth_reg_weight = config.orth_reg_weight, 0.0
+        try:
+            yield
+        finally:
+            config.orth_reg_weight = weight
+
+    def step(self, model: Any, step: int) -> None:
+        model.base_model.update_and_allocate(step)
+
+    def save(self, model: Any, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        allocator, config = model.base_model.rankallocator, model.peft_config["default"]
+        averages = {
+            f"{name}/{key}": value.contiguous()
+            for name in self._AVERAGES
+            for key, value in getattr(allocator, name).items()
+        }
+        save_file(averages, folder / "adalora.safetensors")
+        (folder / "adalora.json").write_text(json.dumps(config.rank_pattern))
+
+    def load(self, model: Any, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        allocator = model.base_model.rankallocator
+        model.peft_config["default"].rank_pattern = json.loads((folder / "adalora.json").read_text())
+        parameters = dict(model.base_model.model.named_parameters())
+        for name in self._AVERAGES:
+            setattr(allocator, name, {})
+        for place, value in load_file(folder / "adalora.safetensors").items():
+            name, _, key = place.partition("/")
+            getattr(allocator, name)[key] = value.to(parameters[key].device)
+
+    def has_settled(self, model: Any, step: int) -> bool:
+        config = model.peft_config["default"]
+        return bool(step >= config.total_step - config.tfinal)
+
+
+def final_ranks(model: Any) -> list[int]:
+    """The rank that each layer has now: singular values that are not zero."""
+    import torch
+
+    return [int(torch.count_nonzero(p)) for name, p in model.named_parameters() if ".lora_E." in name]
+
+
+METHOD = Method(
+    name="adalora",
+    summary="AdaLoRA, PEFT's: rank is moved to the layers that need it",
+    uses=frozenset({"r", "alpha", "dropout", "target_modules"}),
+    build_config=_build_config,
+    count_parameters=_count_parameters,
+    # The orthogonality term moves A and B from the start too, unless it is switched off.
+    awake_at_start=lambda name: ".lora_E." in name,
+    settings=AdaLoraSettings,
+    schedule=_Schedule(),
+)

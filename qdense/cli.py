@@ -31,6 +31,7 @@ examples:
   qdense evaluate gsm8k,aqua,addsub,svamp --adapter runs/math10k
   qdense evaluate math --model llama3-8b --limit 100 --decoding greedy --json
   qdense evaluate commonsense --endpoint http://localhost:8000/v1 --model NAME
+  qdense merge runs/only-matrix merged-model
   qdense score gsm8k completions.jsonl
   qdense compare runs/lora-1 runs/lora-2 runs/dense-1 runs/dense-2 --published llama3-8b
   qdense data check math10k gsm8k,addsub
@@ -160,6 +161,27 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else, on stdout")
     evaluate.add_argument("--quiet", action="store_true", help="show warnings and errors only")
     evaluate.set_defaults(command=_evaluate)
+
+    merge = commands.add_parser(
+        "merge",
+        help="write base and adapter as one model",
+        description="Add an adapter that is a matrix to its base's weights, in fp32, rounded once; tells what the rounding cost.",
+    )
+    merge.add_argument("run", metavar="RUN", type=Path, help="a run, or an adapter's folder")
+    merge.add_argument("output", metavar="DIR", type=Path, help="the folder to write the model into")
+    merge.add_argument(
+        "--onto",
+        choices=("original", "nf4"),
+        default="original",
+        help="the weights to add to: the base's own (default), or the NF4 values that the adapter was trained on",
+    )
+    merge.add_argument(
+        "--into-nf4-with-loss",
+        action="store_true",
+        help="quantize the sum to NF4 again, which rounds most of a small adapter away; the loss is told",
+    )
+    merge.add_argument("--json", action="store_true", help="print JSON on stdout")
+    merge.set_defaults(command=_merge)
 
     score = commands.add_parser(
         "score",
@@ -392,6 +414,26 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
     local = ("adapter", "with-base", "quantization", "dtype", "template", "batch-size")
     if unused := given(*local):
         raise QDenseError(f"{', '.join(unused)}: means nothing to a model behind --endpoint; leave it out")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from qdense.modeling.merge import merge
+
+    def notice(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    report = merge(
+        arguments.run, arguments.output, onto=arguments.onto, into_nf4=arguments.into_nf4_with_loss, notice=notice
+    )
+    if arguments.json:
+        from dataclasses import asdict
+
+        print(json.dumps(asdict(report), indent=2))
+        return
+    from qdense.ui import make_console, show_merge
+
+    show_merge(make_console(), report)
 
 
 def _score(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -39,6 +39,9 @@ from qdense.events import (
     ValidationProgress,
 )
 from qdense.planning.parameters import ParameterCount
+
+if TYPE_CHECKING:  # it would import torch, which most commands can do without
+    from qdense.modeling.merge import MergeReport
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _PLAIN_INTERVAL_SECONDS = 10.0
@@ -560,6 +563,19 @@ def _group_table(group: Mapping[str, Any], num_items: Mapping[str, int], *, is_n
             cells += [p_value(part["p"]), p_value(part["p_holm"])] if "p" in part else ["", ""]
         table.add_row(Text(clean(task)), *cells, style="bold" if task == "average" else "")
     return table
+
+
+def show_merge(console: Console, report: MergeReport) -> None:
+    """What `qdense merge` wrote, and what it cost."""
+    console.print(clean(f"wrote {report.folder}: the adapter on {report.onto} weights, rounded to {report.held_in}"))
+    console.print(
+        f"lost to rounding: {100 * report.lost_median:.2g}% of an update in the median of {report.num_layers} layers, at most "
+        f"{100 * report.lost_worst:.2g}% ({clean(report.worst_layer)})"
+    )
+    console.print(
+        f"against the adapter beside that base: divergence {report.divergence:.2g} nats a token, the same most likely token for "
+        f"{report.num_same:,} of {report.num_tokens:,}"
+    )
 
 
 def show_parameters(console: Console, count: ParameterCount) -> None:

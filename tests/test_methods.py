@@ -12,13 +12,14 @@ from test_training import recipe_for, run
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
 from qdense.benchmarks.generation import DECODINGS
 from qdense.benchmarks.tasks import TASKS
+from qdense.cli import main
 from qdense.errors import EvaluationError, QDenseError, RecipeError
 from qdense.events import CheckpointSaved, Notice, StepDone
 from qdense.methods import METHODS
 from qdense.methods.adalora import final_ranks
-from qdense.modeling.adapter import attach_adapter, load_adapter, read_card
+from qdense.modeling.adapter import adapter_tensors, attach_adapter, load_adapter, read_card
 from qdense.modeling.base import load_base
-from qdense.recipe import AdapterRecipe
+from qdense.recipe import AdapterRecipe, ModelRecipe
 from qdense.training import run as run_module
 from qdense.training.metrics import read_metrics
 
@@ -266,3 +267,92 @@ def test_what_is_shared(tiny_model, tmp_path, sharing, num_pairs):
         layers[0].self_attn.v_proj.shared["default"]
     ]
     assert (pair[0] is pair[1], pair[0] is pair[2]) == (sharing != "none", sharing == "shape")
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+MERGEABLE = ["denselora-only-matrix", "lora", "dora", "adalora", "vera", "lokr"]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("merge")
+    for method in [*MERGEABLE, "denselora", "full"]:
+        base = METHODS[method].quantizations[0]
+        changes = {"training__learning_rate": 0.05, "training__max_steps": 8}
+        run(method_recipe(tiny_model, folder / method, method, base, adapter__dropout=0.0, **changes))
+    return folder
+
+
+@pytest.mark.parametrize("method", MERGEABLE)
+def test_merged_it_is_a_model_that_says_the_same(runs, tiny_model, tmp_path, method, capsys):
+    from transformers import AutoModelForCausalLM
+
+    assert main(["merge", str(runs / method), str(tmp_path / "merged"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    base = load_base(ModelRecipe(name=str(tiny_model), quantization="none", device="cpu"))
+    card = read_card(runs / method / "adapter")
+    beside = load_adapter(base, runs / method / "adapter", card)
+    linears = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in beside.named_modules()
+        if hasattr(layer, "base_layer")
+    }
+    for _, tensor in adapter_tensors(beside):
+        tensor.data = tensor.data.float()
+    before = {name: layer.get_base_layer().weight.data.float() for name, layer in linears.items()}
+    for layer in linears.values():
+        layer.get_base_layer().weight.data = layer.get_base_layer().weight.data.float()
+        layer.merge()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    lost = []
+    for name, layer in linears.items():
+        exact = layer.get_base_layer().weight.data
+        found = merged.get_submodule(name).weight
+        assert torch.equal(found, exact.bfloat16())  # rounded once
+        lost.append(float((exact.bfloat16().float() - exact).norm() / (exact - before[name]).norm()))
+    assert report["num_layers"] == len(linears) == 10
+    assert report["lost_worst"] == pytest.approx(max(lost), rel=1e-3)
+    assert 0 < report["lost_median"] < report["lost_worst"] < 1
+    assert 0 <= report["divergence"] < 1e-3
+    assert report["num_same"] > 0.9 * report["num_tokens"]
+    config = json.loads((tmp_path / "merged" / "qdense-merge.json").read_text())
+    assert config["adapter"] == str(runs / method / "adapter")
+
+
+def test_merged_into_nf4_the_loss_is_told(runs, tiny_model, tmp_path, capsys):
+    command = ["merge", str(runs / "lora"), str(tmp_path / "nf4"), "--onto", "nf4", "--into-nf4-with-loss", "--json"]
+    assert main(command) == 0
+    packed = json.loads(capsys.readouterr().out)
+    assert main([*command[:2], str(tmp_path / "bf16"), "--onto", "nf4", "--json"]) == 0
+    rounded = json.loads(capsys.readouterr().out)
+    assert packed["lost_median"] > 10 * rounded["lost_median"]
+    assert packed["divergence"] > rounded["divergence"]
+    again = load_base(ModelRecipe(name=str(tmp_path / "nf4"), device="cpu"))
+    assert again.held_in == "nf4"
+    whole = load_base(ModelRecipe(name=str(tmp_path / "bf16"), quantization="none", device="cpu"))
+    layer = "model.layers.0.mlp.up_proj"
+    unpacked = load_base(ModelRecipe(name=str(tmp_path / "nf4"), device="cpu"), for_training=False)
+    error = unpacked.model.get_submodule(layer).weight - whole.model.get_submodule(layer).weight
+    assert 0 < error.abs().max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("denselora", "A DenseLoRA adapter with activations cannot be merged"),
+        ("full", "is a whole model already"),
+    ],
+)
+def test_what_cannot_be_merged(runs, tmp_path, capsys, method, message):
+    assert main(["merge", str(runs / method), str(tmp_path / "merged")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_folder_in_use_is_not_written_into(runs, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file"):
+        assert main(["merge", str(runs / "lora"), str(place)]) == 2
+        assert "is there already and not empty" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def attach_adapter(base: BaseModel, recipe: AdapterRecipe, num_steps: int) -> An
         model = get_peft_model(base.model, method.build_config(recipe, num_steps), autocast_adapter_dtype=False)
     except (ValueError, TypeError) as error:
         raise AdapterError(f"adapter: {error}") from error
-    for _, tensor in _adapter_tensors(model):
+    for _, tensor in adapter_tensors(model):
         tensor.data = tensor.data.to(getattr(torch, recipe.dtype))
     method.prepare(model)
     return model
@@ -97,7 +97,7 @@ def _trainable_base(base: BaseModel, recipe: AdapterRecipe) -> Any:
     return base.model
 
 
-def _adapter_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def adapter_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Name in the saved file, and tensor in the model, of all that PEFT saves of the adapter: frozen parts too."""
     from peft import get_peft_model_state_dict
 
@@ -240,7 +240,7 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
         raise AdapterError(f"{folder}: the adapter does not fit {base.name}: {error}") from error
     weights = _read_weights(model, folder)
     # PEFT makes the tensors in the base's dtype; take the saved one, and the saved values again, which were rounded.
-    for name, tensor in _adapter_tensors(model):
+    for name, tensor in adapter_tensors(model):
         tensor.data = weights[name].to(tensor.device)
     if method is not None:
         method.prepare(model)

@@ -250,6 +250,14 @@ def _load_quantized(
     return model
 
 
+def quantize_folder(folder: Path, recipe: ModelRecipe, device: torch.device) -> None:
+    """Replace the model in a folder by itself, quantized as `recipe` says."""
+    model = _from_pretrained(folder, recipe, device, quantization=_quantization_config(recipe))
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    model.save_pretrained(folder)
+
+
 def _quantization_config(recipe: ModelRecipe) -> Any:
     from transformers import BitsAndBytesConfig
 

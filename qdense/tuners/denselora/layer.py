@@ -122,6 +122,8 @@ class DenseLoraLinear(nn.Module, BaseTunerLayer):
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.denselora_m:
                 continue
+            if self.activation[adapter] != "none":
+                raise ValueError(f"A DenseLoRA adapter with activations cannot be merged ({adapter}): it is no matrix.")
             self._add_to_weight(self.get_delta_weight(adapter), check_finite=safe_merge)
             self.merged_adapters.append(adapter)
 

@@ -1,0 +1,153 @@
+"""An adapter that is a matrix, added to its base's weights: a model like any other, at the price of a rounding.
+
+W + dW is computed in fp32 and rounded once. How much of the adapter that costs is measured for each layer, against the exact
+sum, and for the whole model, against the adapter beside its base.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdense.cache import appearing_folder, require_free_space
+from qdense.data.templates import template_named
+from qdense.data.wordproblems import test_rows
+from qdense.errors import AdapterError
+from qdense.modeling.adapter import adapter_tensors, find_adapter, load_adapter, read_card
+from qdense.modeling.base import BaseModel, Tell, load_base, quantize_folder
+from qdense.recipe import ModelRecipe
+
+_NUM_PROMPTS = 8
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging cost.
+
+    Attributes:
+        folder: of the merged model.
+        onto: which weights the adapter was added to: "original", or the values of "nf4".
+        held_in: what the sum was rounded to: "bfloat16" or "nf4".
+        lost_median, lost_worst: || rounded - exact || / || dW || over the adapted layers: 0 loses nothing; at 1 the rounding is
+            as large as the adapter itself. `worst_layer` is the one.
+        divergence: mean Kullback-Leibler divergence (nats a token) of the merged model from the adapter beside that base.
+        num_tokens, num_same: tokens it was measured on, and for how many both find the same next token most likely.
+    """
+
+    folder: str
+    onto: str
+    held_in: str
+    num_layers: int
+    lost_median: float
+    lost_worst: float
+    worst_layer: str
+    divergence: float
+    num_tokens: int
+    num_same: int
+
+
+def merge(run: Path, output: Path, *, onto: str, into_nf4: bool, notice: Tell) -> MergeReport:
+    """Write base and adapter as one model in Transformers' format, with its tokenizer.
+
+    Args:
+        run: a run or an adapter's folder.
+        onto: "original": the unquantized base; "nf4": the values that the adapter was trained on.
+        into_nf4: quantize the sum to NF4 again, which rounds most of a small adapter away.
+
+    Raises:
+        AdapterError: the adapter is no matrix, or does not fit; or `output` is in use.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise AdapterError(f"{output}: is there already and not empty; name another folder to write into")
+    folder = find_adapter(run)
+    card = read_card(folder)
+    if card.method == "full":
+        raise AdapterError(f"{folder}: is a whole model already; there is nothing to merge")
+    settings = {**card.model, "quantization": "none" if onto == "original" else "nf4"}
+    base = load_base(ModelRecipe(**settings), notice, for_training=False)
+    if base.held_in == "nf4":
+        base.model.dequantize(dtype=getattr(torch, settings.get("dtype", "bfloat16")))
+    model = load_adapter(base, folder, card)
+    for _, tensor in adapter_tensors(model):
+        tensor.data = tensor.data.float()
+    beside = _log_probabilities(base, model, card.template)
+    try:
+        lost = _merge_layers(model, into_nf4)
+    except (ValueError, NotImplementedError, AttributeError) as error:
+        raise AdapterError(f"{folder}: cannot be merged: {error}") from error
+    merged = model.unload()
+    merged.config.use_cache = True
+    after = _log_probabilities(base, merged, card.template)
+    divergence = (beside.exp() * (beside - after)).sum(dim=-1)
+    worst = max(lost, key=lambda name: lost[name])
+    report = MergeReport(
+        folder=str(output),
+        onto=onto,
+        held_in="nf4" if into_nf4 else settings.get("dtype", "bfloat16"),
+        num_layers=len(lost),
+        lost_median=statistics.median(lost.values()),
+        lost_worst=lost[worst],
+        worst_layer=worst,
+        divergence=float(divergence.mean()),
+        num_tokens=divergence.numel(),
+        num_same=int((beside.argmax(dim=-1) == after.argmax(dim=-1)).sum()),
+    )
+    require_free_space(output, int(1.1 * merged.get_memory_footprint()), "the merged model")
+    with appearing_folder(output) as building:
+        # Not in the "original format": going back to a base that was read in 4 bits is not implemented (transformers 5.23).
+        merged.save_pretrained(building, save_original_format=False)
+        base.tokenizer.save_pretrained(building)
+        if into_nf4:
+            quantize_folder(building, ModelRecipe(**{**settings, "quantization": "nf4"}), base.device)
+        record = {**asdict(report), "adapter": str(folder), "base": card.model, "fingerprint": base.fingerprint}
+        (building / "qdense-merge.json").write_text(json.dumps(record, indent=2) + "\n")
+    return report
+
+
+def _merge_layers(model: Any, into_nf4: bool) -> dict[str, float]:
+    """Merge each adapted layer in fp32 and round; returns what share of its update the rounding cost."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model.base_model._check_merge_allowed()
+    lost = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer) or not hasattr(layer, "merge"):
+            continue
+        linear = layer.get_base_layer()
+        assert isinstance(linear, nn.Linear)
+        before, dtype = linear.weight.data, linear.weight.dtype
+        linear.weight.data = before.float()
+        layer.merge(safe_merge=True)
+        exact = linear.weight.data
+        rounded = exact.to(dtype)
+        held = _through_nf4(rounded) if into_nf4 else rounded
+        update = (exact - before.float()).norm()
+        lost[name] = float((held.float() - exact).norm() / update) if update else 0.0
+        linear.weight.data = held
+    return lost
+
+
+def _through_nf4(weight: Tensor) -> Tensor:
+    """The values that a weight (d_out, d_in) has in NF4 with double quantization."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return dequantize_4bit(packed, state).to(weight.dtype)
+
+
+@torch.no_grad()
+def _log_probabilities(base: BaseModel, model: Any, template: str) -> Tensor:
+    """Of every next token in a few prompts: (tokens, vocabulary), fp32."""
+    model.eval()
+    rows = []
+    for row in test_rows()[:_NUM_PROMPTS]:
+        text = template_named(template).evaluation_prompt(row) + row.output
+        ids = torch.tensor([base.tokenizer(text)["input_ids"]], device=base.device)
+        rows.append(torch.log_softmax(model(input_ids=ids).logits[0].float(), dim=-1))
+    return torch.cat(rows)

@@ -12,6 +12,7 @@ script can be stopped and started again. It ends with one table, in Markdown, of
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -127,7 +128,7 @@ def evaluate(plan: Plan, folder: Path | None) -> Path:
 def seconds_per_step(folder: Path) -> float:
     """Median over the run's steps; the first is left out, for it warms up."""
     seconds = [line["seconds"] for line in read_metrics(folder / "metrics.jsonl") if line["event"] == "step"]
-    return statistics.median(b - a for a, b in zip(seconds, seconds[1:], strict=False))
+    return statistics.median(b - a for a, b in itertools.pairwise(seconds))
 
 
 def peak_bytes(folder: Path) -> int:

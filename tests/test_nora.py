@@ -354,6 +354,17 @@ def test_outer_pair_stays_frozen_through_everything(tiny_model, tmp_path):
         check(loaded)
 
 
+def test_moving_keeps_dtype_and_trainability(tiny_model):
+    """PEFT's own would cast to the base's dtype and make frozen parameters trainable."""
+    model = adapted(tiny_model, dtype="bfloat16")
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    layer.nora_inner_a.requires_grad_(False)
+    layer._move_adapter_to_device_of_base_layer("default")
+    tensors = list(layer.adapter_tensors("default"))
+    assert [tensor.dtype for tensor in tensors] == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert [tensor.requires_grad for tensor in tensors] == [False, True, False, False]
+
+
 def test_dtypes(tiny_model):
     base = fresh_base(tiny_model, dtype="bfloat16")
     kept = get_peft_model(copy.deepcopy(base), config_of(), autocast_adapter_dtype=False)

@@ -171,8 +171,6 @@ class LinearTuner(BaseTuner):
         layer = self.tuner_layer_cls(target)
         layer._active_adapter = adapter_name
         self.update_layer(layer, adapter_name, peft_config, target_name, current_key)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

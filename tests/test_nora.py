@@ -11,10 +11,10 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
+from qdense import NoraConfig
 from qdense.catalog import PAPER_TARGET_MODULES
 from qdense.modeling.base import load_base
 from qdense.recipe import ModelRecipe
-from qdense.tuners import NoraConfig
 from qdense.tuners.nora import NoraLinear, calibrate, nora_delta, outer_pair
 
 TOKENS = torch.arange(24).reshape(2, 12) + 5

@@ -10,9 +10,9 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
+from qdense import RedConfig
 from qdense.modeling.base import load_base
 from qdense.recipe import ModelRecipe
-from qdense.tuners import RedConfig
 from qdense.tuners.red import RedLinear, red_output
 
 TOKENS = torch.arange(24).reshape(2, 12) + 5

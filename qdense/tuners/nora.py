@@ -122,8 +122,9 @@ def outer_pair(
 ) -> tuple[Tensor, Tensor]:
     """A_out and B_out of a weight: its best rank-r approximation under S, as two factors.
 
-    One full SVD in fp32, since randomized ones are not exact: O(d_out d_in min(d_out, d_in)). For LLaMA-3-8B, 160 of them,
-    expect seconds each on a GPU and minutes each on a CPU.
+    One full SVD in fp32 where the weight lies, since randomized ones are not exact: O(d_out d_in min(d_out, d_in)). One CPU
+    core took 0.12 s for 576 x 1536 and 1.9 s for 2048 x 2048; by that law LLaMA-3-8B's 160 take it an hour or two, so let
+    its weights lie on a GPU (not timed).
 
     Args:
         weight: W0, (d_out, d_in), any float dtype.

@@ -36,7 +36,7 @@ examples:
   qdense compare runs/lora-1 runs/lora-2 runs/dense-1 runs/dense-2 --published llama3-8b
   qdense data check math10k gsm8k,addsub
   qdense tasks math --export lm-eval exported
-  qdense params llama3-8b --r 32
+  qdense params llama3-8b --r 32 --method all
 """
 
 
@@ -257,7 +257,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Count trainable parameters from built-in shapes, without weights or network.",
     )
     params.add_argument("subject", metavar="RECIPE_OR_MODEL", help="a recipe, or a built-in model such as llama3-8b")
-    params.add_argument("--method", metavar="NAME", help="a method's name (default: the recipe's, or denselora)")
+    params.add_argument(
+        "--method", metavar="NAME", help="a method's name (default: the recipe's, or denselora), or all"
+    )
     params.add_argument("--r", type=_positive, help="rank (default: the recipe's, or 32)")
     params.add_argument(
         "--target-modules", metavar="LETTERS", help='the paper\'s letters, for instance "QKVUD" (the default)'
@@ -554,32 +556,40 @@ def _data_check(arguments: argparse.Namespace) -> None:
 
 def _params(arguments: argparse.Namespace) -> None:
     from qdense.methods import METHODS
-    from qdense.planning.parameters import count_parameters
+    from qdense.planning.parameters import ParameterCount, count_parameters
     from qdense.recipe import load_recipe, recipe_from_tables
 
     is_recipe = arguments.subject.endswith(".toml") or os.path.isfile(arguments.subject)
-    if arguments.method is not None and arguments.method not in METHODS:
-        raise QDenseError(f'--method "{arguments.method}": unknown method{did_you_mean(arguments.method, METHODS)}')
-    asked = {"method": arguments.method, "r": arguments.r, "target_modules": arguments.target_modules}
-    asked = {key: value for key, value in asked.items() if value is not None}
-    if is_recipe:
-        overrides = [f"adapter.{key}={_toml(value)}" for key, value in asked.items()]
-        overrides.append('model.quantization="none"')  # it changes no count, and full fine-tuning has no other
-        recipe = load_recipe(arguments.subject, overrides)
-        model, adapter = recipe.model.name, recipe.adapter
-    else:
+    if arguments.method not in (None, "all", *METHODS):
+        raise QDenseError(
+            f'--method "{arguments.method}": unknown method{did_you_mean(arguments.method, METHODS)}; or "all"'
+        )
+
+    def count(method: str | None) -> ParameterCount:
+        asked = {"method": method, "r": arguments.r, "target_modules": arguments.target_modules}
+        asked = {key: value for key, value in asked.items() if value is not None}
+        if is_recipe:
+            overrides = [f"adapter.{key}={_toml(value)}" for key, value in asked.items()]
+            overrides.append('model.quantization="none"')  # it changes no count, and full fine-tuning has no other
+            recipe = load_recipe(arguments.subject, overrides)
+            return count_parameters(recipe.model.name, recipe.adapter)
         base = {"name": "llama3-8b", "quantization": "none"}
         tables = {"model": base, "data": {"name": "wordproblems"}, "adapter": asked}
-        model, adapter = arguments.subject, recipe_from_tables(tables, source="qdense params").adapter
-    count = count_parameters(model, adapter)
+        return count_parameters(arguments.subject, recipe_from_tables(tables, source="qdense params").adapter)
+
+    counts = [count(name) for name in METHODS] if arguments.method == "all" else [count(arguments.method)]
     if arguments.json:
         from dataclasses import asdict
 
-        print(json.dumps(asdict(count), indent=2))
+        records = [asdict(counted) for counted in counts]
+        print(json.dumps(records if arguments.method == "all" else records[0], indent=2))
         return
-    from qdense.ui import make_console, show_parameters
+    from qdense.ui import make_console, show_methods, show_parameters
 
-    show_parameters(make_console(), count)
+    if arguments.method == "all":
+        show_methods(make_console(), counts)
+    else:
+        show_parameters(make_console(), counts[0])
 
 
 def _quiet_libraries() -> None:

@@ -38,6 +38,7 @@ from qdense.events import (
     Validated,
     ValidationProgress,
 )
+from qdense.methods import METHODS
 from qdense.planning.parameters import ParameterCount
 
 if TYPE_CHECKING:  # it would import torch, which most commands can do without
@@ -563,6 +564,20 @@ def _group_table(group: Mapping[str, Any], num_items: Mapping[str, int], *, is_n
             cells += [p_value(part["p"]), p_value(part["p_holm"])] if "p" in part else ["", ""]
         table.add_row(Text(clean(task)), *cells, style="bold" if task == "average" else "")
     return table
+
+
+def show_methods(console: Console, counts: Sequence[ParameterCount]) -> None:
+    """The table of `qdense params --method all`."""
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    for name in ("method", "trainable", "%", ""):
+        table.add_column(name, justify="right" if name in ("trainable", "%") else "left")
+    for count in counts:
+        table.add_row(
+            count.method, f"{count.trainable_parameters:,}", f"{count.percent:.3g}", METHODS[count.method].summary
+        )
+    first = next(count for count in counts if count.r is not None)
+    console.print(f"{first.model}, {first.base_parameters:,} parameters; r {first.r} where the method has it")
+    console.print(table)
 
 
 def show_merge(console: Console, report: MergeReport) -> None:

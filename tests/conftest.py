@@ -67,6 +67,25 @@ def tiny_config(**changes):
     return LlamaConfig(**(settings | changes))
 
 
+def meta_model(name: str):
+    """A LLaMA of the catalog in its full shape, without memory for its weights."""
+    from transformers import LlamaForCausalLM
+
+    from qdense.catalog import CATALOG
+
+    model = CATALOG[name]
+    shape = {
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "vocab_size": model.vocab_size,
+    }
+    with torch.device("meta"):
+        return LlamaForCausalLM(tiny_config(**shape))
+
+
 def make_tiny_model(folder: Path, seed: int = 0) -> Path:
     """Save a random LLaMA of 100,000 parameters that qdense can load by its folder."""
     from transformers import LlamaForCausalLM

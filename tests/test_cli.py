@@ -10,6 +10,7 @@ import pytest
 
 from qdense import cli
 from qdense.cli import main
+from qdense.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 DEMO = str(ROOT / "recipes" / "demo.toml")
@@ -44,6 +45,16 @@ def test_params_as_json(capsys):
     assert set(printed) == {"method", "model", "r", "trainable_parameters", "base_parameters", "percent", "by_module"}
     assert (printed["trainable_parameters"], printed["r"], printed["method"]) == (925_696, 16, "denselora")
     assert sum(printed["by_module"].values()) == 925_696
+
+
+def test_params_of_all_methods(capsys):
+    assert main(["params", "llama3-8b", "--r", "32", "--method", "all", "--json"]) == 0
+    counts = {count["method"]: count["trainable_parameters"] for count in json.loads(capsys.readouterr().out)}
+    assert list(counts) == list(METHODS)
+    assert (counts["denselora"], counts["lora"], counts["red"], counts["none"]) == (1_933_312, 56_623_104, 262_144, 0)
+    assert main(["params", DEMO, "--method", "all"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in METHODS)
 
 
 def test_params_of_a_recipe_with_changes(capsys):

@@ -249,6 +249,18 @@ def test_freezing_trains_m_alone_and_needs_another_start(tiny_model, tmp_path, z
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
 
 
+def test_nora_looks_at_training_rows_first(tiny_model, tmp_path):
+    """The frozen pair of a calibrated run is another one than the plain SVD's."""
+    frozen = []
+    for rows in (0, 4):
+        own = {"calibration_rows": rows}
+        run(method_recipe(tiny_model, tmp_path / str(rows), "nora", "nf4", adapter__nora=own, training__max_steps=1))
+        saved = safetensors.torch.load_file(tmp_path / str(rows) / "adapter" / "adapter_model.safetensors")
+        frozen.append(next(tensor for name, tensor in sorted(saved.items()) if "nora_outer_a" in name))
+    assert frozen[0].shape == frozen[1].shape
+    assert not torch.equal(*frozen)
+
+
 def test_relu_learns_where_no_factor_starts_at_zero(tiny_model, tmp_path):
     recipe = method_recipe(
         tiny_model, tmp_path / "run", "denselora", "none", adapter__activation="relu", adapter__zero_init="none"
@@ -272,13 +284,13 @@ def test_what_is_shared(tiny_model, tmp_path, sharing, num_pairs):
 # --- merging ----------------------------------------------------------------------------------------------------------
 
 
-MERGEABLE = ["denselora-only-matrix", "lora", "dora", "adalora", "vera", "lokr"]
+MERGEABLE = ["denselora-only-matrix", "lora", "dora", "adalora", "vera", "lokr", "nora"]
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("merge")
-    for method in [*MERGEABLE, "denselora", "full"]:
+    for method in [*MERGEABLE, "denselora", "red", "full"]:
         base = METHODS[method].quantizations[0]
         changes = {"training__learning_rate": 0.05, "training__max_steps": 8}
         run(method_recipe(tiny_model, folder / method, method, base, adapter__dropout=0.0, **changes))
@@ -342,6 +354,7 @@ def test_merged_into_nf4_the_loss_is_told(runs, tiny_model, tmp_path, capsys):
     ("method", "message"),
     [
         ("denselora", "A DenseLoRA adapter with activations cannot be merged"),
+        ("red", "cannot be merged"),
         ("full", "is a whole model already"),
     ],
 )

@@ -72,6 +72,7 @@ VARIANTS = [
     {"method": "lokr", "r": 2, "lokr": {"decompose_factor": 16}},
     {"method": "adalora", "adalora": {"initial_r": 2.0}},
     {"method": "vera", "vera": {"r": 24}},
+    {"method": "nora", "nora": {"r_inner": 3}},
 ]
 
 
@@ -86,9 +87,18 @@ def test_counts_agree_with_real_modules(variant):
     )
     model = attach_adapter(base, recipe, num_steps=100)
     shapes = {"q_proj": (64, 64), "k_proj": (64, 32), "v_proj": (64, 32), "up_proj": (64, 128), "down_proj": (128, 64)}
-    counted = METHODS[recipe.method].count_parameters(recipe, shapes, config.num_hidden_layers)
+    method = METHODS[recipe.method]
+    chosen = {kind: shapes[kind] for kind in method.targets(recipe)}
+    counted = method.count_parameters(recipe, chosen, config.num_hidden_layers)
     assert sum(counted.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert DenseLoraConfig(r=8).alpha == AdapterRecipe(r=8).scaling_alpha
+
+
+def test_red_counts_are_the_published_ones():
+    for model in ("llama2-7b", "llama3-8b"):
+        assert (
+            count_parameters(model, AdapterRecipe(method="red", target_modules="QKV")).trainable_parameters == 262_144
+        )
 
 
 def test_the_base_alone_trains_nothing():

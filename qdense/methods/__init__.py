@@ -6,7 +6,7 @@ have a gradient from the first step on. Importing this package imports no PEFT.
 
 from __future__ import annotations
 
-from qdense.methods import adalora, denselora, full, lokr, lora, vera
+from qdense.methods import adalora, denselora, full, lokr, lora, nora, red, vera
 from qdense.methods.method import Method, MethodSettings
 
 METHODS: dict[str, Method] = {
@@ -20,6 +20,8 @@ METHODS: dict[str, Method] = {
         adalora.METHOD,
         vera.METHOD,
         lokr.METHOD,
+        nora.METHOD,
+        red.METHOD,
         full.METHOD,
         full.NONE,
     )

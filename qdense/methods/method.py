@@ -77,9 +77,12 @@ class Method:
         awake_at_start: whether the parameter of this name must have a gradient at step 1. The others are behind a
             matrix that starts at zero: they get theirs once it has moved, at step 3 at the latest, since linear warm-up
             makes the first update's learning rate 0.
+        targets: the module kinds that it adapts.
         settings: the type of its own table [adapter.<name>], if it has one.
         quantizations: those of a base that it works on.
         why_not_quantized: the reason for those that are missing.
+        num_calibration_rows, calibrate: how many training rows it looks at first, and what it does with them: ([adapter] table,
+            PEFT configuration, base's model, batches of `input_ids` and `attention_mask`).
         prepare: is given the PeftModel after it was made or loaded, to mend what PEFT leaves broken.
         schedule: see `RankSchedule`.
     """
@@ -90,9 +93,12 @@ class Method:
     build_config: Callable[[AdapterSettings, int], Any] | None
     count_parameters: Callable[[AdapterSettings, LinearShapes, int], dict[str, int]]
     awake_at_start: Callable[[str], bool] = lambda name: True
+    targets: Callable[[AdapterSettings], Sequence[str]] = lambda adapter: adapter.target_modules
     settings: type[MethodSettings] | None = None
     quantizations: tuple[str, ...] = ("nf4", "int8", "none")
     why_not_quantized: str = ""
+    num_calibration_rows: Callable[[AdapterSettings], int] = lambda adapter: 0
+    calibrate: Callable[[AdapterSettings, Any, Any, Sequence[Any]], None] = lambda adapter, config, model, batches: None
     prepare: Callable[[Any], None] = lambda model: None
     schedule: RankSchedule | None = None
 

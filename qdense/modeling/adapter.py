@@ -8,7 +8,7 @@ too; nothing then vouches for their base.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,14 @@ class AdapterCard:
     method: str
 
 
-def attach_adapter(base: BaseModel, recipe: AdapterRecipe, num_steps: int) -> Any:
+def attach_adapter(
+    base: BaseModel, recipe: AdapterRecipe, num_steps: int, calibration: Sequence[Mapping[str, torch.Tensor]] = ()
+) -> Any:
     """Put a fresh adapter on the base. Its initial values come from torch's generator: seed it first.
 
     Args:
         num_steps: of the whole run, for a method with a schedule.
+        calibration: batches of training rows, for a method that looks at them.
 
     Returns:
         A PeftModel whose adapter has `recipe.dtype`; of full fine-tuning the base's own model, partly trainable.
@@ -62,7 +65,7 @@ def attach_adapter(base: BaseModel, recipe: AdapterRecipe, num_steps: int) -> An
 
     method = METHODS[recipe.method]
     names = {name.rpartition(".")[2] for name, module in base.model.named_modules() if isinstance(module, nn.Linear)}
-    missing = [target for target in recipe.target_modules if target.rpartition(".")[2] not in names]
+    missing = [target for target in method.targets(recipe) if target.rpartition(".")[2] not in names]
     if missing:
         raise AdapterError(
             f"adapter.target_modules: {base.name} has no linear module {', '.join(missing)}. It has: {', '.join(sorted(names))}"
@@ -70,8 +73,11 @@ def attach_adapter(base: BaseModel, recipe: AdapterRecipe, num_steps: int) -> An
     if method.build_config is None:
         return _trainable_base(base, recipe)
     try:
+        config = method.build_config(recipe, num_steps)
+        if calibration:
+            method.calibrate(recipe, config, base.model, calibration)
         # PEFT's autocast would make bf16 adapters fp32.
-        model = get_peft_model(base.model, method.build_config(recipe, num_steps), autocast_adapter_dtype=False)
+        model = get_peft_model(base.model, config, autocast_adapter_dtype=False)
     except (ValueError, TypeError) as error:
         raise AdapterError(f"adapter: {error}") from error
     for _, tensor in adapter_tensors(model):

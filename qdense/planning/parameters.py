@@ -32,11 +32,12 @@ def count_parameters(model: str, adapter: AdapterRecipe) -> ParameterCount:
     """Count for a model of the catalog. Raises ModelError for one whose shapes are not built in."""
     entry = catalog_model(model)
     shapes = entry.linear_shapes()
-    unknown = [name for name in adapter.target_modules if name not in shapes]
+    method = METHODS[adapter.method]
+    targets = method.targets(adapter)
+    unknown = [name for name in targets if name not in shapes]
     if unknown:
         raise ModelError(f"{model}: has no module {unknown[0]}{did_you_mean(unknown[0], shapes)}")
-    chosen = {name: shapes[name] for name in shapes if name in adapter.target_modules}
-    method = METHODS[adapter.method]
+    chosen = {name: shapes[name] for name in shapes if name in targets}
     by_module = method.count_parameters(adapter, chosen, entry.num_layers)
     trainable = sum(by_module.values())
     added = trainable if method.build_config is not None else 0

@@ -27,7 +27,7 @@ from qdense.benchmarks.tasks import TASKS
 from qdense.cache import appearing_folder, require_free_space, write_atomically
 from qdense.data.catalog import TRAINING_SETS
 from qdense.data.contamination import overlaps
-from qdense.data.examples import Encoded, encode_rows, split_rows
+from qdense.data.examples import Encoded, collate, encode_rows, split_rows
 from qdense.data.sources import DataSet, load_training_set, local_test_set
 from qdense.errors import QDenseError, RunError
 from qdense.events import Emit, Notice, TrainingDone, TrainingStarted
@@ -99,7 +99,9 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
         )
 
     set_seed(recipe.training.seed)
-    model = attach_adapter(base, recipe.adapter, num_steps)
+    num_rows = METHODS[recipe.adapter.method].num_calibration_rows(recipe.adapter)
+    calibration = [collate([example], base.pad_token_id) for example in training.examples[:num_rows]]
+    model = attach_adapter(base, recipe.adapter, num_steps, calibration)
     num_trainable = sum(parameter.numel() for _, parameter in trainable_parameters(model))
     # One more than are kept: the oldest goes only once the newest is written. And room for the result and the metrics.
     require_free_space(
@@ -319,7 +321,7 @@ def _facts(
     shown = {"r": f" r {adapter.r}", "alpha": f", alpha {adapter.scaling_alpha:g},"}
     settings_of_adapter = "".join(text for key, text in shown.items() if key in method.uses)
     dtype = adapter.dtype if method.build_config is not None else recipe.model.dtype
-    modules = ", ".join(name.removesuffix("_proj") for name in adapter.target_modules)
+    modules = ", ".join(name.removesuffix("_proj") for name in method.targets(adapter))
     epochs = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.epochs:g} epochs"
     return (
         ("base", f"{recipe.model.name} ({recipe.model.quantization}, {recipe.model.dtype}) on {_device_name(base.device)}"),

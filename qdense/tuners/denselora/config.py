@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from peft import PeftConfig
-
 from qdense.ops.denselora import ACTIVATIONS
+from qdense.tuners.base import LinearTunerConfig
 from qdense.tuners.registry import PeftTypeName
 
 DENSELORA = PeftTypeName("DENSELORA")
@@ -15,7 +14,7 @@ ZERO_INIT = ("decoder", "m", "none")
 
 
 @dataclass
-class DenseLoraConfig(PeftConfig):
+class DenseLoraConfig(LinearTunerConfig):
     """Configuration of DenseLoRA (arXiv:2505.23808).
 
     Raises ValueError, with the field and the accepted values, when a setting is out of range.
@@ -31,17 +30,6 @@ class DenseLoraConfig(PeftConfig):
         metadata={
             "help": "After encoder and decoder: gelu, silu, tanh, relu; none is the paper's 'only matrix', and merges."
         },
-    )
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of the linear modules to adapt, or a regular expression of them."}
-    )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names that are left out."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Adapt these layers only."})
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the layer list, if it is not the first numbered one."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Other modules that are trained in full and saved with the adapter."}
     )
     sharing: str = field(
         default="kind",
@@ -66,19 +54,13 @@ class DenseLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = DENSELORA
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"DenseLoraConfig.r = {self.r!r}: must be a positive integer.")
+        self._require_positive_integer("r")
         if self.alpha is None:
             self.alpha = float(2 * self.r)
-        if not self.alpha > 0:
-            raise ValueError(f"DenseLoraConfig.alpha = {self.alpha!r}: must be positive.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"DenseLoraConfig.dropout = {self.dropout!r}: must be at least 0 and below 1.")
+        self._require(self.alpha > 0, "alpha", "positive")
+        self._require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1")
         for name, accepted in (("activation", ACTIVATIONS), ("sharing", SHARING), ("zero_init", ZERO_INIT)):
-            if getattr(self, name) not in accepted:
-                raise ValueError(
-                    f"DenseLoraConfig.{name} = {getattr(self, name)!r}: must be one of {', '.join(accepted)}."
-                )
+            self._require(getattr(self, name) in accepted, name, f"one of {', '.join(accepted)}")
         if not self.init_weights:
             self.zero_init = "none"
         if self.activation == "relu" and self.zero_init != "none":
@@ -91,9 +73,3 @@ class DenseLoraConfig(PeftConfig):
                 'DenseLoraConfig.freeze_shared = True: must be with zero_init = "m" or "none". A frozen decoder of zeros would '
                 "keep the adapter at nothing."
             )
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT keeps them as a set
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("DenseLoraConfig.layers_pattern is given without layers_to_transform.")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from qdense.ops.denselora import denselora_delta, denselora_delta_weight
+from qdense.tuners.base import AdaptedLinear
 from qdense.tuners.denselora.config import DenseLoraConfig
 
 
@@ -35,7 +33,7 @@ class SharedPair(nn.Module):
             nn.init.kaiming_uniform_(self.decoder, a=math.sqrt(5))
 
 
-class DenseLoraLinear(nn.Module, BaseTunerLayer):
+class DenseLoraLinear(AdaptedLinear):
     """A frozen linear layer (float, 4-bit or 8-bit) plus DenseLoRA's output for each active adapter.
 
     M is this layer's own parameter. The shared pair is registered once, on `DenseLoraModel`; here it is only referred to,
@@ -46,20 +44,13 @@ class DenseLoraLinear(nn.Module, BaseTunerLayer):
     other_param_names = ("r", "scaling", "dropout", "activation", "shared")
 
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
-        linear = self.get_base_layer()
-        assert isinstance(linear, nn.Linear)  # bitsandbytes' 4-bit and 8-bit layers are subclasses of it
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        super().__init__(base_layer)
         self.denselora_m = nn.ParameterDict({})
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.activation: dict[str, str] = {}
         self.shared: dict[str, SharedPair] = {}
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
 
     def update_layer(self, adapter_name: str, config: DenseLoraConfig, pair: SharedPair) -> None:
         """Add (or replace) the adapter `adapter_name`: a new M (r, r), Kaiming uniform or zero, in the pair's dtype."""
@@ -77,37 +68,24 @@ class DenseLoraLinear(nn.Module, BaseTunerLayer):
             nn.init.kaiming_uniform_(self.denselora_m[adapter_name], a=math.sqrt(5))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # Not super()'s: it rebuilds ParameterDict entries in the base's dtype, which makes frozen ones trainable.
-        m = self.denselora_m[adapter_name]
-        if not m.is_meta:
-            m.data = m.data.to(device or self.weight.device)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        for adapter in self.active_adapters:
-            if adapter not in self.denselora_m:
-                continue
-            pair, m = self.shared[adapter], self.denselora_m[adapter]
-            delta = denselora_delta(
-                self._cast_input_dtype(x, m.dtype),
-                # layers of one kind may lie on several devices; on one device these are no copies
-                pair.encoder.to(x.device),
-                m,
-                pair.decoder.to(x.device),
-                scaling=self.scaling[adapter],
-                activation=self.activation[adapter],
-                dropout=self.dropout[adapter] if self.training else 0.0,
-            )
-            result = result + delta.to(result.dtype)
-        return result
+    def adapt(self, adapter: str, x: Tensor, output: Tensor) -> Tensor:
+        pair, m = self.shared[adapter], self.denselora_m[adapter]
+        delta = denselora_delta(
+            self._cast_input_dtype(x, m.dtype),
+            # layers of one kind may lie on several devices; on one device these are no copies
+            pair.encoder.to(x.device),
+            m,
+            pair.decoder.to(x.device),
+            scaling=self.scaling[adapter],
+            activation=self.activation[adapter],
+            dropout=self.dropout[adapter] if self.training else 0.0,
+        )
+        return output + delta.to(output.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging adds to the weight: (d_out, d_in), fp32. Only with activation "none" is there such a matrix."""
+        if self.activation[adapter] != "none":
+            raise ValueError(f"A DenseLoRA adapter with activations cannot be merged ({adapter}): it is no matrix.")
         pair = self.shared[adapter]
         device = self.denselora_m[adapter].device
         return denselora_delta_weight(
@@ -116,28 +94,3 @@ class DenseLoraLinear(nn.Module, BaseTunerLayer):
             pair.decoder.to(device),
             scaling=self.scaling[adapter],
         )
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters to the weight, in fp32 and rounded once. `DenseLoraModel` has checked that they are linear."""
-        for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.denselora_m:
-                continue
-            if self.activation[adapter] != "none":
-                raise ValueError(f"A DenseLoRA adapter with activations cannot be merged ({adapter}): it is no matrix.")
-            self._add_to_weight(self.get_delta_weight(adapter), check_finite=safe_merge)
-            self.merged_adapters.append(adapter)
-
-    def unmerge(self) -> None:
-        """Take the merged adapters off again; in bf16 the weight comes back within its rounding, not bit by bit."""
-        while self.merged_adapters:
-            self._add_to_weight(-self.get_delta_weight(self.merged_adapters.pop()), check_finite=False)
-
-    def _add_to_weight(self, delta: Tensor, *, check_finite: bool) -> None:
-        weight = self.get_base_weight()
-        merged = (weight.float() + delta.to(weight.device)).to(weight.dtype)
-        if check_finite and not torch.isfinite(merged).all():
-            raise ValueError("safe_merge: the merged weight holds NaN or infinity; the base was left as it was.")
-        self.set_base_weight(merged)
-
-    def __repr__(self) -> str:
-        return "denselora." + super().__repr__()

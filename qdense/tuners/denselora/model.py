@@ -7,32 +7,26 @@ layer). Hence the overrides below: each does for the pairs what PEFT does for th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from qdense.catalog import PAPER_TARGET_MODULES
+from qdense.tuners.base import LinearTuner
 from qdense.tuners.denselora.config import DenseLoraConfig
 from qdense.tuners.denselora.layer import DenseLoraLinear, SharedPair
 
 _CONTAINER = "denselora_shared"
 
 
-class DenseLoraModel(BaseTuner):
+class DenseLoraModel(LinearTuner):
     """A Transformers decoder adapted by DenseLoRA (arXiv:2505.23808). Made by `peft.get_peft_model`."""
 
     prefix = "denselora_"
+    method_name = "DenseLoRA"
     tuner_layer_cls = DenseLoraLinear
     # transformers' own `model.load_adapter` injects layers without this class, and so without the pairs.
     uses_shared_state = True
-    # The paper's modules, for the decoders of Transformers whose linears have LLaMA's names.
-    target_module_mapping = {  # noqa: RUF012  (PEFT's own name and type)
-        model_type: list(PAPER_TARGET_MODULES)
-        for model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3")
-    }
 
     denselora_shared: nn.ModuleDict  # adapter name -> module kind -> SharedPair
 
@@ -49,40 +43,11 @@ class DenseLoraModel(BaseTuner):
         for parameter, requires_grad in before:  # a further adapter leaves the trainability of the others alone
             parameter.requires_grad = requires_grad
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base, nn.Linear):  # bitsandbytes' 4-bit and 8-bit layers are subclasses of it
-            raise ValueError(
-                f"DenseLoRA adapts linear layers; {current_key} is a {type(base).__name__}. Take it out of "
-                f"target_modules ({peft_config.target_modules})."
-            )
-        pair = self._shared_pair(peft_config, adapter_name, target_name, current_key, base)
-        if isinstance(target, DenseLoraLinear):
-            target.update_layer(adapter_name, peft_config, pair)
-            return
-        layer = DenseLoraLinear(target)
-        layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, peft_config, pair)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # Not super()'s: M is made where the base's weight lies, and moving an 8-bit or 4-bit layer fails while M is on the
-        # meta device (low_cpu_mem_usage).
-        setattr(parent, child_name, new_module)
+    def update_layer(self, layer: Any, adapter_name: str, config: Any, kind: str, key: str) -> None:
+        layer.update_layer(adapter_name, config, self._shared_pair(config, adapter_name, kind, key, layer))
 
     def _shared_pair(
-        self, config: DenseLoraConfig, adapter_name: str, kind: str, key: str, base: nn.Linear
+        self, config: DenseLoraConfig, adapter_name: str, kind: str, key: str, base: DenseLoraLinear
     ) -> SharedPair:
         """The pair that this layer shares, made when its first layer is met; later layers must have the same shape."""
         pairs = self.denselora_shared[adapter_name]
@@ -92,10 +57,8 @@ class DenseLoraModel(BaseTuner):
         elif config.sharing == "none":
             kind = key.replace(".", "__")  # names of submodules hold no dot
         if kind not in pairs:
-            dtype: torch.dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
-            if not dtype.is_floating_point:  # 8-bit layers have no compute dtype of their own
-                dtype = torch.get_default_dtype()
-            new = SharedPair(config.r, base.in_features, base.out_features, dtype=dtype, device=base.weight.device)
+            dtype, device = base.adapter_dtype, base.weight.device
+            new = SharedPair(config.r, base.in_features, base.out_features, dtype=dtype, device=device)
             new.reset_parameters(config.zero_init)
             pairs[kind] = new
         pair = pairs[kind]
@@ -142,18 +105,9 @@ class DenseLoraModel(BaseTuner):
         if was_active:  # another adapter has taken its place, and PEFT has made its layers trainable
             self._train_pairs_of(self.active_adapters)
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Not super()'s: it rebuilds the entries of a ParameterDict, which makes frozen ones trainable.
-        if not autocast_adapter_dtype:
-            return
-        own = (
-            module.denselora_m[adapter_name]
-            for module in self.model.modules()
-            if isinstance(module, DenseLoraLinear) and adapter_name in module.denselora_m
-        )
-        for parameter in (*own, *self.denselora_shared[adapter_name].parameters()):
-            if parameter.dtype in (torch.float16, torch.bfloat16):
-                parameter.data = parameter.data.float()
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        yield from super().adapter_parameters(adapter_name)
+        yield from self.denselora_shared[adapter_name].parameters()
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -163,21 +117,6 @@ class DenseLoraModel(BaseTuner):
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     # --- merging --------------------------------------------------------------------------------------------------------
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._refuse_unmergeable(adapter_names)
-        super().merge_adapter(adapter_names, safe_merge)
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> Any:
-        if merge:
-            self._refuse_unmergeable(adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _refuse_unmergeable(self, adapter_names: list[str] | None) -> None:
         """Raise ValueError unless each adapter that is to be merged (None: the active ones) is a matrix, on a float base."""
@@ -193,10 +132,4 @@ class DenseLoraModel(BaseTuner):
                 "weight W0 + dW gives the same output. Keep the adapter beside the base, or train the 'only matrix' "
                 'variant (activation = "none"), which merges.'
             )
-        for key, module in self.model.named_modules():
-            if isinstance(module, DenseLoraLinear) and module.quantization_backend is not None:
-                raise ValueError(
-                    f"Merging into a quantized base would round the adapter away: {key} is "
-                    f"{module.quantization_backend.backend_name}. "
-                    'Load the base unquantized (quantization = "none"), load the adapter there, and merge.'
-                )
+        super()._refuse_unmergeable(adapter_names)

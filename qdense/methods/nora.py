@@ -1,0 +1,70 @@
+"""NoRA (arXiv:2408.10280), ours (`qdense.tuners.nora`): a small trained pair inside a frozen one, the SVD of the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from qdense.methods.method import AdapterSettings, LinearShapes, Method, MethodSettings
+
+
+class NoraSettings(MethodSettings):
+    """[adapter.nora]; adapter.r is the rank of the frozen pair. No setting for LLaMA is published: these are ours."""
+
+    r_inner: int | None = Field(
+        None,
+        ge=1,
+        le=512,
+        description="a whole number, at most adapter.r; left out, r / 2: DenseLoRA's r^2 numbers a layer",
+    )
+    split: Literal["both", "left", "right"] = Field(
+        "both", description="both, left or right: which factor of the frozen pair holds the singular values"
+    )
+    calibration_rows: int = Field(
+        32, ge=0, description="a whole number of training rows whose activations weigh the SVD; 0 is a plain SVD"
+    )
+
+
+def _r_inner(adapter: AdapterSettings) -> int:
+    return int(adapter.own.r_inner or max(1, adapter.r // 2))
+
+
+def _build_config(adapter: AdapterSettings, num_steps: int) -> Any:
+    from qdense.tuners import NoraConfig
+
+    return NoraConfig(
+        r=adapter.r,
+        r_inner=_r_inner(adapter),
+        # The recipe's alpha is meant for alpha / r.
+        alpha=adapter.scaling_alpha * _r_inner(adapter) / adapter.r,
+        split=adapter.own.split,
+        dropout=adapter.dropout,
+        target_modules=list(adapter.target_modules),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _calibrate(adapter: AdapterSettings, config: Any, model: Any, batches: Sequence[Any]) -> None:
+    from qdense.tuners.nora import calibrate
+
+    config.statistics = calibrate(model, batches, config)
+
+
+def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> dict[str, int]:
+    """2 r r_inner for each layer."""
+    return {kind: 2 * adapter.r * _r_inner(adapter) * num_layers for kind in shapes}
+
+
+METHOD = Method(
+    name="nora",
+    summary="NoRA: a trained pair inside the frozen SVD of the weight",
+    uses=frozenset({"r", "alpha", "dropout", "target_modules"}),
+    build_config=_build_config,
+    count_parameters=_count_parameters,
+    awake_at_start=lambda name: ".nora_inner_b." in name,
+    settings=NoraSettings,
+    num_calibration_rows=lambda adapter: int(adapter.own.calibration_rows),
+    calibrate=_calibrate,
+)

@@ -1,0 +1,218 @@
+"""What our PEFT tuners share: where they adapt, a linear layer that carries adapters, and the tuner that puts it in place.
+
+Written against peft 0.21.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import Tensor, nn
+
+from qdense.catalog import PAPER_TARGET_MODULES
+
+# Decoders of Transformers whose linear layers have LLaMA's names.
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3")
+
+
+@dataclass
+class LinearTunerConfig(PeftConfig):
+    """Which linear layers are adapted.
+
+    Raises ValueError, with the field and the accepted values, when a setting is out of range.
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of the linear modules to adapt, or a regular expression of them."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names that are left out."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Adapt these layers only."})
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the layer list, if it is not the first numbered one."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Other modules that are trained in full and saved with the adapter."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT keeps them as a set
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"{type(self).__name__}.layers_pattern is given without layers_to_transform.")
+
+    def _require(self, is_accepted: bool, name: str, accepted: str) -> None:
+        if not is_accepted:
+            raise ValueError(f"{type(self).__name__}.{name} = {getattr(self, name)!r}: must be {accepted}.")
+
+    def _require_positive_integer(self, name: str) -> None:
+        value = getattr(self, name)
+        self._require(isinstance(value, int) and not isinstance(value, bool) and value >= 1, name, "a positive integer")
+
+
+class AdaptedLinear(nn.Module, BaseTunerLayer):
+    """A frozen linear layer (float, 4-bit or 8-bit) with adapters. A subclass says what one of them does to the output."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        linear = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(linear)
+        assert isinstance(linear, nn.Linear)  # bitsandbytes' 4-bit and 8-bit layers are subclasses of it
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+
+    def adapt(self, adapter: str, x: Tensor, output: Tensor) -> Tensor:
+        """`output` (..., d_out) as `adapter` changes it, in its dtype, given the layer's input `x` (..., d_in)."""
+        raise NotImplementedError
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What merging adds to the weight: (d_out, d_in), fp32."""
+        raise NotImplementedError
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """What a new adapter is made in: what the base computes in."""
+        dtype: torch.dtype = getattr(self.get_base_layer(), "compute_dtype", None) or self.weight.dtype
+        return dtype if dtype.is_floating_point else torch.get_default_dtype()  # 8-bit layers have no compute dtype
+
+    def has_adapter(self, adapter: str) -> bool:
+        return adapter in getattr(self, self.adapter_layer_names[0])
+
+    def adapter_tensors(self, adapter: str) -> Iterator[Tensor]:
+        """Parameters and buffers of `adapter` in this layer."""
+        for name in self.adapter_layer_names + self.other_param_names:
+            container = getattr(self, name)
+            if isinstance(container, nn.ParameterDict | BufferDict) and adapter in container:
+                yield container[adapter]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Not super()'s: it rebuilds ParameterDict entries in the base's dtype, which makes frozen ones trainable.
+        for tensor in self.adapter_tensors(adapter_name):
+            if not tensor.is_meta:
+                tensor.data = tensor.data.to(device or self.weight.device)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        output: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return output
+        for adapter in self.active_adapters:
+            if self.has_adapter(adapter):
+                output = self.adapt(adapter, x, output)
+        return output
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the weight, in fp32 and rounded once. The tuner has checked that they can be merged."""
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if self.has_adapter(adapter):
+                self._add_to_weight(self.get_delta_weight(adapter), check_finite=safe_merge)
+                self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Take the merged adapters off again; in bf16 the weight comes back within its rounding, not bit by bit."""
+        while self.merged_adapters:
+            self._add_to_weight(-self.get_delta_weight(self.merged_adapters.pop()), check_finite=False)
+
+    def _add_to_weight(self, delta: Tensor, *, check_finite: bool) -> None:
+        weight = self.get_base_weight()
+        merged = (weight.float() + delta.to(weight.device)).to(weight.dtype)
+        if check_finite and not torch.isfinite(merged).all():
+            raise ValueError("safe_merge: the merged weight holds NaN or infinity; the base was left as it was.")
+        self.set_base_weight(merged)
+
+    def __repr__(self) -> str:
+        return "qdense." + super().__repr__()
+
+
+class LinearTuner(BaseTuner):
+    """A Transformers decoder whose linear layers are adapted. Made by `peft.get_peft_model`."""
+
+    method_name: str
+    tuner_layer_cls: type[AdaptedLinear]
+    target_module_mapping = {  # noqa: RUF012  (PEFT's own name and type)
+        model_type: list(PAPER_TARGET_MODULES) for model_type in LLAMA_LIKE
+    }
+
+    def update_layer(self, layer: Any, adapter_name: str, config: Any, kind: str, key: str) -> None:
+        """Give `layer` the adapter. `kind` is the module's own name ("q_proj"), `key` its whole one in the base."""
+        layer.update_layer(adapter_name, config)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            self.update_layer(target, adapter_name, peft_config, target_name, current_key)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, nn.Linear):  # bitsandbytes' 4-bit and 8-bit layers are subclasses of it
+            raise ValueError(
+                f"{self.method_name} adapts linear layers; {current_key} is a {type(base).__name__}. Take it out of "
+                f"target_modules ({peft_config.target_modules})."
+            )
+        layer = self.tuner_layer_cls(target)
+        layer._active_adapter = adapter_name
+        self.update_layer(layer, adapter_name, peft_config, target_name, current_key)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Not super()'s: adapters are made where the base's weight lies, and moving an 8-bit or 4-bit layer fails while they
+        # are on the meta device (low_cpu_mem_usage).
+        setattr(parent, child_name, new_module)
+
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """The adapter's parameters in all layers; frozen factors that are buffers are none."""
+        for module in self.model.modules():
+            if isinstance(module, AdaptedLinear):
+                yield from (t for t in module.adapter_tensors(adapter_name) if isinstance(t, nn.Parameter))
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Not super()'s: it rebuilds the entries of a ParameterDict, which makes frozen ones trainable.
+        if not autocast_adapter_dtype:
+            return
+        for parameter in self.adapter_parameters(adapter_name):
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._refuse_unmergeable(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._refuse_unmergeable(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _refuse_unmergeable(self, adapter_names: list[str] | None) -> None:
+        """Raise ValueError unless each adapter that is to be merged (None: the active ones) can be, on a float base."""
+        for key, module in self.model.named_modules():
+            if isinstance(module, AdaptedLinear) and module.quantization_backend is not None:
+                raise ValueError(
+                    f"Merging into a quantized base would round the adapter away: {key} is "
+                    f"{module.quantization_backend.backend_name}. "
+                    'Load the base unquantized (quantization = "none"), load the adapter there, and merge.'
+                )

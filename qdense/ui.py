@@ -329,8 +329,8 @@ class EvaluationDisplay(Display):
         assert self.started
         is_narrow = self.console.width < _NARROW
         table = Table(box=None, padding=(0, 1 if is_narrow else 3, 0, 0), header_style="dim")
-        for name in ("task", "model"):
-            table.add_column(name, no_wrap=True)
+        table.add_column("task", no_wrap=True)
+        table.add_column("model", no_wrap=True, max_width=16 if is_narrow else 28)
         for name in ("items", "paper %", "strict %"):
             table.add_column(name, justify="right", no_wrap=True)
         if self.done and self._has_room_for_counts:

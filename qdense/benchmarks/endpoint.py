@@ -61,7 +61,7 @@ class EndpointModel:
             raise EvaluationError("--endpoint: such servers have no beam search; use --decoding greedy or sample")
         self.endpoint, self.decoding = endpoint, decoding
         self.max_new_tokens = max_new_tokens or MAX_NEW_TOKENS
-        self.column = endpoint.model
+        self.column = endpoint.model.rstrip("/").rpartition("/")[2] or endpoint.model  # of "owner/name" the name
         safe_name = "".join(c if c.isalnum() or c in "-_." else "-" for c in endpoint.model).strip(".") or "model"
         self.owner = Path("runs", f"endpoint-{safe_name}")
         self._key = _checked_key(os.environ.get(KEY_VARIABLE, ""))

@@ -220,7 +220,11 @@ def test_ctrl_c_leaves_no_request_behind(workplace):
     environment = {**os.environ, "OPENAI_API_KEY": KEY}
     with server(workplace / "log") as url:
         command = [sys.executable, "-m", "qdense", "evaluate", "wordproblems", "--endpoint", url, "--model", "silent"]
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=workplace)
+        process = subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True, cwd=workplace,
+            # a suite that a shell runs in the background ignores the signal, and so would its children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
         deadline = time.monotonic() + 60
         while not (workplace / "log").exists() and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -59,6 +59,7 @@ def test_a_run_writes_what_it_says(tiny_model, tmp_path):
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "recipe.toml",
         "metrics.jsonl",
+        "initial.safetensors",
         "adapter",
         "checkpoints",
     }
@@ -82,6 +83,13 @@ def test_a_run_writes_what_it_says(tiny_model, tmp_path):
         ("validation", 6),
     ]
     assert all(math.isfinite(line["loss"]) for line in lines)
+
+    initial = safetensors.torch.load_file(tmp_path / "run" / "initial.safetensors")
+    last = safetensors.torch.load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {name.replace(".default", "") for name in initial} == set(last)
+    for name, value in initial.items():
+        assert not torch.equal(value, last[name.replace(".default", "")]), name
+        assert bool(value.any()) != name.endswith(".decoder"), name  # a zero decoder, all else drawn
 
     saved = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
     provenance = saved.pop("provenance")
@@ -135,6 +143,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny_model, tmp_path, settings, 
     assert any(isinstance(event, Notice) and "checkpoint-4" in event.text for event in events)
     assert [event.step for event in events if isinstance(event, StepDone)] == [5, 6]
 
+    starts = [(tmp_path / name / "initial.safetensors").read_bytes() for name in ("cut", "whole")]
+    assert starts[0] == starts[1]
     assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
     keep = ("event", "step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens", "is_best")
     metrics = [

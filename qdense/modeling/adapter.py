@@ -135,6 +135,13 @@ def save_adapter(model: Any, folder: Path, card: AdapterCard | None) -> None:
         write_atomically(folder / CARD_FILE, json.dumps(asdict(card), indent=2) + "\n")
 
 
+def save_initial(model: Any, path: Path) -> None:
+    """Write the trainable tensors as they are, by their names in the model: what updates are measured from."""
+    temporary = path.with_name(f".{path.name}")
+    save_file({name: parameter.detach().contiguous() for name, parameter in trainable_parameters(model)}, temporary)
+    temporary.replace(path)
+
+
 _TRAINABLE_FILE = "trainable.safetensors"
 
 

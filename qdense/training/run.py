@@ -3,6 +3,7 @@
 A run's folder:
     recipe.toml     the resolved recipe, with [provenance]: versions, device, data checksum, base fingerprint, git hash
     metrics.jsonl   a line for each step and each validation
+    initial.safetensors  the trained tensors before the first step (not of full fine-tuning: they are the base's)
     adapter/        the result: PEFT's files and qdense.json
     checkpoints/    what --resume goes on from
     eval/           what `qdense evaluate` found
@@ -32,7 +33,14 @@ from qdense.data.sources import DataSet, load_training_set, local_test_set
 from qdense.errors import QDenseError, RunError
 from qdense.events import Emit, Notice, TrainingDone, TrainingStarted
 from qdense.methods import METHODS
-from qdense.modeling.adapter import CARD_FILE, AdapterCard, attach_adapter, save_adapter, trainable_parameters
+from qdense.modeling.adapter import (
+    CARD_FILE,
+    AdapterCard,
+    attach_adapter,
+    save_adapter,
+    save_initial,
+    trainable_parameters,
+)
 from qdense.modeling.base import BaseModel, load_base
 from qdense.provenance import git_hash, package_versions
 from qdense.recipe import Recipe, load_recipe
@@ -46,7 +54,7 @@ from qdense.training.trainer import (
     memory_total,
 )
 
-RECIPE_FILE, METRICS_FILE = "recipe.toml", "metrics.jsonl"
+RECIPE_FILE, METRICS_FILE, INITIAL_FILE = "recipe.toml", "metrics.jsonl", "initial.safetensors"
 ADAPTER_DIR, CHECKPOINT_DIR = "adapter", "checkpoints"
 
 
@@ -122,6 +130,8 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
         "summary": dict(facts),
     }
     write_atomically(run_dir / RECIPE_FILE, tomli_w.dumps({**recipe.resolved(), "provenance": provenance}))
+    if checkpoint is None and METHODS[recipe.adapter.method].build_config is not None:
+        save_initial(model, run_dir / INITIAL_FILE)
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
     metrics = MetricsFile(run_dir / METRICS_FILE, resume_step=first_step)
 

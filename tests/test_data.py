@@ -11,11 +11,12 @@ from conftest import make_tokenizer
 
 from qdense.data import wordproblems
 from qdense.data.catalog import TRAINING_SETS
-from qdense.data.examples import IGNORED, Example, collate, encode_rows, split_rows
+from qdense.data.examples import Example, collate, encode_rows, split_rows
 from qdense.data.rows import Columns, Row, read_rows
 from qdense.data.sources import DataSet, load_training_set
 from qdense.data.templates import TEMPLATES
 from qdense.errors import DataError
+from qdense.ops.cross_entropy import IGNORED
 from qdense.recipe import DataRecipe
 
 ROW = {"instruction": "How many?", "input": "", "output": "Seven.", "answer": "7"}

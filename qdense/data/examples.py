@@ -14,11 +14,10 @@ import torch
 from qdense.data.rows import Row
 from qdense.data.templates import TEMPLATES
 from qdense.errors import DataError
+from qdense.ops.cross_entropy import IGNORED
 
 if TYPE_CHECKING:
     from qdense.recipe import DataRecipe
-
-IGNORED = -100  # cross entropy leaves such labels out
 
 
 class Split(NamedTuple):

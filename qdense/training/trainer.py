@@ -21,12 +21,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qdense.cache import require_free_space
-from qdense.data.examples import IGNORED, Example, collate
+from qdense.data.examples import Example, collate
 from qdense.errors import RunError
 from qdense.events import CheckpointSaved, Emit, StepDone, Validated, ValidationProgress
 from qdense.methods import Method
 from qdense.modeling.adapter import restore_state, save_state, trainable_parameters
 from qdense.modeling.base import BaseModel
+from qdense.modeling.loss import without_logits
+from qdense.ops.cross_entropy import IGNORED
 from qdense.recipe import Recipe
 from qdense.training.optimizer import build_optimizer
 
@@ -93,7 +95,8 @@ class AdapterTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         rows = inputs.pop("rows")
         self.progress.num_tokens += inputs.pop("num_tokens")
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with without_logits(self.adapted):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self.progress.micro_batches.append((loss.detach(), rows))
         return loss
 
@@ -106,7 +109,8 @@ class AdapterTrainer(Trainer):
         for number, batch in enumerate(loader, start=1):
             batch = self._prepare_inputs(batch)
             num_labels = int((batch["labels"][:, 1:] != IGNORED).sum())
-            with torch.no_grad(), schedule.validating(self.adapted) if schedule is not None else nullcontext():
+            quietly = schedule.validating(self.adapted) if schedule is not None else nullcontext()
+            with torch.no_grad(), quietly, without_logits(self.adapted):
                 loss = self.adapted(
                     input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
                 ).loss

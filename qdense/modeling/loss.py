@@ -1,0 +1,48 @@
+"""The language-model loss without the logits of all tokens: see qdense/ops/cross_entropy.py for how, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from qdense.ops.cross_entropy import linear_cross_entropy
+
+
+@contextmanager
+def without_logits(model: Any) -> Iterator[None]:
+    """Within, a call of the model with labels gives its loss without making all logits; what it returns as `logits` is of no use.
+
+    The model's own forward, and PEFT's around it, run as ever: only the output layer hands its input through, and the loss
+    function that Transformers lets a model have does that layer's work. A model whose logits are more than one linear map of the
+    last hidden states (soft-capped ones, an output layer with a bias or in 4 bits) keeps its own loss.
+    """
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = core.get_output_embeddings()
+    is_linear = (
+        type(head) is nn.Linear
+        and head.bias is None
+        and getattr(core.config, "final_logit_softcapping", None) is None
+        and getattr(core.config, "logits_scaling", None) is None
+    )
+    if not is_linear:
+        yield
+        return
+
+    def loss_function(logits: Tensor, labels: Tensor, num_items_in_batch: Any = None, **_: Any) -> Tensor:
+        hidden = logits[:, :-1]  # each token predicts the next
+        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels[:, 1:].flatten(), num_items_in_batch)
+
+    previous = core.loss_function
+    head.forward, core.loss_function = _hand_through, loss_function
+    try:
+        yield
+    finally:
+        del head.forward
+        core.loss_function = previous
+
+
+def _hand_through(hidden: Tensor) -> Tensor:
+    return hidden

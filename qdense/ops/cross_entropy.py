@@ -1,0 +1,75 @@
+"""Cross entropy of an output layer, without its logits: they are made, used and thrown away a slice of tokens at a time.
+
+A vocabulary is wide: for LLaMA-3, the logits of one token are 0.5 MiB in fp32, and a training step would keep several copies of
+them for every token, also for those that have no label. Here only tokens with a label reach the output layer, and the gradient of
+a slice is computed while its logits are at hand, as Liger's fused_linear_cross_entropy does (arXiv:2410.10989, section 3.2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100  # such targets have no part in the loss
+_SLICE_ELEMENTS = 2**24  # logits at a time: 64 MiB in fp32
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, divisor: Tensor | float | None = None
+) -> Tensor:
+    """Sum of the cross entropies of `hidden @ weight.T`, divided by `divisor`.
+
+    Args:
+        hidden: (tokens, d), bf16, fp16 or fp32.
+        weight: (vocabulary, d), dtype of hidden; its gradient is computed if it requires one.
+        targets: (tokens,), integers; `IGNORED` where a token has no part in the loss.
+        divisor: None for the number of targets that are not ignored: a mean, as PyTorch's cross_entropy gives.
+
+    Returns:
+        A scalar, fp32. NaN where there is no target at all and no divisor, like PyTorch's.
+    """
+    has_target = targets != IGNORED
+    hidden, targets = hidden[has_target], targets[has_target]
+    if divisor is None:
+        divisor = float(len(targets))
+    if not isinstance(divisor, Tensor):
+        divisor = torch.tensor(divisor, dtype=torch.float32)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, divisor.to(hidden.device))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """All targets count here."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, divisor: Tensor) -> Tensor:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        num_tokens = max(1, _SLICE_ELEMENTS // len(weight))
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        for start in range(0, len(hidden), num_tokens):
+            part = slice(start, start + num_tokens)
+            logits = F.linear(hidden[part], weight).float()
+            target = targets[part].unsqueeze(1)
+            normalizer = logits.logsumexp(dim=1, keepdim=True)
+            total += (normalizer - logits.gather(1, target)).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            gradient = logits.sub_(normalizer).exp_()  # the probabilities
+            gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
+            # Divided before it is rounded, as it would be in a graph of single operations.
+            rounded = gradient.div_(divisor).to(hidden.dtype)
+            if hidden_gradient is not None:
+                torch.mm(rounded, weight, out=hidden_gradient[part])
+            if weight_gradient is not None:
+                weight_gradient += rounded.T @ hidden[part]
+        ctx.save_for_backward(hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype))
+        return total / divisor
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors), None, None

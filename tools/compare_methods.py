@@ -1,93 +1,201 @@
 """Every method on one footing: same base, rows, steps and evaluation; only `adapter.method` and its learning rate differ.
 
-    .venv/bin/python tools/compare_methods.py ../shared/data/ft-training_set/math_SUBSTITUTE_clean.json addsub,svamp \\
-        --data-dir ../shared/data --output /tmp/compare
+    .venv/bin/python tools/compare_methods.py ../shared/data/ft-training_set/math_SUBSTITUTE_clean.json addsub \\
+        --data-dir ../shared/data --longest 300 --output /tmp/compare-math
 
-For each method the learning rate is chosen first: one short run for each of the same few rates, by validation loss. Then one run
-for each seed at the chosen rate, scored on the tasks. Each run is the command that a user would type (`qdense train`,
-`qdense evaluate`) in a process of its own, so that its peak memory is its own. Runs that are finished are not repeated: the
-script can be stopped and started again. It ends with one table, in Markdown, of all methods, those that did badly too.
+For each method the learning rate is chosen first, on one grid of half decades that all share: short runs, from 1e-3 towards lower
+validation loss until both neighbours of the best rate are worse. Then one run for each seed at the chosen rate, scored on the
+tasks. Each run is the command that a user would type (`qdense train`, `qdense evaluate`) in a process of its own, so that its
+peak memory is its own. Steps are timed apart from that, all methods in turn on the same batch in one process, so that other work
+on the machine meets all of them. Runs that are finished are not repeated: the script can be stopped and started again. It
+ends with one table, in Markdown, of all methods, those that did badly too.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdense.benchmarks.compare import compare, load_evaluation
-from qdense.methods import METHODS
-from qdense.provenance import git_hash, package_versions
-from qdense.training.metrics import read_metrics
+import torch
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+from qdense.benchmarks.compare import compare, load_evaluation
+from qdense.data.examples import collate, encode_rows
+from qdense.data.sources import load_training_set
+from qdense.methods import METHODS
+from qdense.modeling.adapter import attach_adapter, trainable_parameters
+from qdense.modeling.base import load_base
+from qdense.modeling.loss import without_logits
+from qdense.provenance import git_hash, package_versions
+from qdense.recipe import load_recipe
+from qdense.training.metrics import read_metrics
+from qdense.training.optimizer import build_optimizer
+
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+START = 1e-3
+# What else must differ. denselora-freeze has the paper's r; bf16 is too coarse next to RED's scale of 1. LoRA of r 2 has
+# about as many parameters as DenseLoRA of r 32.
+VARIANTS: dict[str, dict[str, Any]] = {name: {"adapter.method": name} for name in METHODS if name != "none"}
+VARIANTS["lora-r2"] = {"adapter.method": "lora", "adapter.r": 2}
+VARIANTS["denselora-freeze"]["adapter.r"] = 128
+VARIANTS["red"]["adapter.dtype"] = "float32"
+VARIANTS["full"]["model.quantization"] = "none"
+NUM_TIMED = 12
 
 
 @dataclass(frozen=True)
 class Plan:
     """What all runs have in common."""
 
-    data: Path
+    recipe: Path
     model: str
     r: int
     steps: int
     search_steps: int
-    tasks: str
-    limit: int
-    data_dir: Path | None
+    seeds: tuple[int, ...]
+    evaluation: tuple[str, ...]
     output: Path
 
 
-def train(plan: Plan, method: str, rate: float, seed: int, steps: int) -> Path | None:
-    """One run; None if it failed (a learning rate can be too high for a method)."""
-    folder = plan.output / f"{method}-{rate:g}-{steps}-{seed}"
-    if (folder / "adapter" / "qdense.json").is_file():
-        return folder
-    quantization = "nf4" if "nf4" in METHODS[method].quantizations else "none"
+@dataclass(frozen=True)
+class Found:
+    """One method's outcome.
+
+    Attributes:
+        losses: validation loss of the short run at each learning rate that was tried; infinite where the run failed.
+        runs: the folder of the run of each seed, at the best rate.
+        scored: the folder of each run's evaluation.
+    """
+
+    losses: dict[float, float]
+    runs: list[Path]
+    scored: list[Path]
+
+    @property
+    def best(self) -> float:
+        return min(self.losses, key=lambda rate: self.losses[rate])
+
+
+def train(plan: Plan, variant: str, rate: float, seed: int, steps: int) -> tuple[Path, float]:
+    """One run: its folder, and its validation loss; infinity if it failed, for a learning rate can be too high."""
+    folder = plan.output / f"{variant}-{rate:g}-{steps}-{seed}"
+    if not (folder / "adapter" / "qdense.json").is_file():
+        command = [sys.executable, "-m", "qdense", "train", str(plan.recipe), "--output", str(folder), "--quiet"]
+        if folder.exists():
+            command.append("--resume")
+        for override in _overrides(plan, variant, rate, seed, steps):
+            command += ["--set", override]
+        outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+        if outcome.returncode:
+            print(f"  {folder.name}: {outcome.stderr.strip()[-300:]}", flush=True)
+            return folder, math.inf
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["event"] == "validation"]
+    loss = float(lines[-1]["loss"])
+    print(f"  {folder.name}: validation loss {loss:.4f}", flush=True)
+    return folder, loss
+
+
+def _overrides(plan: Plan, variant: str, rate: float, seed: int, steps: int) -> list[str]:
     settings = {
-        "model.quantization": quantization,
-        "adapter.method": method,
-        "adapter.r": plan.r,
-        "data.validation_rows": 64,
         "training.max_steps": steps,
         "training.warmup_steps": max(2, steps // 12),
         "training.learning_rate": rate,
-        "training.eval_steps": steps // 2,
+        "training.eval_steps": steps,
         "training.save_steps": steps,
         "training.seed": seed,
+        **VARIANTS[variant],
     }
-    recipe = plan.output / "recipe.toml"
-    recipe.write_text(_RECIPE.format(model=plan.model, data=plan.data.resolve()))
-    command = [sys.executable, "-m", "qdense", "train", str(recipe), "--output", str(folder), "--quiet"]
-    if folder.exists():
-        command.append("--resume")
-    for key, value in settings.items():
-        command += ["--set", f"{key}={value}"]
-    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def search(loss_at: Callable[[float], float]) -> dict[float, float]:
+    """Losses by rate, from START downhill until both neighbours of the best are known, or the grid ends."""
+    losses = {START: loss_at(START)}
+    while True:
+        best = RATES.index(min(losses, key=lambda rate: losses[rate]))
+        unknown = [RATES[i] for i in (best + 1, best - 1) if 0 <= i < len(RATES) and RATES[i] not in losses]
+        if not unknown:
+            return dict(sorted(losses.items()))
+        losses[unknown[0]] = loss_at(unknown[0])
+
+
+def evaluate(plan: Plan, folder: Path | None) -> Path:
+    """Score a run, or the base (None), on the tasks; returns the folder that `qdense compare` reads."""
+    subject = ["--model", plan.model] if folder is None else ["--adapter", str(folder)]
+    command = [sys.executable, "-m", "qdense", "evaluate", *plan.evaluation, *subject, "--json", "--quiet"]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False, cwd=plan.output)
     if outcome.returncode:
-        print(f"  {folder.name}: {outcome.stderr.strip()[-300:]}", flush=True)
-        return None
-    print(f"  {folder.name}: validation loss {validation_loss(folder):.4f}", flush=True)
-    return folder
+        sys.exit(outcome.stderr)
+    return Path(plan.output, json.loads(outcome.stdout)["folder"])
+
+
+def time_steps(plan: Plan, variants: Sequence[str]) -> dict[str, list[float]]:
+    """Seconds of each of NUM_TIMED steps (forward, backward, optimizer), all variants in turn on one batch."""
+    steppers = {variant: _stepper(plan, variant) for variant in variants}
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+    for number in range(NUM_TIMED + 1):
+        for variant, stepper in steppers.items():
+            start = time.perf_counter()
+            next(stepper)
+            if number:  # the first one warms up
+                seconds[variant].append(time.perf_counter() - start)
+    return seconds
+
+
+def _stepper(plan: Plan, variant: str) -> Iterator[None]:
+    """Trains one step each time it is advanced."""
+    num_steps = NUM_TIMED + 1
+    recipe = load_recipe(plan.recipe, _overrides(plan, variant, 1e-6, 1, num_steps))
+    method, size = METHODS[recipe.adapter.method], recipe.training.batch_size
+    base = load_base(recipe.model)
+    rows = load_training_set(recipe.data, None).rows
+    examples = encode_rows(rows, range(size * num_steps), base.tokenizer, recipe.data).examples
+    batches = [collate(examples[size * i : size * (i + 1)], base.pad_token_id) for i in range(num_steps)]
+    inputs = [{key: batch[key] for key in ("input_ids", "attention_mask", "labels")} for batch in batches]
+    torch.manual_seed(1)
+    model = attach_adapter(
+        base, recipe.adapter, num_steps, inputs[:4] if method.num_calibration_rows(recipe.adapter) else ()
+    )
+    optimizer = build_optimizer(
+        recipe.training.optimizer,
+        [parameter for _, parameter in trainable_parameters(model)],
+        learning_rate=recipe.training.learning_rate,
+        weight_decay=0.0,
+        master_weights=recipe.adapter.master_weights,
+    )
+    if method.schedule is not None:
+        method.schedule.begin(model, 1)
+    model.train()
+    for number, batch in enumerate(inputs, start=1):
+        with without_logits(model):
+            model(**batch).loss.backward()
+        optimizer.step()
+        if method.schedule is not None:
+            method.schedule.step(model, number)
+        optimizer.zero_grad()
+        yield
 
 
 _RECIPE = """# Written by tools/compare_methods.py: what all methods have in common.
 [model]
 name = "{model}"
 [adapter]
+r = {r}
 dropout = 0.05
 target_modules = "QKVUD"
 [data]
 path = "{data}"
 train_on = "response"
-max_length = 192
+max_length = {max_length}
+validation_rows = 48
 [training]
 batch_size = 8
 micro_batch_size = 8
@@ -97,124 +205,119 @@ keep = "last"
 """
 
 
-def validation_loss(folder: Path) -> float:
-    return float([line["loss"] for line in read_metrics(folder / "metrics.jsonl") if line["event"] == "validation"][-1])
-
-
-def evaluate(plan: Plan, folder: Path | None) -> Path:
-    """Score a run, or the base (None), on the tasks; returns the folder that `qdense compare` reads."""
-    subject = ["--model", plan.model] if folder is None else ["--adapter", str(folder)]
-    command = [
-        sys.executable,
-        "-m",
-        "qdense",
-        "evaluate",
-        plan.tasks,
-        *subject,
-        "--decoding",
-        "greedy",
-        "--template",
-        "alpaca",
-    ]
-    command += ["--limit", str(plan.limit), "--json", "--quiet"]
-    if plan.data_dir is not None:
-        command += ["--data-dir", str(plan.data_dir.resolve())]
-    outcome = subprocess.run(command, capture_output=True, text=True, check=False, cwd=plan.output)
-    if outcome.returncode:
-        sys.exit(outcome.stderr)
-    return Path(plan.output, json.loads(outcome.stdout)["folder"])
-
-
-def seconds_per_step(folder: Path) -> float:
-    """Median over the run's steps; the first is left out, for it warms up."""
-    seconds = [line["seconds"] for line in read_metrics(folder / "metrics.jsonl") if line["event"] == "step"]
-    return statistics.median(b - a for a, b in itertools.pairwise(seconds))
-
-
-def peak_bytes(folder: Path) -> int:
-    return max(line["memory_bytes"] for line in read_metrics(folder / "metrics.jsonl") if line["event"] == "step")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="the training rows, a file")
+    parser.add_argument("data", type=Path, help="the training rows, a JSON file")
     parser.add_argument("tasks", help="comma-separated")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default=",".join(VARIANTS))
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--r", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=48)
-    parser.add_argument("--search-steps", type=int, default=24)
-    parser.add_argument("--rates", default=",".join(f"{rate:g}" for rate in RATES))
+    parser.add_argument("--longest", type=int, help="characters: longer rows (instruction and output) are left out")
+    parser.add_argument("--max-length", type=int, default=160, help="tokens of a row")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--search-steps", type=int, default=12)
     parser.add_argument("--seeds", default="1,2")
-    parser.add_argument("--limit", type=int, default=64)
+    parser.add_argument("--limit", type=int, default=64, help="items of each task")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     output = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(arguments.data.read_text(encoding="utf-8"))
+    longest = arguments.longest or math.inf
+    kept = [row for row in rows if len(row["instruction"]) + len(row["output"]) <= longest]
+    (output / "rows.json").write_text(json.dumps(kept), encoding="utf-8")
+    recipe = output / "recipe.toml"
+    recipe.write_text(
+        _RECIPE.format(model=arguments.model, r=arguments.r, data=output / "rows.json", max_length=arguments.max_length)
+    )
+    evaluation = [arguments.tasks, "--decoding", "greedy", "--template", "alpaca", "--limit", str(arguments.limit)]
+    evaluation += ["--max-new-tokens", str(arguments.max_new_tokens)]
+    if arguments.data_dir is not None:
+        evaluation += ["--data-dir", str(arguments.data_dir.resolve())]
+    seeds = tuple(int(seed) for seed in arguments.seeds.split(","))
     plan = Plan(
-        arguments.data, arguments.model, arguments.r, arguments.steps, arguments.search_steps, arguments.tasks,
-        arguments.limit, arguments.data_dir, output,
-    )  # fmt: skip
-    rates = [float(rate) for rate in arguments.rates.split(",")]
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    found: dict[str, tuple[dict[float, float], float, list[Path], list[Path]]] = {}
-    for method in arguments.methods.split(","):
-        if method == "none":
-            continue
-        print(method, flush=True)
-        searched = {rate: train(plan, method, rate, seeds[0], plan.search_steps) for rate in rates}
-        losses = {rate: validation_loss(folder) for rate, folder in searched.items() if folder is not None}
-        if not losses:
-            continue
+        recipe, arguments.model, arguments.r, arguments.steps, arguments.search_steps, seeds, tuple(evaluation), output
+    )
+    started = time.monotonic()
+    variants = arguments.methods.split(",")
+    base = evaluate(plan, None)
+    found: dict[str, Found] = {}
+    for variant in variants:
+        print(variant, flush=True)
+        losses = search(lambda rate, variant=variant: train(plan, variant, rate, seeds[0], plan.search_steps)[1])  # type: ignore[misc]
         best = min(losses, key=lambda rate: losses[rate])
-        runs = [folder for seed in seeds if (folder := train(plan, method, best, seed, plan.steps)) is not None]
-        found[method] = losses, best, runs, [evaluate(plan, folder) for folder in runs]
-    base = evaluate(plan, None) if "none" in arguments.methods.split(",") else None
-    text = report(plan, found, base, seeds)
-    (output / "table.md").write_text(text)
-    print("\n" + text)
-
-
-def report(plan: Plan, found: dict[str, Any], base: Path | None, seeds: Sequence[int]) -> str:
-    """The table, and what it was made with."""
-    reference = seconds_per_step(found["lora"][2][0]) if "lora" in found else None
-    lines = [
-        f"{plan.model}, r {plan.r}, QKVUD, {plan.data.name}, batch 8, {plan.steps} steps, seeds {', '.join(map(str, seeds))}; "
-        f"learning rate by validation loss after {plan.search_steps} steps; first {plan.limit} items of each task, greedy.",
-        "",
-        ", ".join(f"{name} {version}" for name, version in package_versions().items()) + f"; commit {git_hash()}",
-        "",
-    ]
-    tasks = plan.tasks.split(",")
-    head = ["method", "trained", "lr", "validation loss of each seed", "s/step over lora's", "peak GB"]
-    lines += [f"| {' | '.join([*head, *tasks])} |", "|" + "---|" * (len(head) + len(tasks))]
-    if base is not None:
-        lines.append(_row(["none", "0", "", "", "", ""], [base]))
-    for method, (losses, best, runs, scored) in found.items():
-        counted = compare([load_evaluation(folder) for folder in scored])["groups"][0]["trainable_parameters"]
-        speed = "" if reference is None else f"{statistics.median(map(seconds_per_step, runs)) / reference:.2f}"
-        cells = [
-            method,
-            "" if counted is None else f"{counted:,}",
-            f"{best:g}{'*' if best in (min(losses), max(losses)) else ''}",
-            ", ".join(f"{validation_loss(run):.4f}" for run in runs),
-            speed,
-            f"{max(map(peak_bytes, runs)) / 1e9:.2f}",
+        runs = [
+            folder
+            for seed in seeds
+            for folder, loss in [train(plan, variant, best, seed, plan.steps)]
+            if loss < math.inf
         ]
-        lines.append(_row(cells, scored))
-    lines += ["", "* at the edge of the rates that were tried. Validation losses after the search runs, by rate:", ""]
-    lines += [f"- {method}: " + ", ".join(f"{rate:g} {loss:.4f}" for rate, loss in losses.items()) for method, (losses, *_) in
-              found.items()]  # fmt: skip
+        found[variant] = Found(losses, runs, [evaluate(plan, folder) for folder in runs])
+    text = report(plan, found, base, time_steps(plan, variants))
+    head = (
+        f"{arguments.model}, r {arguments.r}, QKVUD, {len(kept):,} of {len(rows):,} rows of {arguments.data.name}"
+        f"{f' (at most {longest} characters)' if arguments.longest else ''}, "
+        f"batch 8, {plan.steps} steps, seeds {arguments.seeds}; learning rate by validation loss after {plan.search_steps} steps; "
+        f"first {arguments.limit} items of each task, greedy, at most {arguments.max_new_tokens} new tokens. "
+        f"{torch.get_num_threads()} threads, {(time.monotonic() - started) / 60:.0f} min.\n\n"
+        + ", ".join(f"{name} {version}" for name, version in package_versions().items())
+        + f"; commit {git_hash()}\n\n    {' '.join(['tools/compare_methods.py', *sys.argv[1:]])}\n\n"
+    )
+    (output / "table.md").write_text(head + text)
+    print("\n" + head + text)
+
+
+def report(plan: Plan, found: dict[str, Found], base: Path, seconds: dict[str, list[float]]) -> str:
+    """The table, and the losses at all rates that were tried."""
+    tasks = plan.evaluation[0].split(",")
+    head = [
+        "method",
+        "trained",
+        "learning rate",
+        "validation loss of each seed",
+        "s/step over LoRA's (quartiles)",
+        "peak GB",
+    ]
+    lines = [f"| {' | '.join([*head, *tasks])} |", "|" + "---|" * (len(head) + len(tasks))]
+    lines.append(f"| none | 0 | | | | | {' | '.join(_accuracies([base])[1])} |")
+    for variant, outcome in found.items():
+        if not outcome.runs:
+            lines.append(f"| {variant} | | {outcome.best:g} | failed | |" + " |" * (1 + len(tasks)))
+            continue
+        count, accuracies = _accuracies(outcome.scored)
+        at_edge = outcome.best in (RATES[0], RATES[-1])
+        losses = [read_metrics(run / "metrics.jsonl") for run in outcome.runs]
+        cells = [
+            variant,
+            f"{count:,}",
+            f"{outcome.best:g}{'*' if at_edge else ''}",
+            ", ".join(f"{[line['loss'] for line in run if line['event'] == 'validation'][-1]:.4f}" for run in losses),
+            _ratio(seconds[variant], seconds["lora"]) if "lora" in seconds else "",
+            f"{max(line['memory_bytes'] for run in losses for line in run if line['event'] == 'step') / 1e9:.2f}",
+            *accuracies,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Validation loss after the short runs, by learning rate (* above: at the edge of the grid):", ""]
+    for variant, outcome in found.items():
+        lines.append(f"- {variant}: " + ", ".join(f"{rate:g} {loss:.4f}" for rate, loss in outcome.losses.items()))
     return "\n".join(lines) + "\n"
 
 
-def _row(cells: list[str], scored: Sequence[Path]) -> str:
+def _ratio(seconds: Sequence[float], reference: Sequence[float]) -> str:
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(seconds, reference, strict=True)], n=4)
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _accuracies(scored: Sequence[Path]) -> tuple[int, list[str]]:
+    """Trained parameters; accuracy over the runs, with its interval, of each task."""
     group = compare([load_evaluation(folder) for folder in scored], rule="strict")["groups"][0]
+    cells = []
     for result in group["tasks"].values():
         low, high = result["interval"]
         cells.append(f"{100 * result['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
-    return f"| {' | '.join(cells)} |"
+    return group["trainable_parameters"] or 0, cells
 
 
 if __name__ == "__main__":

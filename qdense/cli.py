@@ -36,6 +36,7 @@ examples:
   qdense compare runs/lora-1 runs/lora-2 runs/dense-1 runs/dense-2 --published llama3-8b
   qdense data check math10k gsm8k,addsub
   qdense tasks math --export lm-eval exported
+  qdense analyze runs/dense runs/lora
   qdense params llama3-8b --r 32 --method all
 """
 
@@ -221,6 +222,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(command=_compare)
 
+    analyze = commands.add_parser(
+        "analyze",
+        help="show what training changed in the adapters",
+        description="The updates of finished runs, side by side: size, share near zero, effective rank; heat maps of slices of "
+        "equal size, and histograms, as PNG. From each run's initial and final values.",
+    )
+    analyze.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a finished run's folder")
+    analyze.add_argument(
+        "--layers",
+        metavar="N,N",
+        type=_layer_numbers,
+        help="of the heat maps (default: the first, a middle one, the last)",
+    )
+    analyze.add_argument(
+        "--side", type=_positive, metavar="N", help="of the slices (default: the smallest matrix, up to 64)"
+    )
+    analyze.add_argument("--seed", type=int, default=0, metavar="N", help="draws the slices (default: 0)")
+    analyze.add_argument(
+        "--output", metavar="DIR", type=Path, help="where the files go (default: analysis/ in the first run)"
+    )
+    analyze.add_argument("--json", action="store_true", help="print JSON on stdout")
+    analyze.set_defaults(command=_analyze)
+
     tasks = commands.add_parser(
         "tasks",
         help="list the benchmarks, or export them to lm-evaluation-harness",
@@ -292,6 +316,13 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return number
+
+
+def _layer_numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: layer numbers, for instance 0,15,31") from None
 
 
 def _temperature(text: str) -> float:
@@ -482,6 +513,23 @@ def _compare(arguments: argparse.Namespace) -> None:
         sys.stdout.write(text)
     else:
         write_atomically(output, text)
+
+
+def _analyze(arguments: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from qdense.analysis import analyze
+
+    analysis = analyze(
+        arguments.runs, arguments.output, layers=arguments.layers, side=arguments.side, seed=arguments.seed
+    )
+    if arguments.json:
+        from dataclasses import asdict
+
+        print(json.dumps(asdict(analysis), indent=2))
+        return
+    from qdense.ui import make_console, show_analysis
+
+    show_analysis(make_console(), analysis)
 
 
 def _tasks(arguments: argparse.Namespace) -> None:

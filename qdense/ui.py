@@ -42,6 +42,7 @@ from qdense.methods import METHODS
 from qdense.planning.parameters import ParameterCount
 
 if TYPE_CHECKING:  # it would import torch, which most commands can do without
+    from qdense.analysis import Analysis
     from qdense.modeling.merge import MergeReport
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -591,6 +592,32 @@ def show_merge(console: Console, report: MergeReport) -> None:
         f"against the adapter beside that base: divergence {report.divergence:.2g} nats a token, the same most likely token for "
         f"{report.num_same:,} of {report.num_tokens:,}"
     )
+
+
+def show_analysis(console: Console, analysis: Analysis) -> None:
+    """The table of `qdense analyze`."""
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    table.add_column("")
+    for name in ("elements", "slices", "change", "near 0", "unmoved", "eff. rank"):
+        table.add_column(name, justify="right")
+    for run, lines in itertools.groupby(analysis.summaries, key=lambda line: line.run):
+        shown = list(lines)
+        if shown[0].factor:
+            table.add_row(Text(clean(run), style="bold"))
+        for line in shown:
+            rank = "" if line.effective_rank is None else f"{line.effective_rank:.1f}"
+            near_zero = f"{100 * line.near_zero:.1f}%"
+            if line.factor:
+                counts = f"{line.num_elements:,}", f"{line.num_slices:,}", f"{100 * line.relative_change:.3g}%"
+                table.add_row(f"  {clean(line.factor)}", *counts, near_zero, f"{100 * line.unmoved:.1f}%", rank)
+            else:
+                table.add_row(clean(line.run), "", "", "", near_zero, "", rank)
+    console.print(table)
+    console.print(
+        f"Medians over slices of {analysis.side} x {analysis.side} (seed {analysis.seed}). change: over the initial values; over "
+        f"the final ones of tensors that start at zero. near 0: below {analysis.near_zero:g} of the change's own. All RMS."
+    )
+    console.print(clean(f"wrote {', '.join(analysis.files)} to {analysis.folder}"))
 
 
 def show_parameters(console: Console, count: ParameterCount) -> None:

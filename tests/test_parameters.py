@@ -1,17 +1,15 @@
 """Counts against the published table (PAPER.md) and against real modules."""
 
 import pytest
-import torch
-from conftest import tiny_config
 
 from qdense import DenseLoraConfig
 from qdense.catalog import CATALOG
 from qdense.errors import ModelError
 from qdense.methods import METHODS
 from qdense.modeling.adapter import attach_adapter
-from qdense.modeling.base import BaseModel
+from qdense.modeling.base import load_base
 from qdense.planning.parameters import count_parameters
-from qdense.recipe import AdapterRecipe
+from qdense.recipe import AdapterRecipe, ModelRecipe
 
 PUBLISHED = {
     ("llama3-8b", 16): (925_696, 0.0115),
@@ -77,14 +75,11 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_counts_agree_with_real_modules(variant):
-    from transformers import LlamaForCausalLM
-
-    config = tiny_config()
+def test_counts_agree_with_real_modules(tiny_model, variant):
     recipe = AdapterRecipe(**{"r": 8} | variant)
-    base = BaseModel(
-        "tiny", "tiny", LlamaForCausalLM(config).requires_grad_(False), None, {}, 0, torch.device("cpu"), "float32"
-    )
+    quantization = METHODS[recipe.method].quantizations[0]
+    base = load_base(ModelRecipe(name=str(tiny_model), quantization=quantization, device="cpu"))
+    config = base.model.config
     model = attach_adapter(base, recipe, num_steps=100)
     shapes = {"q_proj": (64, 64), "k_proj": (64, 32), "v_proj": (64, 32), "up_proj": (64, 128), "down_proj": (128, 64)}
     method = METHODS[recipe.method]

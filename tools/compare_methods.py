@@ -259,7 +259,8 @@ def main() -> None:
     head = (
         f"{arguments.model}, r {arguments.r}, QKVUD, {len(kept):,} of {len(rows):,} rows of {arguments.data.name}"
         f"{f' (at most {longest} characters)' if arguments.longest else ''}, "
-        f"batch 8, {plan.steps} steps, seeds {arguments.seeds}; learning rate by validation loss after {plan.search_steps} steps; "
+        f"batch 8, {plan.steps} steps, seeds {arguments.seeds}; "
+        f"learning rate by validation loss after {plan.search_steps} steps; "
         f"first {arguments.limit} items of each task, greedy, at most {arguments.max_new_tokens} new tokens. "
         f"{torch.get_num_threads()} threads, {(time.monotonic() - started) / 60:.0f} min.\n\n"
         + ", ".join(f"{name} {version}" for name, version in package_versions().items())

@@ -124,6 +124,13 @@ def final_ranks(model: Any) -> list[int]:
     return [int(torch.count_nonzero(p)) for name, p in model.named_parameters() if ".lora_E." in name]
 
 
+def _freeze_counters(model: Any) -> None:
+    """PEFT lets each layer's rank, a number that is only read, count as trainable."""
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
+
+
 METHOD = Method(
     name="adalora",
     summary="AdaLoRA, PEFT's: rank is moved to the layers that need it",
@@ -133,5 +140,6 @@ METHOD = Method(
     # The orthogonality term moves A and B from the start too, unless it is switched off.
     awake_at_start=lambda name: ".lora_E." in name,
     settings=AdaLoraSettings,
+    prepare=_freeze_counters,
     schedule=_Schedule(),
 )

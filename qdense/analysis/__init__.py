@@ -1,0 +1,73 @@
+"""What training did to adapters: their updates as numbers (`updates`) and as pictures (`figures`); the paper's Fig. 1 and 5."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from qdense.analysis.updates import NEAR_ZERO, FactorSummary, common_side, load_updates, summarize
+from qdense.cache import write_atomically
+from qdense.errors import QDenseError
+
+_LARGEST_SIDE = 64  # unless asked for: larger ones show no more
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What `qdense analyze` tells.
+
+    Attributes:
+        folder, files: where everything was written.
+        side, seed: of the slices.
+        near_zero: the bound that `FactorSummary.near_zero` counts below, in root mean squares.
+        summaries: a line for each run and kind of tensor, and one of independent normal numbers, for scale.
+    """
+
+    folder: str
+    files: list[str]
+    side: int
+    seed: int
+    near_zero: float
+    summaries: list[FactorSummary]
+
+
+def analyze(
+    runs: Sequence[Path], output: Path | None, *, layers: Sequence[int] | None, side: int | None, seed: int
+) -> Analysis:
+    """Compare the updates of finished runs; write summary.json, heatmaps.png, layers.png and histograms.png.
+
+    Args:
+        output: the folder; None for analysis/ in the first run.
+        layers: of the heat maps; None for the first, a middle one and the last.
+        side: of the slices; None for `common_side`, up to 64; smaller matrices are left out.
+
+    Raises:
+        QDenseError: a run has no initial values, or not a layer of that number, or smaller matrices.
+    """
+    from qdense.analysis import figures
+
+    loaded = [load_updates(run) for run in runs]
+    if len({one.label for one in loaded}) < len(loaded):
+        loaded = [replace(one, label=str(run)) for one, run in zip(loaded, runs, strict=True)]
+    possible = common_side(loaded)
+    if side is not None and side > possible:
+        raise QDenseError(f"--side {side}: matrices of these runs have {possible} rows or columns; give at most that")
+    side = side or min(possible, _LARGEST_SIDE)
+    series = figures.series_of(loaded, side, seed)
+    files = []
+    folder = output if output is not None else runs[0] / "analysis"
+    if series:
+        known = sorted({layer for one in series for layer, _ in one.slices})
+        unknown = [layer for layer in layers or () if layer not in known]
+        if unknown:
+            raise QDenseError(f"--layers {unknown[0]}: these runs have the layers {known[0]} to {known[-1]}")
+        layers = layers or list(dict.fromkeys((known[0], known[len(known) // 2], known[-1])))
+        figures.draw_heat_maps(series, layers, folder / "heatmaps.png")
+        figures.draw_layers(series, folder / "layers.png")
+        figures.draw_histograms(series, folder / "histograms.png")
+        files = ["heatmaps.png", "layers.png", "histograms.png"]
+    analysis = Analysis(str(folder), [*files, "summary.json"], side, seed, NEAR_ZERO, summarize(loaded, side, seed))
+    write_atomically(folder / "summary.json", json.dumps(asdict(analysis), indent=2) + "\n")
+    return analysis

@@ -1,0 +1,271 @@
+"""The updates of a run's trained tensors, W_end - W_init, and what is said of them on one footing.
+
+M of DenseLoRA is r x r, LoRA's A is r x d_in: statistics of the whole tensors would compare sizes. So each tensor is
+represented by a square slice of equal side, of rows and columns drawn at random (a tensor of that size is its own slice).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qdense.errors import AdapterError
+from qdense.modeling.adapter import find_adapter, read_card
+from qdense.training.run import INITIAL_FILE
+
+NEAR_ZERO = 0.1  # of the slice's own root mean square; 8.0% of a normal distribution lies within
+_FACTORS = {
+    "denselora_m": "M",
+    "lora_A": "A",
+    "lora_B": "B",
+    "lora_E": "E",
+    "weight": "W",
+    "lora_magnitude_vector": "magnitude",
+}
+
+
+@dataclass(frozen=True)
+class Update:
+    """One trained tensor before and after.
+
+    Attributes:
+        layer: its decoder layer; None for what all layers share.
+        module: the module kind, for instance q_proj.
+        factor: which of the method's tensors it is: M, encoder, decoder, lora_A, lora_B, ...
+        initial, final: (rows, columns) or (n,), fp32.
+    """
+
+    layer: int | None
+    module: str
+    factor: str
+    initial: Tensor
+    final: Tensor
+
+    @property
+    def side(self) -> int:
+        """Of the largest square that it holds."""
+        return min(self.final.shape)
+
+    def slice(self, side: int, seed: int) -> Slice:
+        """A square of `side` rows and columns, drawn at random; of a vector, `side` elements."""
+        generator = torch.Generator().manual_seed(seed)
+        initial, final = self.initial, self.final
+        for dim, size in enumerate(final.shape):
+            chosen = torch.randperm(size, generator=generator)[:side].sort().values
+            initial, final = initial.index_select(dim, chosen), final.index_select(dim, chosen)
+        return Slice(initial, final)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Part of a tensor before and after; what is said of its update."""
+
+    initial: Tensor
+    final: Tensor
+
+    @cached_property
+    def change(self) -> Tensor:
+        return self.final - self.initial
+
+    @cached_property
+    def rms(self) -> float:
+        return float(self.change.square().mean().sqrt())
+
+    @property
+    def relative(self) -> Tensor:
+        """|change| of each element over the root mean square of the initial slice; of the final one where that is zero."""
+        initial = float(self.initial.square().mean().sqrt())
+        return self.change.abs() / (initial or float(self.final.square().mean().sqrt()) or 1.0)
+
+    @property
+    def near_zero(self) -> float:
+        """Share of elements whose change is below NEAR_ZERO times the slice's own root mean square."""
+        return float((self.change.abs() <= NEAR_ZERO * self.rms).float().mean())
+
+    @property
+    def unmoved(self) -> float:
+        """Share of elements that are, as saved, bit by bit what they were."""
+        return float((self.change == 0).float().mean())
+
+    @property
+    def effective_rank(self) -> float:
+        """exp of the entropy of the normalized singular values (Roy and Vetterli 2007); 0 of no change, NaN of a vector."""
+        if self.change.dim() != 2:
+            return math.nan
+        values = torch.linalg.svdvals(self.change.double())
+        if not float(values.sum()):
+            return 0.0
+        share = values / values.sum()
+        return float(torch.exp(-torch.special.xlogy(share, share).sum()))
+
+
+@dataclass(frozen=True)
+class RunUpdates:
+    """A run's updates.
+
+    Attributes:
+        label: the run's folder name.
+        method: of its adapter.
+        updates: of all trained tensors, layer by layer.
+    """
+
+    label: str
+    method: str
+    updates: list[Update]
+
+    def factors(self) -> list[str]:
+        """Names of the kinds of its tensors, those of the layers first."""
+        ordered = sorted(self.updates, key=lambda update: (update.layer is None, update.final.dim() < 2))
+        return list(dict.fromkeys(update.factor for update in ordered))
+
+    def of(self, factor: str) -> list[Update]:
+        return [update for update in self.updates if update.factor == factor]
+
+
+def load_updates(run: Path) -> RunUpdates:
+    """What training changed in a finished run, from its saved initial and final values. Raises AdapterError."""
+    folder = find_adapter(run)
+    card = read_card(folder)
+    if card.method == "full":
+        initial, final = _whole_model(folder, card.model)
+    else:
+        path = folder.parent / INITIAL_FILE
+        if not path.is_file():
+            raise AdapterError(
+                f"{run}: has no {INITIAL_FILE}, from which updates are measured. `qdense train` writes it when a run begins; "
+                "an adapter alone, or a run of an older qdense, has none: train it again by its own recipe.toml."
+            )
+        initial, final = _named_alike(_read(path)), _named_alike(_read(folder / "adapter_model.safetensors"))
+    kept = _kept_ranks(folder / "adapter_config.json") if card.method == "adalora" else {}
+    found = []
+    for name, end in final.items():
+        if (start := initial.get(name)) is None:
+            continue  # saved, not trained: a frozen part
+        if not end.numel():
+            continue  # AdaLoRA has cut the layer to rank 0
+        for key, chosen in kept.items():
+            if name.startswith(f"base_model.model.{key}."):
+                start = start[:, chosen] if name.endswith("lora_B") else start[chosen]
+        if start.shape != end.shape:
+            raise AdapterError(
+                f"{run}: {name} is {list(start.shape)} in {INITIAL_FILE} and {list(end.shape)} in the adapter"
+            )
+        layer, module, factor = _place(name)
+        found.append(Update(layer, module, factor, start.float().squeeze(), end.float().squeeze()))
+    if not found:
+        raise AdapterError(f"{run}: none of the adapter's tensors is in {INITIAL_FILE}; they are not of one run")
+    found.sort(key=lambda update: (update.layer is None, update.layer or 0))
+    return RunUpdates(run.resolve().name if run.resolve().name != "adapter" else folder.parent.name, card.method, found)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{path}: cannot be read: {error}") from error
+
+
+def _named_alike(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By names without what PEFT leaves out of a saved file: the adapter's name, and here and there ".weight"."""
+    return {name.replace(".default", "").removesuffix(".weight"): tensor for name, tensor in tensors.items()}
+
+
+def _whole_model(folder: Path, model: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights of the linear layers that full fine-tuning changed: before (the base's own, so none is saved), and after."""
+    from qdense.modeling.base import load_base
+    from qdense.recipe import ModelRecipe
+
+    base = dict(load_base(ModelRecipe(**model)).model.named_parameters())
+    final = {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in _read(path).items()}
+    changed = {
+        name: tensor for name, tensor in final.items() if tensor.dim() == 2 and not torch.equal(tensor, base[name])
+    }
+    return {name: base[name].detach() for name in changed}, changed
+
+
+def _kept_ranks(config: Path) -> dict[str, list[bool]]:
+    """Of AdaLoRA, which saves only the ranks that are left: module -> which of the initial ones these are."""
+    pattern = json.loads(config.read_text(encoding="utf-8"))["rank_pattern"] or {}
+    return {name.rpartition(".lora_E")[0]: [bool(kept) for kept in ranks] for name, ranks in pattern.items()}
+
+
+def _place(name: str) -> tuple[int | None, str, str]:
+    """Layer, module kind and factor, by a tensor's name, "...layers.3.mlp.up_proj.lora_A" or "...up_proj.weight"."""
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    *_, module, factor = name.split(".")
+    return (int(layer[1]) if layer else None), module, _FACTORS.get(factor, factor)
+
+
+@dataclass(frozen=True)
+class FactorSummary:
+    """One kind of a run's tensors: medians over slices.
+
+    Attributes:
+        num_tensors, num_elements: of the whole tensors.
+        num_slices: one of each tensor that is large enough.
+        relative_change: root mean square of the relative changes.
+        near_zero, unmoved, effective_rank: as of `Slice`; the last is None of vectors.
+    """
+
+    run: str
+    factor: str
+    num_tensors: int
+    num_elements: int
+    num_slices: int
+    relative_change: float
+    near_zero: float
+    unmoved: float
+    effective_rank: float | None
+
+
+def summarize(runs: Sequence[RunUpdates], side: int, seed: int) -> list[FactorSummary]:
+    """A line for each run and factor; last, for scale, what an update of independent normal numbers would give."""
+    summaries = []
+    for run in runs:
+        for factor in run.factors():
+            updates = run.of(factor)
+            slices = [update.slice(side, seed) for update in updates if update.side >= side or update.final.dim() < 2]
+            summaries.append(_summary(run.label, factor, [update.final.numel() for update in updates], slices))
+    generator = torch.Generator().manual_seed(seed)
+    noise = [torch.randn(side, side, generator=generator) for _ in range(32)]
+    return [*summaries, _summary("independent normal numbers", "", [], [Slice(torch.zeros_like(x), x) for x in noise])]
+
+
+def _summary(run: str, factor: str, num_elements: Sequence[int], slices: Sequence[Slice]) -> FactorSummary:
+    def median(values: Iterator[float]) -> float:
+        return float(torch.tensor(list(values), dtype=torch.float64).nanmedian())
+
+    rank = median(part.effective_rank for part in slices)
+    return FactorSummary(
+        run,
+        factor,
+        len(num_elements),
+        sum(num_elements),
+        len(slices),
+        median(float(part.relative.square().mean().sqrt()) for part in slices),
+        median(part.near_zero for part in slices),
+        median(part.unmoved for part in slices),
+        None if math.isnan(rank) else rank,
+    )
+
+
+def common_side(runs: Sequence[RunUpdates]) -> int:
+    """The largest side that half of the matrices of each kind have; of runs that trained vectors only, the shortest's length.
+
+    Half, because AdaLoRA cuts some to a rank or two.
+    """
+    matrices = [[u.side for u in run.of(factor) if u.final.dim() == 2] for run in runs for factor in run.factors()]
+    sides = [statistics.median_high(sides) for sides in matrices if sides]
+    return min(sides or [u.side for run in runs for u in run.updates])

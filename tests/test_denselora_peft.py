@@ -8,18 +8,11 @@ import torch
 from conftest import make_tiny_model, tiny_config
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
+from tuners import TOKENS, fresh_base, logits
 
 from qdense import DenseLoraConfig
-from qdense.modeling.base import load_base
 from qdense.ops.denselora import denselora_delta
-from qdense.recipe import ModelRecipe
 from qdense.tuners.denselora import DenseLoraLinear
-
-TOKENS = torch.arange(24).reshape(2, 12) + 5
-
-
-def fresh_base(tiny_model, quantization="none", dtype="float32"):
-    return load_base(ModelRecipe(name=str(tiny_model), quantization=quantization, dtype=dtype, device="cpu")).model
 
 
 def adapted(tiny_model, quantization="none", dtype="float32", **settings):
@@ -30,12 +23,6 @@ def adapted(tiny_model, quantization="none", dtype="float32", **settings):
         "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
     } | settings
     return get_peft_model(fresh_base(tiny_model, quantization, dtype), DenseLoraConfig(**settings))
-
-
-def logits(model):
-    model.eval()
-    with torch.no_grad():
-        return model(TOKENS).logits
 
 
 def test_layer_computes_the_equation(tiny_model):

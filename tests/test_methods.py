@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -17,6 +18,7 @@ from qdense.errors import EvaluationError, QDenseError, RecipeError
 from qdense.events import CheckpointSaved, Notice, StepDone
 from qdense.methods import METHODS
 from qdense.methods.adalora import final_ranks
+from qdense.modeling import merge as merge_module
 from qdense.modeling.adapter import adapter_tensors, attach_adapter, load_adapter, read_card
 from qdense.modeling.base import load_base
 from qdense.recipe import AdapterRecipe, ModelRecipe
@@ -230,8 +232,6 @@ def test_adaloras_penalty_is_added_once_a_step_and_not_in_validation(tiny_model,
 
 def read_metrics_of(recipe):
     run(recipe)
-    from pathlib import Path
-
     return read_metrics(Path(recipe.output.dir) / "metrics.jsonl")
 
 
@@ -348,6 +348,17 @@ def test_merged_into_nf4_the_loss_is_told(runs, tiny_model, tmp_path, capsys):
     unpacked = load_base(ModelRecipe(name=str(tmp_path / "nf4"), device="cpu"), for_training=False)
     error = unpacked.model.get_submodule(layer).weight - whole.model.get_submodule(layer).weight
     assert 0 < error.abs().max() < 0.05
+
+
+def test_merging_onto_a_base_that_is_held_in_4_bits(runs, tmp_path, monkeypatch):
+    """As on a GPU: a CPU's base has its NF4 values unpacked already."""
+    assert main(["merge", str(runs / "lora"), str(tmp_path / "unpacked"), "--onto", "nf4", "--json"]) == 0
+    monkeypatch.setattr(merge_module, "load_base", lambda recipe, *rest, for_training: load_base(recipe))
+    assert main(["merge", str(runs / "lora"), str(tmp_path / "packed"), "--onto", "nf4", "--json"]) == 0
+    files = [folder / "model.safetensors" for folder in (tmp_path / "unpacked", tmp_path / "packed")]
+    unpacked, packed = map(safetensors.torch.load_file, files)
+    assert unpacked.keys() == packed.keys()
+    assert all(torch.equal(unpacked[name], packed[name]) for name in packed)
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,11 @@ from conftest import meta_model
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from tuners import BASES, TOKENS, fresh_base, logits, train, trainable
 
 from qdense import NoraConfig
 from qdense.catalog import PAPER_TARGET_MODULES
-from qdense.modeling.base import load_base
-from qdense.recipe import ModelRecipe
 from qdense.tuners.nora import NoraLinear, calibrate, nora_delta, outer_pair
-
-TOKENS = torch.arange(24).reshape(2, 12) + 5
-BASES = [("none", "float32"), ("none", "bfloat16"), ("nf4", "bfloat16"), ("int8", "bfloat16")]
-
-
-def fresh_base(tiny_model, quantization="none", dtype="float32"):
-    return load_base(ModelRecipe(name=str(tiny_model), quantization=quantization, dtype=dtype, device="cpu")).model
 
 
 def config_of(**settings):
@@ -34,27 +26,8 @@ def adapted(tiny_model, quantization="none", dtype="float32", **settings):
     return get_peft_model(fresh_base(tiny_model, quantization, dtype), config_of(**{"init_weights": False} | settings))
 
 
-def logits(model):
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=TOKENS).logits
-
-
-def trainable(model):
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def outer_tensors(model):
     return {name: value.clone() for name, value in model.state_dict().items() if ".nora_outer_" in name}
-
-
-def train(model, steps=2):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
-        optimizer.step()
 
 
 # --- the equation and the outer pair ----------------------------------------------------------------------------------

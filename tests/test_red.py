@@ -9,42 +9,15 @@ from conftest import meta_model, tiny_config
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from tuners import BASES, fresh_base, logits, train, trainable
 
 from qdense import RedConfig
-from qdense.modeling.base import load_base
-from qdense.recipe import ModelRecipe
 from qdense.tuners.red import RedLinear, red_output
-
-TOKENS = torch.arange(24).reshape(2, 12) + 5
-BASES = [("none", "float32"), ("none", "bfloat16"), ("nf4", "bfloat16"), ("int8", "bfloat16")]
-
-
-def fresh_base(tiny_model, quantization="none", dtype="float32"):
-    return load_base(ModelRecipe(name=str(tiny_model), quantization=quantization, dtype=dtype, device="cpu")).model
 
 
 def adapted(tiny_model, quantization="none", dtype="float32", **settings):
     torch.manual_seed(7)
     return get_peft_model(fresh_base(tiny_model, quantization, dtype), RedConfig(**{"init_weights": False} | settings))
-
-
-def logits(model):
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=TOKENS).logits
-
-
-def trainable(model):
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def train(model, steps=2):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
-        optimizer.step()
 
 
 def test_the_equation_by_hand():

@@ -125,11 +125,10 @@ def strict_number(response: str) -> float | None:
     A minus directly behind a digit or a bracket is a subtraction, not a sign. A fraction behind which the result stands
     ("3/4 = 0.75") is not the last number.
     """
-    last = None
-    for last in _STRICT_NUMBER.finditer(_TEX_FRACTION.sub(r" \1/\2", response)):  # noqa: B007
-        pass
-    if last is None:
+    found = list(_STRICT_NUMBER.finditer(_TEX_FRACTION.sub(r" \1/\2", response)))
+    if not found:
         return None
+    last = found[-1]
     value = float(f"{last['value'].replace(',', '')}e{last['exponent'] or last['power'] or 0}")
     if last["denominator"]:
         denominator = float(last["denominator"])

@@ -103,6 +103,11 @@ class Method:
     schedule: RankSchedule | None = None
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether it adds tensors of its own, by PEFT; full fine-tuning trains the base's."""
+        return self.build_config is not None
+
+    @property
     def is_saved_whole_by_peft(self) -> bool:
         """Whether PEFT's files hold all that a resumed run needs of the weights."""
-        return self.build_config is not None and self.schedule is None
+        return self.is_adapter and self.schedule is None

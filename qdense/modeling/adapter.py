@@ -135,8 +135,8 @@ def save_adapter(model: Any, folder: Path, card: AdapterCard | None) -> None:
         write_atomically(folder / CARD_FILE, json.dumps(asdict(card), indent=2) + "\n")
 
 
-def save_initial(model: Any, path: Path) -> None:
-    """Write the trainable tensors as they are, by their names in the model: what updates are measured from."""
+def save_trainable(model: Any, path: Path) -> None:
+    """Write the trainable tensors as they are, by their names in the model."""
     temporary = path.with_name(f".{path.name}")
     save_file({name: parameter.detach().contiguous() for name, parameter in trainable_parameters(model)}, temporary)
     temporary.replace(path)
@@ -151,8 +151,7 @@ def save_state(model: Any, folder: Path, method: Method) -> None:
     if method.is_saved_whole_by_peft:
         save_adapter(model, folder, card=None)
     else:
-        tensors = {name: parameter.detach().contiguous() for name, parameter in trainable_parameters(model)}
-        save_file(tensors, folder / _TRAINABLE_FILE)
+        save_trainable(model, folder / _TRAINABLE_FILE)
     if method.schedule is not None:
         method.schedule.save(model, folder)
 
@@ -242,7 +241,7 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
             f"{differing}. Give the right base by --model."
         )
     method = METHODS.get(card.method)
-    if method is not None and method.build_config is None:
+    if method is not None and not method.is_adapter:
         return _load_whole_model(base, folder)
     if not (folder / "adapter_model.safetensors").is_file():
         # PEFT would take the folder's name for a hub id and ask there

@@ -19,6 +19,7 @@ from qdense.cache import appearing_folder, require_free_space
 from qdense.data.templates import template_named
 from qdense.data.wordproblems import test_rows
 from qdense.errors import AdapterError
+from qdense.methods import METHODS
 from qdense.modeling.adapter import adapter_tensors, find_adapter, load_adapter, read_card
 from qdense.modeling.base import BaseModel, Tell, load_base, quantize_folder
 from qdense.recipe import ModelRecipe
@@ -67,12 +68,12 @@ def merge(run: Path, output: Path, *, onto: str, into_nf4: bool, notice: Tell) -
         raise AdapterError(f"{output}: is there already and not empty; name another folder to write into")
     folder = find_adapter(run)
     card = read_card(folder)
-    if card.method == "full":
+    if (method := METHODS.get(card.method)) is not None and not method.is_adapter:
         raise AdapterError(f"{folder}: is a whole model already; there is nothing to merge")
     settings = {**card.model, "quantization": "none" if onto == "original" else "nf4"}
     base = load_base(ModelRecipe(**settings), notice, for_training=False)
     if base.held_in == "nf4":
-        base.model.dequantize(dtype=getattr(torch, settings.get("dtype", "bfloat16")))
+        base.model.dequantize(dtype=getattr(torch, settings.get("dtype", "bfloat16")))  # in place
     model = load_adapter(base, folder, card)
     for _, tensor in adapter_tensors(model):
         tensor.data = tensor.data.float()

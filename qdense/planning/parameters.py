@@ -40,7 +40,7 @@ def count_parameters(model: str, adapter: AdapterRecipe) -> ParameterCount:
     chosen = {name: shapes[name] for name in shapes if name in targets}
     by_module = method.count_parameters(adapter, chosen, entry.num_layers)
     trainable = sum(by_module.values())
-    added = trainable if method.build_config is not None else 0
+    added = trainable if method.is_adapter else 0
     return ParameterCount(
         method=adapter.method,
         model=model,

@@ -38,7 +38,7 @@ from qdense.modeling.adapter import (
     AdapterCard,
     attach_adapter,
     save_adapter,
-    save_initial,
+    save_trainable,
     trainable_parameters,
 )
 from qdense.modeling.base import BaseModel, load_base
@@ -107,7 +107,8 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
         )
 
     set_seed(recipe.training.seed)
-    num_rows = METHODS[recipe.adapter.method].num_calibration_rows(recipe.adapter)
+    method = METHODS[recipe.adapter.method]
+    num_rows = method.num_calibration_rows(recipe.adapter)
     calibration = [collate([example], base.pad_token_id) for example in training.examples[:num_rows]]
     model = attach_adapter(base, recipe.adapter, num_steps, calibration)
     num_trainable = sum(parameter.numel() for _, parameter in trainable_parameters(model))
@@ -130,8 +131,8 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
         "summary": dict(facts),
     }
     write_atomically(run_dir / RECIPE_FILE, tomli_w.dumps({**recipe.resolved(), "provenance": provenance}))
-    if checkpoint is None and METHODS[recipe.adapter.method].build_config is not None:
-        save_initial(model, run_dir / INITIAL_FILE)
+    if checkpoint is None and method.is_adapter:
+        save_trainable(model, run_dir / INITIAL_FILE)
     first_step = checkpoint_step(checkpoint) if checkpoint else 0
     metrics = MetricsFile(run_dir / METRICS_FILE, resume_step=first_step)
 
@@ -143,7 +144,7 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
         recipe=recipe,
         base=base,
         model=model,
-        method=METHODS[recipe.adapter.method],
+        method=method,
         training=training.examples,
         validation=validation.examples if validation else [],
         checkpoint_dir=run_dir / CHECKPOINT_DIR,
@@ -330,7 +331,7 @@ def _facts(
     method = METHODS[adapter.method]
     shown = {"r": f" r {adapter.r}", "alpha": f", alpha {adapter.scaling_alpha:g},"}
     settings_of_adapter = "".join(text for key, text in shown.items() if key in method.uses)
-    dtype = adapter.dtype if method.build_config is not None else recipe.model.dtype
+    dtype = adapter.dtype if method.is_adapter else recipe.model.dtype
     modules = ", ".join(name.removesuffix("_proj") for name in method.targets(adapter))
     epochs = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.epochs:g} epochs"
     return (

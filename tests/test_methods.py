@@ -242,6 +242,8 @@ def test_freezing_trains_m_alone_and_needs_another_start(tiny_model, tmp_path, z
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable
     assert all(".denselora_m." in name for name in trainable)
+    is_zero = [not parameter.any() for name, parameter in model.named_parameters() if name in trainable]
+    assert set(is_zero) == {zero_init != "none"}
     model(IDS, labels=IDS).loss.backward()
     assert all(parameter.grad.norm() > 0 for name, parameter in model.named_parameters() if name in trainable)
     model.disable_adapter_layers()

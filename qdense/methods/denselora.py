@@ -67,14 +67,17 @@ METHOD = Method(
     awake_at_start=_awake_at_start,
 )
 
-# M starts at zero here: behind a frozen decoder of zeros nothing would ever learn, and behind a random M the adapter would
-# disturb the base from the first step on.
+def _freeze_config(adapter: AdapterSettings) -> Any:
+    # Behind a frozen decoder of zeros nothing would ever learn, so M takes the place of what starts at zero.
+    zero_init = "m" if adapter.zero_init == "decoder" else adapter.zero_init
+    return _config(adapter, freeze_shared=True, zero_init=zero_init)
+
+
 FREEZE = dataclasses.replace(
     METHOD,
     name="denselora-freeze",
-    summary="ablation: encoder and decoder stay as they were drawn, M starts at zero and is trained",
-    uses=_USES - {"zero_init"},
-    build_config=lambda adapter, num_steps: _config(adapter, freeze_shared=True, zero_init="m"),
+    summary='ablation: encoder and decoder stay as drawn; M is trained, from zero (zero_init = "none": from a random start)',
+    build_config=lambda adapter, num_steps: _freeze_config(adapter),
     count_parameters=_count_matrices,
     awake_at_start=lambda name: True,
 )

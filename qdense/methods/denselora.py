@@ -67,6 +67,7 @@ METHOD = Method(
     awake_at_start=_awake_at_start,
 )
 
+
 def _freeze_config(adapter: AdapterSettings) -> Any:
     # Behind a frozen decoder of zeros nothing would ever learn, so M takes the place of what starts at zero.
     zero_init = "m" if adapter.zero_init == "decoder" else adapter.zero_init

@@ -169,6 +169,11 @@ class TrainingRecipe(_Table):
     max_steps: int | None = Field(None, ge=1, description="a positive whole number; left out, `epochs` decides")
     batch_size: int = Field(16, ge=1, description="a positive whole number of examples per optimizer step")
     micro_batch_size: int = Field(4, ge=1, description="a positive whole number of examples per forward pass")
+    packing: bool = Field(
+        True,
+        description="true or false: whether rows lie one behind the other instead of being padded, as many in a forward pass as "
+        "tokens fit into micro_batch_size rows of data.max_length",
+    )
     learning_rate: float = Field(3e-4, gt=0, lt=1, description="a number above 0 and below 1")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="linear, cosine or constant")
     warmup_steps: int = Field(100, ge=0, description="a whole number, 0 or more")
@@ -280,10 +285,6 @@ def _conflicts(tables: Mapping[str, Any], wrong: set[str]) -> Iterator[tuple[str
             return None
         return given.get(field, _table([table]).model_fields[field].default)
 
-    batch_size, micro_batch_size = value("training", "batch_size"), value("training", "micro_batch_size")
-    if batch_size and micro_batch_size and batch_size % micro_batch_size:
-        key = "training.micro_batch_size"
-        yield key, f"{key} = {micro_batch_size}", f"must divide training.batch_size = {batch_size}"
     if value("adapter", "activation") == "relu" and value("adapter", "zero_init") != "none":
         message = (
             'needs adapter.zero_init = "none": ReLU has zero slope at 0, and behind a factor that starts at zero nothing would '

@@ -308,13 +308,14 @@ def test_folders_that_are_not_empty(tiny_model, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows(tiny_model, tmp_path, monkeypatch):
-    original = trainer_module.AdapterTrainer.compute_loss
+    original = trainer_module.AdapterTrainer._loss
 
-    def poisoned(self, model, inputs, *args, **kwargs):
-        loss = original(self, model, inputs, *args, **kwargs)
-        return loss * float("nan") if self.state.global_step == 2 and len(self.progress.micro_batches) == 1 else loss
+    def poisoned(self, model, batch, num_labels):
+        loss = original(self, model, batch, num_labels)
+        is_second = self.state.global_step == 2 and len(self.progress.micro_batches) == 1
+        return loss * float("nan") if model.training and is_second else loss
 
-    monkeypatch.setattr(trainer_module.AdapterTrainer, "compute_loss", poisoned)
+    monkeypatch.setattr(trainer_module.AdapterTrainer, "_loss", poisoned)
     with pytest.raises(RunError, match=r"step 3: the loss is not finite; data rows \[\d+, \d+\]"):
         run(recipe_for(tiny_model, tmp_path / "run"))
 

@@ -171,8 +171,6 @@ def _stepper(plan: Plan, variant: str) -> Iterator[None]:
         weight_decay=0.0,
         master_weights=recipe.adapter.master_weights,
     )
-    if method.schedule is not None:
-        method.schedule.begin(model, 1)
     model.train()
     for number, batch in enumerate(inputs, start=1):
         with without_logits(model):

@@ -125,6 +125,50 @@ def encode_rows(rows: Sequence[Row], numbers: Sequence[int], tokenizer: Any, dat
     return Encoded(examples, num_truncated, num_without_answer, num_dropped)
 
 
+def pack(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
+    """Spread examples over as few micro-batches as first-fit decreasing finds, none of more than `max_tokens` tokens.
+
+    An example that is longer has one of its own. Depends on the examples and their order alone: a resumed run packs alike.
+    """
+    packs: list[list[Example]] = []
+    room: list[int] = []
+    for example in sorted(examples, key=lambda example: -len(example.input_ids)):
+        length = len(example.input_ids)
+        place = next((i for i, left in enumerate(room) if left >= length), None)
+        if place is None:
+            packs.append([])
+            room.append(max_tokens)
+            place = len(packs) - 1
+        packs[place].append(example)
+        room[place] -= length
+    return packs
+
+
+def join(examples: Sequence[Example]) -> dict[str, Any]:
+    """Examples one behind the other in one row, as `qdense.modeling.packing` takes them.
+
+    Returns:
+        input_ids, position_ids, labels: (1, tokens), int64, the first label of each example ignored, for no token precedes it;
+        cu_seq_lens_q: (examples + 1,), int32, where each begins; plain values: lengths, max_length_q, rows, num_tokens.
+    """
+    lengths = [len(example.input_ids) for example in examples]
+    labels = np.concatenate([example.labels for example in examples]).astype(np.int64)
+    starts = np.cumsum([0, *lengths])
+    labels[starts[:-1]] = IGNORED
+    return {
+        "input_ids": torch.from_numpy(np.concatenate([example.input_ids for example in examples]).astype(np.int64))[
+            None
+        ],
+        "position_ids": torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
+        "labels": torch.from_numpy(labels)[None],
+        "cu_seq_lens_q": torch.from_numpy(starts.astype(np.int32)),
+        "lengths": lengths,
+        "max_length_q": max(lengths),
+        "rows": [example.row for example in examples],
+        "num_tokens": int(starts[-1]),
+    }
+
+
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
     """Pad on the right to the longest example.
 

@@ -72,14 +72,10 @@ class _Schedule:
 
     _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
-    def begin(self, model: Any, num_micro_batches: int) -> None:
-        # PEFT adds the penalty to the loss of each micro-batch, and a step sums these: once a step is meant.
-        model.peft_config["default"].orth_reg_weight /= num_micro_batches
-
     @contextmanager
-    def validating(self, model: Any) -> Iterator[None]:
+    def weighing(self, model: Any, share: float) -> Iterator[None]:
         config = model.peft_config["default"]
-        weight, config.orth_reg_weight = config.orth_reg_weight, 0.0
+        weight, config.orth_reg_weight = config.orth_reg_weight, share * config.orth_reg_weight
         try:
             yield
         finally:

@@ -44,11 +44,9 @@ class AdapterSettings(Protocol):
 class RankSchedule(Protocol):
     """What a method does to its weights beside the optimizer, after each of its steps; for bit-exact resumes with a state."""
 
-    def begin(self, model: Any, num_micro_batches: int) -> None:
-        """Before the first step, which like all others sums the losses of so many micro-batches."""
-
-    def validating(self, model: Any) -> AbstractContextManager[None]:
-        """Within it, the model's loss is that of the text alone."""
+    def weighing(self, model: Any, share: float) -> AbstractContextManager[None]:
+        """Within it, the model adds this share of the method's own term to the loss of the text: of a step's n micro-batches
+        each 1 / n, for their losses are summed; 0 in validation."""
 
     def step(self, model: Any, step: int) -> None:
         """After the optimizer's step number `step` (1, 2, ...), gradients still there."""

@@ -340,9 +340,18 @@ def _facts(
         ("trainable", f"{num_trainable:,} parameters, {share:.3g}% of the model, {dtype}"),
         ("data", f"{recipe.data.path or recipe.data.name}: {len(training.examples):,} rows"
                  f" of {len(data.rows) - num_validation:,}, {num_validation} more for validation"),
-        ("training", f"{epochs}, batch {settings.batch_size} ({settings.micro_batch_size} at a time), "
+        ("training", f"{epochs}, batch {settings.batch_size} ({_at_a_time(recipe)}), "
                      f"lr {settings.learning_rate:g}, {settings.optimizer}"),
     )  # fmt: skip
+
+
+def _at_a_time(recipe: Recipe) -> str:
+    size = recipe.training.micro_batch_size
+    return (
+        f"packed, {size * recipe.data.max_length:,} tokens at a time"
+        if recipe.training.packing
+        else f"{size} at a time"
+    )
 
 
 def _num_elements(parameter: torch.nn.Parameter) -> int:

@@ -7,8 +7,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +21,29 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qdense.cache import require_free_space
-from qdense.data.examples import Example, collate
+from qdense.data.examples import Example, collate, join, pack
 from qdense.errors import RunError
-from qdense.events import CheckpointSaved, Emit, StepDone, Validated, ValidationProgress
+from qdense.events import CheckpointSaved, Emit, Notice, StepDone, Validated, ValidationProgress
 from qdense.methods import Method
 from qdense.modeling.adapter import restore_state, save_state, trainable_parameters
 from qdense.modeling.base import BaseModel
 from qdense.modeling.loss import without_logits
+from qdense.modeling.packing import packed_attention, why_not_packed
 from qdense.ops.cross_entropy import IGNORED
 from qdense.recipe import Recipe
 from qdense.training.optimizer import build_optimizer
 
 CHECKPOINTS_TO_KEEP = 3  # as the authors'
 _BEST_WEIGHTS = "best.safetensors"
-_BEST_INFO = "best.json"
+_STATE = "qdense.json"  # what else a resumed run needs
 
 
 class AdapterTrainer(Trainer):
     """Trainer for an adapter on a frozen base.
 
     What differs from Trainer, and why:
+      - Its batch is the whole optimizer step: examples, which are packed (or padded) into micro-batches here. The step's loss is
+        the mean over its loss tokens, however they are split. Memory that runs out halves the micro-batches.
       - The optimizer is `build_optimizer`'s, with fp32 masters.
       - Checkpoints hold the adapter in PEFT's format, in its own dtype; Trainer's way of loading it back casts bf16 to
         fp32, and a resumed run would not be the same run.
@@ -63,19 +66,23 @@ class AdapterTrainer(Trainer):
         seconds_before: float = 0.0,
     ) -> None:
         self.recipe, self.emit, self.adapted, self.method = recipe, emit, model, method
+        self.pad_token_id = base.pad_token_id
+        self.is_packed = recipe.training.packing
+        if self.is_packed and (reason := why_not_packed(base.model)):
+            emit(Notice(f"training.packing: {reason}; rows are padded instead", "warning"))
+            self.is_packed = False
+        self.num_rows_at_once = recipe.training.micro_batch_size
         self.best_step, self.best_loss, self.best_weights = 0, math.inf, {}  # type: int, float, dict[str, Tensor]
         self.progress = _ProgressCallback(self, emit, base.device, seconds_before)
         super().__init__(
             model=model,
             args=_training_arguments(recipe, base, checkpoint_dir, has_validation=bool(validation)),
-            data_collator=lambda examples: collate(examples, base.pad_token_id),
+            data_collator=lambda examples: {"examples": examples},
             train_dataset=training,
             eval_dataset=validation or None,
             callbacks=[_Watch(self, method), _Ranks(self), self.progress],
         )
         self.remove_callback(PrinterCallback)
-        if method.schedule is not None:
-            method.schedule.begin(model, recipe.training.batch_size // recipe.training.micro_batch_size)
 
     # --- optimizer --------------------------------------------------------------------------------------------------------
 
@@ -93,12 +100,80 @@ class AdapterTrainer(Trainer):
     # --- steps ------------------------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        rows = inputs.pop("rows")
-        self.progress.num_tokens += inputs.pop("num_tokens")
-        with without_logits(self.adapted):
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        self.progress.micro_batches.append((loss.detach(), rows))
+        """Forward and backward of one optimizer step's examples."""
+        model.train()
+        is_cuda = self.args.device.type == "cuda"
+        generators = torch.get_rng_state(), torch.cuda.get_rng_state() if is_cuda else None
+        while True:
+            try:
+                return self._forward_and_backward(model, inputs["examples"])
+            except (torch.OutOfMemoryError, MemoryError):
+                if self.num_rows_at_once == 1:
+                    raise
+            # Out of the handler: what the failed pass still held is free by now.
+            self.num_rows_at_once = (self.num_rows_at_once + 1) // 2
+            self.emit(
+                Notice(
+                    f"step {self.state.global_step + 1}: out of memory; the step is repeated with micro-batches half as large, "
+                    f"as with training.micro_batch_size = {self.num_rows_at_once}. The batch stays {len(inputs['examples'])}.",
+                    "warning",
+                )
+            )
+            model.zero_grad()
+            torch.set_rng_state(generators[0])
+            if generators[1] is not None:
+                torch.cuda.set_rng_state(generators[1])
+                torch.cuda.empty_cache()
+
+    def _forward_and_backward(self, model: Any, examples: Sequence[Example]) -> Tensor:
+        self.progress.micro_batches, self.progress.num_tokens = [], 0
+        micro_batches = self._micro_batches(examples)
+        num_labels = torch.tensor(max(1, sum(batch["num_labels"] for batch in micro_batches)), device=self.args.device)
+        # Several processes average their gradients; the loss is a mean over the labels of all.
+        num_labels, num_processes = self.accelerator.reduce(num_labels, "sum"), self.accelerator.num_processes
+        total = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            is_last = number == len(micro_batches)
+            with self._passes(1 / len(micro_batches)), nullcontext() if is_last else self.accelerator.no_sync(model):
+                loss = self._loss(model, batch, num_labels) * num_processes
+                self.progress.micro_batches.append((loss.detach(), batch["rows"]))
+                self.accelerator.backward(loss)
+            self.progress.num_tokens += batch["num_tokens"]
+            total += loss.detach()
+        return total
+
+    def _micro_batches(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        """A step's examples (or some to validate on) as the model takes them: packed, or padded."""
+        size = self.num_rows_at_once
+        if self.is_packed:
+            batches = [join(group) for group in pack(examples, size * self.recipe.data.max_length)]
+        else:
+            groups = [examples[start : start + size] for start in range(0, len(examples), size)]
+            batches = [collate(group, self.pad_token_id) for group in groups]
+        for batch in batches:
+            batch["num_labels"] = int((batch["labels"][:, 1:] != IGNORED).sum())
+        return batches
+
+    @contextmanager
+    def _passes(self, share: float) -> Iterator[None]:
+        """What surrounds each forward, and its backward, which may recompute it; `share`: see RankSchedule.weighing."""
+        with ExitStack() as stack:
+            stack.enter_context(without_logits(self.adapted))
+            if self.is_packed:
+                stack.enter_context(packed_attention(self.adapted))
+            if self.method.schedule is not None:
+                stack.enter_context(self.method.schedule.weighing(self.adapted, share))
+            yield
+
+    def _loss(self, model: Any, batch: dict[str, Any], num_labels: Tensor) -> Tensor:
+        """The losses of a micro-batch's tokens, summed, over `num_labels`."""
+        arguments = {key: value for key, value in batch.items() if key not in ("rows", "num_tokens", "num_labels")}
+        arguments = self._prepare_inputs(arguments)
+        loss: Tensor = model(**arguments, use_cache=False, num_items_in_batch=num_labels).loss
         return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # Trainer counts these by a tensor that its batches have and ours lack; nobody reads the figure
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validation loss: mean over all loss tokens of the validation rows."""
@@ -106,17 +181,12 @@ class AdapterTrainer(Trainer):
         was_training = self.adapted.training
         self.adapted.eval()
         total, count = 0.0, 0
-        for number, batch in enumerate(loader, start=1):
-            batch = self._prepare_inputs(batch)
-            num_labels = int((batch["labels"][:, 1:] != IGNORED).sum())
-            quietly = schedule.validating(self.adapted) if schedule is not None else nullcontext()
-            with torch.no_grad(), quietly, without_logits(self.adapted):
-                loss = self.adapted(
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
-                ).loss
-            if num_labels:
-                total += float(loss) * num_labels
-                count += num_labels
+        one = torch.ones((), device=self.args.device)
+        for number, inputs in enumerate(loader, start=1):
+            for batch in self._micro_batches(inputs["examples"]):
+                with torch.no_grad(), self._passes(0.0):
+                    total += float(self._loss(self.adapted, batch, one))
+                count += batch["num_labels"]
             self.emit(ValidationProgress(number, len(loader)))
         self.adapted.train(was_training)
         loss_mean = total / count
@@ -155,9 +225,15 @@ class AdapterTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_state(self.adapted, folder, self.method)
+        state: dict[str, Any] = {
+            "num_rows_at_once": self.num_rows_at_once,
+            "best_step": self.best_step,
+            "best_loss": None,
+        }
         if self.best_weights:
             safetensors.torch.save_file(self.best_weights, folder / _BEST_WEIGHTS)
-            (folder / _BEST_INFO).write_text(json.dumps({"step": self.best_step, "loss": self.best_loss}))
+            state["best_loss"] = self.best_loss
+        (folder / _STATE).write_text(json.dumps(state))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.restore(Path(resume_from_checkpoint))
@@ -165,9 +241,10 @@ class AdapterTrainer(Trainer):
     def restore(self, folder: Path) -> None:
         """Take weights, and the best ones so far, from a checkpoint; optimizer and order are Trainer's business."""
         restore_state(self.adapted, folder, self.method)
-        if (folder / _BEST_INFO).is_file():
-            best = json.loads((folder / _BEST_INFO).read_text())
-            self.best_step, self.best_loss = best["step"], best["loss"]
+        state = json.loads((folder / _STATE).read_text())
+        self.num_rows_at_once = state["num_rows_at_once"]
+        if state["best_loss"] is not None:
+            self.best_step, self.best_loss = state["best_step"], state["best_loss"]
             self.best_weights = safetensors.torch.load_file(folder / _BEST_WEIGHTS)
 
 
@@ -306,9 +383,8 @@ def _training_arguments(recipe: Recipe, base: BaseModel, folder: Path, *, has_va
     settings = recipe.training
     arguments = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=settings.micro_batch_size,
-        per_device_eval_batch_size=settings.micro_batch_size,
-        gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         learning_rate=settings.learning_rate,

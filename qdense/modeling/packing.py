@@ -1,0 +1,86 @@
+"""Attention among packed examples: several rows one behind the other, without padding, none of which sees another.
+
+A block-diagonal mask would be dense, tokens x tokens, and would cost sdpa its fast kernels. So there is no mask: the model is
+told where each row begins (`cu_seq_lens_q`), and each row is attended to by itself, in one kernel on CUDA, in turn elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+_NAME = "qdense_packed"
+# Their attention is causal and nothing else: no soft cap, no sink, and a window only where the configuration names one.
+_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+
+
+def why_not_packed(model: Any) -> str | None:
+    """The reason that this model's rows cannot be packed; None if they can."""
+    config = model.config
+    if config.model_type not in _MODEL_TYPES:
+        return f"packing is known to be right for {', '.join(_MODEL_TYPES)}, not for {config.model_type}"
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    has_window = "sliding_attention" in layer_types or (not layer_types and getattr(config, "sliding_window", None))
+    return "its attention has a sliding window" if has_window else None
+
+
+@contextmanager
+def packed_attention(model: Any) -> Iterator[None]:
+    """Within, forward and backward take packed rows only: `input_ids` (1, tokens), `position_ids` that start at 0 with each row,
+    `cu_seq_lens_q` (rows + 1,), int32, `max_length_q`, and neither attention mask nor cache."""
+    config = model.config
+    previous = config._attn_implementation
+    config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = previous
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    lengths: list[int],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface.
+
+    query (1, heads, tokens, d), key and value (1, kv heads, tokens, d) -> (1, tokens, heads, d).
+    """
+    if attention_mask is not None or dropout or sliding_window is not None or len(query) != 1:
+        raise ValueError("packed rows: no attention mask, attention dropout, sliding window or second batch entry")
+    is_grouped = key.shape[1] != query.shape[1]
+    if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, d)
+        bounds, longest = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
+        output = varlen_attn(
+            query, key, value, *bounds, *longest, scale=scaling, window_size=(-1, 0), enable_gqa=is_grouped
+        )
+        assert isinstance(output, Tensor)
+        return output.unsqueeze(0), None
+    rows = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=is_grouped)
+        for q, k, v in rows
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_NAME, _attend)

@@ -78,7 +78,8 @@ def test_zero_decoder_adds_nothing_and_still_learns():
 
 
 def test_dropout_draws_the_masks_it_says():
-    x, e, m, d = torch.randn(64, 5), torch.randn(4, 5), torch.randn(4, 4), torch.randn(6, 4)
+    torch.manual_seed(2)
+    x, e, m, d = torch.randn(64, 5), torch.randn(4, 5), torch.randn(4, 4), 0.1 * torch.randn(6, 4)  # no GELU underflows
     torch.manual_seed(3)
     dropped = denselora_delta(x, e, m, d, scaling=1.0, dropout=0.5)
     assert not torch.equal(dropped, denselora_delta(x, e, m, d, scaling=1.0))

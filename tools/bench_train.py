@@ -60,6 +60,7 @@ def ways(batch_size: int, micro_batch_size: int) -> list[Way]:
         Way("denselora r 32, padded", "denselora", 32, is_packed=False, rows=micro_batch_size),
         Way("denselora r 32, packed", "denselora", 32, is_packed=True, rows=micro_batch_size),
         Way("denselora r 32, packed, one pass", "denselora", 32, is_packed=True, rows=batch_size),
+        Way("base alone, padded", None, 32, is_packed=False, rows=micro_batch_size),
         Way("base alone, packed, one pass", None, 32, is_packed=True, rows=batch_size),
     ]
 

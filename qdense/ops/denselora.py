@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qdense.ops.dropout import dropout as drop
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "silu": F.silu,
@@ -37,7 +39,7 @@ def draw_masks(x: Tensor, r: int, d_out: int, dropout: float) -> DropoutMasks:
     """Fresh masks for `x` (..., d_in) from torch's generator, in dtype and on device of `x`."""
 
     def mask(width: int) -> Tensor:
-        return F.dropout(torch.ones(*x.shape[:-1], width, dtype=x.dtype, device=x.device), dropout)
+        return drop(torch.ones(*x.shape[:-1], width, dtype=x.dtype, device=x.device), dropout)
 
     return DropoutMasks(mask(x.shape[-1]), mask(r), mask(d_out))
 
@@ -72,8 +74,8 @@ def denselora_delta(
     if masks is not None:
         encoded = s(F.linear(x * masks.input, encoder)) * masks.encoded
         return scaling * (s(F.linear(F.linear(encoded, m), decoder)) * masks.output)
-    encoded = F.dropout(s(F.linear(F.dropout(x, dropout), encoder)), dropout)
-    return scaling * F.dropout(s(F.linear(F.linear(encoded, m), decoder)), dropout)
+    encoded = drop(s(F.linear(drop(x, dropout), encoder)), dropout)
+    return scaling * drop(s(F.linear(F.linear(encoded, m), decoder)), dropout)
 
 
 def denselora_delta_weight(encoder: Tensor, m: Tensor, decoder: Tensor, *, scaling: float) -> Tensor:

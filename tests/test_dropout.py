@@ -1,0 +1,52 @@
+"""Dropout's mask: its rate, its scale, and where its numbers come from."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from qdense.ops.dropout import dropout
+
+
+@pytest.mark.parametrize("p", [0.01, 0.05, 0.5, 0.9])
+def test_the_rate_and_the_scale_are_those_asked_for(p):
+    torch.manual_seed(0)
+    out = dropout(torch.ones(1001, 1003), p)
+    assert (out == 0).double().mean().item() == pytest.approx(p, abs=5 * (p * (1 - p) / out.numel()) ** 0.5 + 2**-16)
+    torch.testing.assert_close(out[out != 0], torch.full_like(out[out != 0], 1 / (1 - p)))
+    assert out.double().mean().item() == pytest.approx(1, rel=0.02)
+
+
+def test_neighbours_in_rows_and_columns_are_independent():
+    torch.manual_seed(1)
+    kept = (dropout(torch.ones(1000, 999), 0.5) != 0).double() - 0.5
+    for shift in ((0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (5, 0)):
+        assert (kept * kept.roll(shift, dims=(0, 1))).mean().item() == pytest.approx(0, abs=0.25 * 5e-3)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 7), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_shape_keeps_its_dtype(shape, dtype):
+    out = dropout(torch.ones(shape, dtype=dtype), 0.5)
+    assert (out.shape, out.dtype) == (torch.Size(shape), dtype)
+
+
+def test_the_mask_follows_torchs_seed_and_goes_on_from_it():
+    x = torch.ones(64, 64)
+    torch.manual_seed(3)
+    first, second = dropout(x, 0.3), dropout(x, 0.3)
+    torch.manual_seed(3)
+    assert torch.equal(first, dropout(x, 0.3))
+    assert not torch.equal(first, second)
+    assert dropout(x, 0.0) is x or torch.equal(dropout(x, 0.0), x)
+
+
+def test_gradients_pass_the_same_mask_also_when_recomputed():
+    x = torch.randn(50, 20, requires_grad=True)
+    torch.manual_seed(4)
+    out = dropout(x, 0.4)
+    out.sum().backward()
+    expected, x.grad = x.grad, None
+    torch.testing.assert_close(expected, (out != 0).float() / 0.6)
+    torch.manual_seed(4)
+    checkpoint(lambda value: dropout(value, 0.4).square(), x, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach() * expected.square())

@@ -75,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":
             return _fail(
-                f"out of GPU memory: {str(error).splitlines()[0]}\nLower training.micro_batch_size (the batch stays the same), "
-                f"switch training.gradient_checkpointing on, or lower --batch-size of an evaluation; then go on {_GO_ON}."
+                f"out of GPU memory: {str(error).splitlines()[0]}\nTraining has tried micro-batches down to one row: "
+                f"switch training.gradient_checkpointing on or lower data.max_length. Lower --batch-size of an evaluation. "
+                f"Then go on {_GO_ON}."
             )
         raise
 

@@ -75,7 +75,7 @@ def denselora_delta(
         encoded = s(F.linear(x * masks.input, encoder)) * masks.encoded
         return scaling * (s(F.linear(F.linear(encoded, m), decoder)) * masks.output)
     encoded = drop(s(F.linear(drop(x, dropout), encoder)), dropout)
-    return scaling * drop(s(F.linear(F.linear(encoded, m), decoder)), dropout)
+    return drop(s(F.linear(F.linear(encoded, m), decoder)), dropout, scaling)
 
 
 def denselora_delta_weight(encoder: Tensor, m: Tensor, decoder: Tensor, *, scaling: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -305,6 +306,16 @@ def test_folders_that_are_not_empty(tiny_model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="is a file"):
         run(recipe_for(tiny_model, tmp_path / "file"))
+
+
+def test_a_checkpoint_of_another_version_is_refused(tiny_model, tmp_path):
+    recipe = recipe_for(tiny_model, tmp_path / "run", training__max_steps=4)
+    run(recipe)
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-4")
+    (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "qdense.json").unlink()
+    with pytest.raises(RunError, match=r"checkpoint-2: has no qdense\.json: another version"):
+        run(recipe, resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows(tiny_model, tmp_path, monkeypatch):

@@ -240,6 +240,11 @@ class AdapterTrainer(Trainer):
 
     def restore(self, folder: Path) -> None:
         """Take weights, and the best ones so far, from a checkpoint; optimizer and order are Trainer's business."""
+        if not (folder / _STATE).is_file():
+            raise RunError(
+                f"{folder}: has no {_STATE}: another version of qdense wrote it. Go on with that version, "
+                "or start a new run with another --output."
+            )
         restore_state(self.adapted, folder, self.method)
         state = json.loads((folder / _STATE).read_text())
         self.num_rows_at_once = state["num_rows_at_once"]

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from qdense.ops.denselora import ACTIVATIONS, DropoutMasks, denselora_delta, denselora_delta_weight, draw_masks
+from qdense.ops.denselora import ACTIVATIONS, DropoutMasks, decode, denselora_delta, denselora_delta_weight, encode
 
 
 def gelu(x: float) -> float:
@@ -55,7 +56,7 @@ def test_gradcheck(activation, with_masks):
     x, e, m, d = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5), (4, 5), (4, 4), (6, 4))
     )
-    masks = draw_masks(x.detach(), 4, 6, 0.3) if with_masks else None
+    masks = DropoutMasks(*((torch.rand(2, 3, n) < 0.7).double() / 0.7 for n in (5, 4, 6))) if with_masks else None
 
     def function(x, e, m, d):
         return denselora_delta(x, e, m, d, scaling=0.7, activation=activation, masks=masks)
@@ -77,18 +78,47 @@ def test_zero_decoder_adds_nothing_and_still_learns():
     assert m.grad.abs().sum() == 0
 
 
-def test_dropout_draws_the_masks_it_says():
+def factors(num_tokens=64):
     torch.manual_seed(2)
-    x, e, m, d = torch.randn(64, 5), torch.randn(4, 5), torch.randn(4, 4), 0.1 * torch.randn(6, 4)  # no GELU underflows
-    torch.manual_seed(3)
-    dropped = denselora_delta(x, e, m, d, scaling=1.0, dropout=0.5)
-    assert not torch.equal(dropped, denselora_delta(x, e, m, d, scaling=1.0))
-    share = (dropped == 0).float().mean().item()
-    assert 0.35 < share < 0.65  # the output mask alone makes half of them zero
-    torch.manual_seed(3)
-    assert torch.equal(dropped, denselora_delta(x, e, m, d, scaling=1.0, dropout=0.5))
-    masks = draw_masks(x, 4, 6, 0.5)
-    assert set(masks.output.unique().tolist()) == {0.0, 2.0}
+    return torch.randn(num_tokens, 5), torch.randn(4, 5), torch.randn(4, 4), 0.1 * torch.randn(6, 4)  # no GELU underflows
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_encoding_and_decoding_are_the_equation(activation):
+    x, e, m, d = factors()
+    output = torch.randn(64, 6)
+    again, (encoded,) = encode(x, [e], activation=activation)
+    decoded = decode(output, F.linear(encoded, m), d, scaling=1.5, activation=activation)
+    assert again is x
+    torch.testing.assert_close(decoded - output, denselora_delta(x, e, m, d, scaling=1.5, activation=activation))
+
+
+def test_modules_that_are_encoded_together_share_the_mask_of_the_input():
+    x, e, _, _ = factors()
+    separate = [encode(x, [e * i])[1][0] for i in (1, 2)]
+    for one, other in zip(encode(x, [e, e * 2])[1], separate, strict=True):
+        torch.testing.assert_close(one, other)
+    first, second = encode(torch.ones(500, 1), [torch.ones(1, 1)] * 2, activation="none", dropout=0.3)[1]
+    is_kept = first != 0, second != 0  # where the input was kept, the encodings' own masks differ
+    assert 0.4 < (is_kept[0] & is_kept[1]).float().mean() / is_kept[0].float().mean() < 0.85
+    dropped_by_both = (~is_kept[0] & ~is_kept[1]).float().mean().item()
+    assert dropped_by_both == pytest.approx(0.3 + 0.7 * 0.09, abs=0.06)  # independent ones: 0.51 squared = 0.26
+
+
+def test_dropout_drops_all_three_and_repeats_with_the_seed():
+    x, e, m, d = factors()
+
+    def run():
+        torch.manual_seed(3)
+        _, (encoded,) = encode(x, [e], dropout=0.5)
+        return encoded, decode(torch.zeros(64, 6), F.linear(encoded, m), d, scaling=1.0, dropout=0.5)
+
+    (encoded, dropped), again = run(), run()
+    assert torch.equal(dropped, again[1])
+    assert 0.35 < (encoded == 0).float().mean().item() < 0.65
+    assert 0.35 < (dropped == 0).float().mean().item() < 0.65
+    kept = encoded != 0
+    assert not torch.isclose(encoded[kept], 2 * encode(x, [e])[1][0][kept]).all()  # the input was dropped from, too
 
 
 def test_only_matrix_is_a_matrix():

@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 
 from qdense.errors import QDenseError, RunError
 from qdense.events import CheckpointSaved, Notice, StepDone, TrainingDone, TrainingStarted, Validated
 from qdense.modeling.base import load_base
+from qdense.ops.denselora import decode
 from qdense.recipe import load_recipe, recipe_from_tables
 from qdense.training import trainer as trainer_module
 from qdense.training.metrics import read_metrics
 from qdense.training.run import train
+from qdense.tuners.denselora import DenseLoraLinear
 
 BASICS = {
     "max_steps": 6,
@@ -348,14 +351,11 @@ def test_dead_parameters_stop_the_run(tiny_model, tmp_path, monkeypatch):
 
 
 def test_tensors_that_stay_dead_stop_at_step_3(tiny_model, tmp_path, monkeypatch):
-    from qdense.ops import denselora as ops
+    def without_m(self, adapter, taken, output):
+        mixed = F.linear(taken, self.denselora_m[adapter].detach())
+        return decode(output, mixed, self.shared[adapter].decoder, scaling=self.scaling[adapter])
 
-    original = ops.denselora_delta
-
-    def without_m(x, encoder, m, decoder, **options):
-        return original(x, encoder, m.detach(), decoder, **options)
-
-    monkeypatch.setattr("qdense.tuners.denselora.layer.denselora_delta", without_m)
+    monkeypatch.setattr(DenseLoraLinear, "adapt", without_m)
     with pytest.raises(RunError, match=r"step 3: 10 of 20 trainable tensors have no gradient.*denselora_m"):
         run(recipe_for(tiny_model, tmp_path / "run"))
 

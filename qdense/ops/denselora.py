@@ -5,11 +5,15 @@
 E (the encoder) and D (the decoder) are shared by all layers of one module kind; M belongs to one layer. The paper writes
 D transposed, which does not fit the shape it states, and shows neither alpha / r nor dropout: both are the authors'
 released code (mulin-ahu/DenseLoRA@864e39b). s is exact GELU, after the encoder and after the decoder.
+
+A departure: modules that read the same x (q, k and v of a layer) are encoded together, and so share one dropout mask of x.
+
+`encode` and `decode` have fused twins for CUDA, of the same signatures: qdense/ops/denselora_triton.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,21 +31,56 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def encode(
+    x: Tensor, encoders: Sequence[Tensor], *, activation: str = "gelu", dropout: float = 0.0
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """drop(s(E drop(x))) for each of several modules that read the same x; they share one mask of it.
+
+    Args:
+        x: (..., d_in), bf16, fp16 or fp32: the projections' input.
+        encoders: E of each module, (r, d_in), dtype of x.
+        activation: s, a key of `ACTIVATIONS`.
+        dropout: probability of dropping an element; pass 0 outside training.
+
+    Returns:
+        x again, which the frozen projections are to read (the fused twin adds the adapter's gradient to theirs there), and
+        (..., r) for each encoder, dtype of x.
+    """
+    stacked = encoders[0] if len(encoders) == 1 else torch.cat(tuple(encoders))
+    encoded = drop(ACTIVATIONS[activation](F.linear(drop(x, dropout), stacked)), dropout)
+    return x, encoded.split([len(encoder) for encoder in encoders], dim=-1)
+
+
+def decode(
+    output: Tensor,
+    mixed: Tensor,
+    decoder: Tensor,
+    *,
+    scaling: float,
+    activation: str = "gelu",
+    dropout: float = 0.0,
+) -> Tensor:
+    """output + scaling * drop(s(D mixed)), where `mixed` is M times the encoding. The fused twin writes into `output`.
+
+    Args:
+        output: (..., d_out): the frozen projection W0 x.
+        mixed: (..., r).
+        decoder: D, (d_out, r), dtype of mixed; shared like E, zeros at first.
+        scaling: alpha / r.
+
+    Returns:
+        (..., d_out), dtype of output.
+    """
+    delta = drop(ACTIVATIONS[activation](F.linear(mixed, decoder)), dropout, scaling)
+    return output + delta.to(output.dtype)
+
+
 class DropoutMasks(NamedTuple):
     """The three dropout masks of the equation: 0 where dropped, 1 / (1 - p) where kept, broadcastable."""
 
     input: Tensor  # (..., d_in), on x
     encoded: Tensor  # (..., r), on s(E x)
     output: Tensor  # (..., d_out), on s(D M z)
-
-
-def draw_masks(x: Tensor, r: int, d_out: int, dropout: float) -> DropoutMasks:
-    """Fresh masks for `x` (..., d_in) from torch's generator, in dtype and on device of `x`."""
-
-    def mask(width: int) -> Tensor:
-        return drop(torch.ones(*x.shape[:-1], width, dtype=x.dtype, device=x.device), dropout)
-
-    return DropoutMasks(mask(x.shape[-1]), mask(r), mask(d_out))
 
 
 def denselora_delta(
@@ -52,30 +91,24 @@ def denselora_delta(
     *,
     scaling: float,
     activation: str = "gelu",
-    dropout: float = 0.0,
     masks: DropoutMasks | None = None,
 ) -> Tensor:
-    """Adapter output that is added to the frozen projection W0 x.
+    """The equation as it is written above, with given masks: what `encode` and `decode`, plain or fused, are held to.
 
     Args:
         x: (..., d_in), bf16 or fp32: the projection's input.
         encoder: E, (r, d_in), dtype of x; shared by all layers of one module kind.
         m: M, (r, r), dtype of x; one per layer.
-        decoder: D, (d_out, r), dtype of x; shared like E, zeros at first.
-        scaling: alpha / r.
-        activation: s, a key of `ACTIVATIONS`.
-        dropout: probability of dropping an element; pass 0 outside training.
-        masks: used in place of `dropout`, so that a result can be computed exactly.
+        decoder: D, (d_out, r), dtype of x.
+        masks: None drops nothing.
 
     Returns:
         (..., d_out), dtype of x.
     """
     s = ACTIVATIONS[activation]
-    if masks is not None:
-        encoded = s(F.linear(x * masks.input, encoder)) * masks.encoded
-        return scaling * (s(F.linear(F.linear(encoded, m), decoder)) * masks.output)
-    encoded = drop(s(F.linear(drop(x, dropout), encoder)), dropout)
-    return drop(s(F.linear(F.linear(encoded, m), decoder)), dropout, scaling)
+    input_mask, encoded_mask, output_mask = masks or (1.0, 1.0, 1.0)
+    encoded = s(F.linear(x * input_mask, encoder)) * encoded_mask
+    return scaling * (s(F.linear(F.linear(encoded, m), decoder)) * output_mask)
 
 
 def denselora_delta_weight(encoder: Tensor, m: Tensor, decoder: Tensor, *, scaling: float) -> Tensor:

@@ -72,8 +72,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
 
-    def adapt(self, adapter: str, x: Tensor, output: Tensor) -> Tensor:
-        """`output` (..., d_out) as `adapter` changes it, in its dtype, given the layer's input `x` (..., d_in)."""
+    def read(self, adapter: str, x: Tensor) -> tuple[Tensor, Any]:
+        """What `adapter` takes of the layer's input `x` (..., d_in), after the input that the frozen layer is to read."""
+        return x, x
+
+    def adapt(self, adapter: str, taken: Any, output: Tensor) -> Tensor:
+        """`output` (..., d_out) as `adapter` changes it, in its dtype, given what it has taken of the input."""
         raise NotImplementedError
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -105,12 +109,13 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        adapters = [] if self.disable_adapters or self.merged else list(filter(self.has_adapter, self.active_adapters))
+        taken: dict[str, Any] = {}
+        for adapter in adapters:
+            x, taken[adapter] = self.read(adapter, x)
         output: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return output
-        for adapter in self.active_adapters:
-            if self.has_adapter(adapter):
-                output = self.adapt(adapter, x, output)
+        for adapter in adapters:
+            output = self.adapt(adapter, taken.pop(adapter), output)
         return output
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -246,10 +246,10 @@ class NoraLinear(AdaptedLinear):
                 nn.init.kaiming_uniform_(pair[adapter_name], a=math.sqrt(5))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def adapt(self, adapter: str, x: Tensor, output: Tensor) -> Tensor:
+    def adapt(self, adapter: str, taken: Tensor, output: Tensor) -> Tensor:
         outer_a = self.nora_outer_a[adapter]
         delta = nora_delta(
-            F.dropout(self._cast_input_dtype(x, outer_a.dtype), self.dropout[adapter], self.training),
+            F.dropout(self._cast_input_dtype(taken, outer_a.dtype), self.dropout[adapter], self.training),
             outer_a,
             self.nora_inner_a[adapter],
             self.nora_inner_b[adapter],

@@ -71,7 +71,7 @@ class RedLinear(AdaptedLinear):
             nn.init.normal_(self.red_bias[adapter_name], std=0.1)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def adapt(self, adapter: str, x: Tensor, output: Tensor) -> Tensor:
+    def adapt(self, adapter: str, taken: Tensor, output: Tensor) -> Tensor:
         scale, bias = self.red_scale[adapter], self.red_bias[adapter]
         return red_output(self._cast_input_dtype(output, scale.dtype), scale, bias).to(output.dtype)
 

@@ -1,13 +1,17 @@
-"""One adapted linear layer, and the encoder/decoder pair that the layers of its kind share."""
+"""One adapted linear layer, the encoder/decoder pair that the layers of its kind share, and who reads the same input."""
 
 from __future__ import annotations
 
 import math
+import weakref
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qdense.ops.denselora import denselora_delta, denselora_delta_weight
+from qdense.ops.denselora import denselora_delta_weight
+from qdense.ops.kernels import adapter_ops
 from qdense.tuners.base import AdaptedLinear
 from qdense.tuners.denselora.config import DenseLoraConfig
 
@@ -33,6 +37,44 @@ class SharedPair(nn.Module):
             nn.init.kaiming_uniform_(self.decoder, a=math.sqrt(5))
 
 
+class _Reading(NamedTuple):
+    """One input, encoded for those readers that have not asked for it yet (by their identity)."""
+
+    source: weakref.ref[Tensor]  # the input as the layers are given it
+    x: Tensor  # what the frozen layers are to read in its place
+    waiting: dict[int, Tensor]
+
+
+class Readers:
+    """The adapted layers of one block that read the same input: whichever runs first encodes it for all of them.
+
+    So x is read once, and its dropout mask is drawn once. Nothing is kept once the last has asked.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[DenseLoraLinear] = []
+        self._readings: dict[str, _Reading] = {}  # by adapter
+
+    def encode(self, layer: DenseLoraLinear, adapter: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The input that the frozen layer is to read, and its encoding (..., r) for `layer`."""
+        reading = self._readings.get(adapter)
+        if reading is None or reading.source() is not x or id(layer) not in reading.waiting:
+            reading = self._readings[adapter] = self._read(layer, adapter, x)
+        encoded = reading.waiting.pop(id(layer))
+        if not reading.waiting:
+            del self._readings[adapter]
+        return reading.x, encoded
+
+    def _read(self, layer: DenseLoraLinear, adapter: str, x: Tensor) -> _Reading:
+        layers = [reader for reader in self.layers if reader is layer or reader.is_adapted_by(adapter)]
+        encoders = [reader.shared[adapter].encoder.to(x.device) for reader in layers]
+        cast = layer._cast_input_dtype(x, encoders[0].dtype)
+        dropout = layer.dropout[adapter] if layer.training else 0.0
+        read, encoded = adapter_ops(x).encode(cast, encoders, activation=layer.activation[adapter], dropout=dropout)
+        waiting = {id(reader): encoding for reader, encoding in zip(layers, encoded, strict=True)}
+        return _Reading(weakref.ref(x), read if cast is x else x, waiting)
+
+
 class DenseLoraLinear(AdaptedLinear):
     """A frozen linear layer (float, 4-bit or 8-bit) plus DenseLoRA's output for each active adapter.
 
@@ -51,6 +93,12 @@ class DenseLoraLinear(AdaptedLinear):
         self.dropout: dict[str, float] = {}
         self.activation: dict[str, str] = {}
         self.shared: dict[str, SharedPair] = {}
+        self.join(Readers())
+
+    def join(self, readers: Readers) -> None:
+        """Read the input together with `readers`."""
+        self.readers = readers
+        readers.layers.append(self)
 
     def update_layer(self, adapter_name: str, config: DenseLoraConfig, pair: SharedPair) -> None:
         """Add (or replace) the adapter `adapter_name`: a new M (r, r), Kaiming uniform or zero, in the pair's dtype."""
@@ -68,19 +116,23 @@ class DenseLoraLinear(AdaptedLinear):
             nn.init.kaiming_uniform_(self.denselora_m[adapter_name], a=math.sqrt(5))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def adapt(self, adapter: str, x: Tensor, output: Tensor) -> Tensor:
-        pair, m = self.shared[adapter], self.denselora_m[adapter]
-        delta = denselora_delta(
-            self._cast_input_dtype(x, m.dtype),
-            # layers of one kind may lie on several devices; on one device these are no copies
-            pair.encoder.to(x.device),
-            m,
-            pair.decoder.to(x.device),
+    def is_adapted_by(self, adapter: str) -> bool:
+        is_on = not (self.disable_adapters or self.merged)
+        return is_on and self.has_adapter(adapter) and adapter in self.active_adapters
+
+    def read(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.readers.encode(self, adapter, x)
+
+    def adapt(self, adapter: str, taken: Tensor, output: Tensor) -> Tensor:
+        return adapter_ops(output).decode(
+            output,
+            F.linear(taken, self.denselora_m[adapter]),
+            # layers of one kind may lie on several devices; on one device this is no copy
+            self.shared[adapter].decoder.to(output.device),
             scaling=self.scaling[adapter],
             activation=self.activation[adapter],
             dropout=self.dropout[adapter] if self.training else 0.0,
         )
-        return output + delta.to(output.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging adds to the weight: (d_out, d_in), fp32. Only with activation "none" is there such a matrix."""

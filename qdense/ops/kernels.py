@@ -1,0 +1,52 @@
+"""Which kernels compute the adapter: plain PyTorch, or the fused ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import ModuleType
+
+from torch import Tensor
+
+from qdense.ops import denselora
+
+KERNELS = ("auto", "torch", "triton")
+_choice = "auto"
+
+
+def use_kernels(choice: str) -> None:
+    """Set how adapters compute from now on, in this process.
+
+    Args:
+        choice: "auto" takes the fused kernels on CUDA and plain PyTorch elsewhere; "torch" and "triton" force either.
+
+    Raises:
+        ValueError: unknown, or "triton" where Triton is not installed.
+    """
+    global _choice
+    if choice not in KERNELS:
+        raise ValueError(f"kernels = {choice!r}: must be one of {', '.join(KERNELS)}")
+    if choice == "triton" and not has_triton():
+        raise ValueError('kernels = "triton": Triton is not installed (pip install triton; Linux only), or take "auto"')
+    _choice = choice
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs in its interpreter, which needs no GPU and is slow: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def adapter_ops(x: Tensor) -> ModuleType:
+    """The module whose `encode` and `decode` are to be used on `x`."""
+    is_fused = _choice == "triton" or (_choice == "auto" and x.device.type == "cuda" and has_triton())
+    if not is_fused:
+        return denselora
+    if x.device.type != "cuda" and not is_interpreted():
+        raise ValueError('kernels = "triton" needs a CUDA device (or TRITON_INTERPRET=1, for tests); take "auto"')
+    from qdense.ops import denselora_triton
+
+    return denselora_triton

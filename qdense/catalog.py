@@ -22,7 +22,12 @@ PAPER_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class CatalogModel:
-    """A LLaMA-architecture model: its name here, its home on the hub, its shapes."""
+    """A LLaMA-architecture model: its name here, its home on the hub, its shapes.
+
+    Attributes:
+        head_size: of one attention head, where it is not hidden_size / num_heads.
+        model_type: of its code in Transformers.
+    """
 
     name: str
     hub_id: str
@@ -33,19 +38,31 @@ class CatalogModel:
     intermediate_size: int
     vocab_size: int
     has_tied_embeddings: bool = False
+    head_size: int | None = None
+    model_type: str = "llama"
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+        return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def q_size(self) -> int:
+        """Outputs of q_proj, inputs of o_proj."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Outputs of k_proj, and of v_proj."""
+        return self.num_kv_heads * self.head_dim
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Each module kind of a layer with (d_in, d_out)."""
-        hidden, kv, wide = self.hidden_size, self.num_kv_heads * self.head_dim, self.intermediate_size
+        hidden, q, kv, wide = self.hidden_size, self.q_size, self.kv_size, self.intermediate_size
         return {
-            "q_proj": (hidden, hidden),
+            "q_proj": (hidden, q),
             "k_proj": (hidden, kv),
             "v_proj": (hidden, kv),
-            "o_proj": (hidden, hidden),
+            "o_proj": (q, hidden),
             "gate_proj": (hidden, wide),
             "up_proj": (hidden, wide),
             "down_proj": (wide, hidden),

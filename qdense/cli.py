@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
 examples:
   qdense train recipes/demo.toml
+  qdense plan recipes/math10k.toml --memory 24GiB
   qdense train recipes/math10k.toml --fraction 0.1 --output runs/math10k-10
   qdense train recipes/math10k.toml --set adapter.r=64 --set model.name=/models/llama3 --resume
   qdense evaluate gsm8k,aqua,addsub,svamp --adapter runs/math10k
@@ -76,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "OutOfMemoryError":
             return _fail(
                 f"out of GPU memory: {str(error).splitlines()[0]}\nTraining has tried micro-batches down to one row: "
-                f"switch training.gradient_checkpointing on or lower data.max_length. Lower --batch-size of an evaluation. "
+                f"`qdense plan RECIPE` shows what takes the memory; set training.recompute = \"auto\" or lower data.max_length. "
+                f"Lower --batch-size of an evaluation. "
                 f"Then go on {_GO_ON}."
             )
         raise
@@ -108,6 +111,23 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_dir(train)
     train.add_argument("--quiet", action="store_true", help="show warnings and errors only")
     train.set_defaults(command=_train)
+
+    plan = commands.add_parser(
+        "plan",
+        help="say before a run whether it fits the card, and how it will run",
+        description="Predict a run's memory and speed from shapes alone: nothing is loaded, no GPU is needed. Exit status 0, "
+        "also where it does not fit.",
+    )
+    plan.add_argument("recipe", metavar="RECIPE", help="a TOML file, for instance recipes/math10k.toml")
+    plan.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a value of the recipe")
+    plan.add_argument(
+        "--memory",
+        type=_memory,
+        metavar="SIZE",
+        help="of the card, for instance 24GiB (default: what is free on this machine's GPU; without one, 24GiB)",
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON on stdout")
+    plan.set_defaults(command=_plan)
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -319,6 +339,15 @@ def _positive(text: str) -> int:
     return number
 
 
+def _memory(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB|M)", text.strip(), re.IGNORECASE)
+    number = float(match[1]) if match else 0.0
+    if match is None or number <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size of memory: a number and GiB or MiB, for instance 24GiB")
+    # "24 GB" on a card's box are 24 GiB in its driver.
+    return int(number * (2**30 if match[2][0] in "gG" else 2**20))
+
+
 def _layer_numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -365,6 +394,39 @@ def _train(arguments: argparse.Namespace) -> None:
         from qdense.training.run import train
 
         train(recipe, resume=arguments.resume, data_dir=arguments.data_dir, emit=show)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from qdense.planning.plan import Machine, longest_context, make_plan
+    from qdense.planning.shapes import model_shape
+    from qdense.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    shape = model_shape(recipe.model.name)
+    if arguments.memory is None and _gpu_here():
+        _quiet_libraries()
+        from qdense.planning.machine import this_machine
+
+        machine = this_machine(recipe, shape)
+    else:
+        memory_bytes = arguments.memory or 24 * 2**30
+        name = f"a card of {memory_bytes / 2**30:g} GiB"
+        machine = Machine.card_of(memory_bytes, name, plain=recipe.training.kernels == "torch")
+    plan = make_plan(recipe, shape, machine)
+    longest = longest_context(recipe, shape, machine)
+    if arguments.json:
+        print(json.dumps({**plan.as_json(), "longest_context_tokens": longest}, indent=2))
+        return
+    from qdense.ui import make_console, show_plan
+
+    show_plan(make_console(), plan, f"{recipe.adapter.method} on {recipe.model.name}", longest)
+
+
+def _gpu_here() -> bool:
+    """Whether this machine seems to have an NVIDIA GPU; asking torch would take seconds on a machine without one."""
+    import shutil
+
+    return shutil.which("nvidia-smi") is not None
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

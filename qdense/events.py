@@ -81,13 +81,14 @@ class CheckpointSaved:
 
 @dataclass(frozen=True)
 class TrainingDone:
-    """The adapter is saved. `kept_step` is the step it is from."""
+    """The adapter is saved. `kept_step` is the step it is from; the memory predicted is that of the plan."""
 
     adapter_dir: str
     num_steps: int
     kept_step: int
     seconds: float
     peak_memory_bytes: int
+    predicted_memory_bytes: int
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,9 @@ class TrainingRecipe(_Table):
     epochs: float = Field(3.0, gt=0, description="a positive number")
     max_steps: int | None = Field(None, ge=1, description="a positive whole number; left out, `epochs` decides")
     batch_size: int = Field(16, ge=1, description="a positive whole number of examples per optimizer step")
-    micro_batch_size: int = Field(4, ge=1, description="a positive whole number of examples per forward pass")
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description='a positive whole number of examples per forward pass, or "auto": as many as the memory allows'
+    )
     packing: bool = Field(
         True,
         description="true or false: whether rows lie one behind the other instead of being padded, as many in a forward pass as "
@@ -180,7 +182,14 @@ class TrainingRecipe(_Table):
     weight_decay: float = Field(0.0, ge=0, description="a number, 0 or more")
     max_grad_norm: float = Field(1.0, ge=0, description="a number; 0 switches clipping off")
     optimizer: Optimizer = Field("paged_adamw_8bit", description=", ".join(get_args(Optimizer)))
-    gradient_checkpointing: bool = Field(True, description="true or false")
+    recompute: Annotated[int, Field(ge=0)] | Literal["auto", "all", "none"] = Field(
+        "auto",
+        description='"all", "none" or a whole number of layers whose activations are computed again in the backward pass '
+        '(gradient checkpointing), or "auto": as few as the memory allows',
+    )
+    kernels: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="auto (fused on CUDA), torch or triton: what computes the adapter, and with triton the rest by Liger's"
+    )
     save_steps: int = Field(80, ge=1, description="a positive whole number of steps")
     eval_steps: int = Field(80, ge=1, description="a positive whole number of steps")
     keep: Literal["best", "last"] = Field("best", description="best (lowest validation loss) or last")
@@ -244,7 +253,7 @@ def recipe_from_tables(tables: Mapping[str, Any], source: str) -> Recipe:
         recipe = Recipe.model_validate(tables)
     except ValidationError as error:
         for details in error.errors():
-            location = [part for part in details["loc"] if isinstance(part, str) and not part.startswith("function-")]
+            location = _location(details)
             problems.setdefault(".".join(location), _explain(location, details))
     for key, shown, message in _conflicts(tables, set(problems)):
         problems.setdefault(key, (shown, message))
@@ -305,12 +314,31 @@ def _conflicts(tables: Mapping[str, Any], wrong: set[str]) -> Iterator[tuple[str
         yield "data.name", "data.name", "is missing: name a data set, or give data.path a file of your own"
 
 
+def _location(details: Any) -> list[str]:
+    """The keys that lead to a problem's value; pydantic adds names of its own for alternatives and validators."""
+    location: list[str] = []
+    table: Any = Recipe
+    for part in details["loc"]:
+        if isinstance(part, str) and part in table.model_fields:
+            location.append(part)
+            annotation = table.model_fields[part].annotation
+            if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+                break
+            table = annotation
+        elif details["type"] == "extra_forbidden":
+            location.append(str(part))
+            break
+    return location
+
+
 def _explain(location: Sequence[str], details: Any) -> tuple[str, str]:
     """pydantic's account of one problem as (what stands there, what is wrong with it)."""
     cause = details.get("ctx", {}).get("error")
     key = ".".join(location)
     if details["type"] == "missing":
         return key, f"is missing: {_description(location)}"
+    if key == "training.gradient_checkpointing":
+        return key, 'is called training.recompute here: "auto", "all" (for true), "none" (for false) or a number of layers'
     if details["type"] == "extra_forbidden":
         return key, f"unknown key{did_you_mean(location[-1], _fields(location[:-1]))}"
     reason = str(cause) if isinstance(cause, _RefusedError) else f"must be {_description(location)}"

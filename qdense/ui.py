@@ -44,6 +44,7 @@ from qdense.planning.parameters import ParameterCount
 if TYPE_CHECKING:  # it would import torch, which most commands can do without
     from qdense.analysis import Analysis
     from qdense.modeling.merge import MergeReport
+    from qdense.planning.plan import Plan
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _PLAIN_INTERVAL_SECONDS = 10.0
@@ -268,7 +269,8 @@ class TrainingDisplay(Display):
         assert self.done
         kept = f" (weights of step {self.done.kept_step})" if self.done.kept_step != self.done.num_steps else ""
         return clean(
-            f"{self.done.num_steps} steps in {duration(self.done.seconds)}, peak memory {size(self.done.peak_memory_bytes)}; "
+            f"{self.done.num_steps} steps in {duration(self.done.seconds)}, peak memory {size(self.done.peak_memory_bytes)} "
+            f"({size(self.done.predicted_memory_bytes)} predicted); "
             f"adapter in {self.done.adapter_dir}{kept}"
         )
 
@@ -618,6 +620,50 @@ def show_analysis(console: Console, analysis: Analysis) -> None:
         f"the final ones of tensors that start at zero. near 0: below {analysis.near_zero:g} of the change's own. All RMS."
     )
     console.print(clean(f"wrote {', '.join(analysis.files)} to {analysis.folder}"))
+
+
+_PARTS = {
+    "weights": "weights of the base",
+    "embeddings_and_head": "embeddings and output layer",
+    "adapter": "adapter",
+    "gradients": "its gradients",
+    "optimizer": "optimizer, masters",
+    "checkpoints": "checkpoints of recomputed layers",
+    "activations": "activations",
+    "passing_gradients": "gradients on their way",
+    "logits": "logits, a slice at a time",
+    "dequantization": "a weight unpacked from 4 bits",
+}
+
+
+def show_plan(console: Console, plan: Plan, title: str, longest_context_tokens: int) -> None:
+    """The table of `qdense plan`: where each GiB goes at the highest moment, whether it fits, how it will run."""
+    machine = plan.machine
+    console.print(Text(clean(f"{title}: {plan.summary}"), style="bold"))
+    table = Table(box=None, padding=(0, 1), show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    for part, num_bytes in plan.memory.breakdown.items():
+        if num_bytes:
+            table.add_row(_PARTS[part], size(num_bytes))
+    moments = {"loss": "while the loss is computed", "recompute": "while a layer is recomputed", "backward": "in backward"}
+    table.add_row(f"predicted peak, {moments[plan.memory.moment]}", size(plan.predicted_peak_bytes), style="bold")
+    what = "CUDA's context, fragments" if machine.kernels.is_cuda else "the process itself"
+    table.add_row(what, size(plan.needed_bytes - plan.predicted_peak_bytes))
+    table.add_row(clean(f"of {machine.name}"), size(machine.memory_bytes))
+    console.print(table)
+    if plan.fits:
+        console.print(Text(f"fits: {size(plan.needed_bytes)} of {size(machine.memory_bytes)}", style="green"))
+    else:
+        console.print(Text(f"does not fit: {size(plan.needed_bytes)} of {size(machine.memory_bytes)}", style="red"))
+        for remedy in plan.remedies:
+            console.print(Text(clean(f"  {remedy}")))
+    console.print(f"longest row that fits, one at a time: {longest_context_tokens:,} tokens")
+    if plan.choice.offload:
+        console.print(f"host memory for checkpoints: {size(plan.host_bytes)}, pinned")
+    if plan.speeds:
+        speeds = ", ".join(f"{name} {speed:,.0f}" for name, speed in plan.speeds.items())
+        console.print(f"tokens/s, predicted from shapes, not yet measured on a GPU: {speeds}")
 
 
 def show_parameters(console: Console, count: ParameterCount) -> None:

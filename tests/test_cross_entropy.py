@@ -22,7 +22,7 @@ def leaves(tokens, width, vocabulary, dtype=torch.float32):
 @pytest.mark.parametrize("slice_elements", [1, 37 * 4, 2**24])
 @pytest.mark.parametrize("divisor", [None, 5.0, torch.tensor(11)])
 def test_value_and_gradients_are_pytorchs(monkeypatch, slice_elements, divisor):
-    monkeypatch.setattr(cross_entropy, "_SLICE_ELEMENTS", slice_elements)
+    monkeypatch.setattr(cross_entropy, "logits_slice_tokens", lambda width, is_cuda: max(1, slice_elements // width))
     hidden, weight, targets = leaves(23, 12, 37)
     loss = linear_cross_entropy(hidden, weight, targets, divisor)
     (2.5 * loss).backward()

@@ -121,7 +121,7 @@ def losses(events, kind):
 def test_packing_does_not_change_training(tiny_model, tmp_path, checkpointing):
     runs = {}
     for packing in (False, True):
-        settings = {"training__packing": packing, "training__gradient_checkpointing": checkpointing}
+        settings = {"training__packing": packing, "training__recompute": "all" if checkpointing else "none"}
         recipe = recipe_for(tiny_model, tmp_path / str(packing), **EXACT, **settings)
         runs[packing] = run(recipe)
     for kind in (StepDone, Validated):

@@ -163,3 +163,19 @@ def test_unreadable_files_are_errors_not_tracebacks(tmp_path, content):
         load_recipe(path)
     with pytest.raises(RecipeError, match="no such recipe"):
         load_recipe(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("value", ['"some"', "-1", "2.5", "true", "[1]"])
+def test_alternatives_are_told_in_one_line(value):
+    import tomllib
+
+    settings = tomllib.loads(f"micro_batch_size = {value}\nrecompute = {value}")
+    text = problems_of(MINIMAL | {"training": settings})
+    assert text.startswith("x.toml: 2 problems\n")
+    assert 'or "auto": as many as the memory allows' in text
+    assert 'or "auto": as few as the memory allows' in text
+
+
+def test_the_name_of_others_for_recomputation_is_understood():
+    text = problems_of(MINIMAL | {"training": {"gradient_checkpointing": True}})
+    assert "training.gradient_checkpointing   is called training.recompute here" in text

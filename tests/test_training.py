@@ -29,6 +29,7 @@ BASICS = {
     "warmup_steps": 1,
     "eval_steps": 2,
     "save_steps": 2,
+    "recompute": "all",
     "seed": 3,
 }
 
@@ -122,7 +123,7 @@ def test_a_tiny_model_learns(tiny_model, tmp_path):
     "settings",
     [
         {},
-        {"training__optimizer": "adamw_torch", "training__gradient_checkpointing": False},
+        {"training__optimizer": "adamw_torch", "training__recompute": "none"},
         {"adapter__method": "lora", "training__optimizer": "paged_adamw_32bit"},
         {"quantization": "none", "adapter__dtype": "float32", "training__keep": "last"},
     ],
@@ -361,7 +362,7 @@ def test_tensors_that_stay_dead_stop_at_step_3(tiny_model, tmp_path, monkeypatch
 
 
 def test_a_base_without_the_modules_is_named(tiny_model, tmp_path):
-    with pytest.raises(QDenseError, match=r"has no linear module w_proj. It has: down_proj"):
+    with pytest.raises(QDenseError, match=r"has no module w_proj"):
         run(recipe_for(tiny_model, tmp_path / "run", adapter__target_modules=["q_proj", "w_proj"]))
     assert not (tmp_path / "run").exists()
 

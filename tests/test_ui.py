@@ -101,7 +101,7 @@ def test_pipe_gets_plain_lines_some_seconds_apart():
             show(step(number))
         show(Validated(100, 0.4, True))
         show(CheckpointSaved(100, "runs/x/checkpoints/checkpoint-100"))
-        show(TrainingDone("runs/x/adapter", 100, 100, 200.0, 2**30))
+        show(TrainingDone("runs/x/adapter", 100, 100, 200.0, 2**30, 2**30))
     lines = console.file.getvalue().splitlines()
     assert "\x1b" not in console.file.getvalue()
     assert lines[0] == "loading"
@@ -110,7 +110,7 @@ def test_pipe_gets_plain_lines_some_seconds_apart():
     )
     assert 20 <= sum(line.startswith("step ") for line in lines) <= 26
     assert "step 100 validation loss 0.4000 (best)" in lines
-    assert lines[-1] == "100 steps in 3:20, peak memory 1.0 GiB; adapter in runs/x/adapter"
+    assert lines[-1] == "100 steps in 3:20, peak memory 1.0 GiB (1.0 GiB predicted); adapter in runs/x/adapter"
 
 
 def test_quiet_says_warnings_only():
@@ -121,7 +121,7 @@ def test_quiet_says_warnings_only():
             STARTED,
             step(1),
             Notice("beware", "warning"),
-            TrainingDone("a", 1, 1, 1.0, 1),
+            TrainingDone("a", 1, 1, 1.0, 1, 1),
         ):
             show(event)
     assert console.file.getvalue() == "warning: beware\n"
@@ -136,7 +136,7 @@ def test_live_display_on_a_terminal_leaves_a_final_picture():
             Download("math_10k.json", 2**20, 2**22),
             step(1),
             step(2),
-            TrainingDone("runs/x/adapter", 2, 1, 4.0, 2**30),
+            TrainingDone("runs/x/adapter", 2, 1, 4.0, 2**30, 2**30),
         ):
             show(event)
     text = console.file.getvalue()

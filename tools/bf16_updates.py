@@ -86,7 +86,7 @@ def run(data: Path, way: dict[str, Any], rate: float, seed: int, steps: int) -> 
         "data": {"path": str(data), "train_on": "response", "max_length": 160, "validation_rows": 64},
         "training": {
             "max_steps": steps, "batch_size": 8, "micro_batch_size": 8, "learning_rate": rate, "warmup_steps": steps // 12,
-            "optimizer": "adamw_torch", "gradient_checkpointing": False, "eval_steps": steps, "save_steps": steps,
+            "optimizer": "adamw_torch", "recompute": "none", "eval_steps": steps, "save_steps": steps,
             "keep": "last", "seed": seed,
         },
         "output": {"dir": str(folder / "run")},

@@ -198,7 +198,7 @@ validation_rows = 48
 batch_size = 8
 micro_batch_size = 8
 optimizer = "adamw_torch"
-gradient_checkpointing = false
+recompute = "none"
 keep = "last"
 """
 

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qdense.ops.slices import logits_slice_tokens
+
 IGNORED = -100  # such targets have no part in the loss
-_SLICE_ELEMENTS = 2**24  # logits at a time: 64 MiB in fp32
 
 
 def linear_cross_entropy(
@@ -46,7 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, divisor: Tensor) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        num_tokens = max(1, _SLICE_ELEMENTS // len(weight))
+        num_tokens = logits_slice_tokens(len(weight), hidden.device.type == "cuda")
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qdense.catalog import CATALOG, CatalogModel
+from qdense.catalog import CatalogModel
 from qdense.errors import ModelError, did_you_mean
 from qdense.methods import METHODS
+from qdense.planning.shapes import model_shape
 from qdense.recipe import AdapterRecipe
 
 
@@ -28,34 +29,25 @@ class ParameterCount:
     by_module: dict[str, int]
 
 
-def count_parameters(model: str, adapter: AdapterRecipe) -> ParameterCount:
-    """Count for a model of the catalog. Raises ModelError for one whose shapes are not built in."""
-    entry = catalog_model(model)
+def count_parameters(model: str | CatalogModel, adapter: AdapterRecipe) -> ParameterCount:
+    """Count for a model, given its shapes or a name of it. Raises ModelError where the name tells no shapes."""
+    entry = model_shape(model) if isinstance(model, str) else model
     shapes = entry.linear_shapes()
     method = METHODS[adapter.method]
     targets = method.targets(adapter)
     unknown = [name for name in targets if name not in shapes]
     if unknown:
-        raise ModelError(f"{model}: has no module {unknown[0]}{did_you_mean(unknown[0], shapes)}")
+        raise ModelError(f"{entry.name}: has no module {unknown[0]}{did_you_mean(unknown[0], shapes)}")
     chosen = {name: shapes[name] for name in shapes if name in targets}
     by_module = method.count_parameters(adapter, chosen, entry.num_layers)
     trainable = sum(by_module.values())
     added = trainable if method.is_adapter else 0
     return ParameterCount(
         method=adapter.method,
-        model=model,
+        model=model if isinstance(model, str) else model.name,
         r=adapter.r if "r" in method.uses else None,
         trainable_parameters=trainable,
         base_parameters=entry.num_parameters,
         percent=100 * trainable / (entry.num_parameters + added),
         by_module=by_module,
     )
-
-
-def catalog_model(name: str) -> CatalogModel:
-    """The built-in shapes of a model, by its name here or its hub id. Raises ModelError."""
-    by_hub_id = {entry.hub_id: entry for entry in CATALOG.values()}
-    entry = CATALOG.get(name) or by_hub_id.get(name)
-    if entry is None:
-        raise ModelError(f'"{name}": the shapes of this model are not built in{did_you_mean(name, CATALOG)}')
-    return entry

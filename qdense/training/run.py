@@ -2,6 +2,7 @@
 
 A run's folder:
     recipe.toml     the resolved recipe, with [provenance]: versions, device, data checksum, base fingerprint, git hash
+                    and the plan's choice, which a resumed run keeps
     metrics.jsonl   a line for each step and each validation
     initial.safetensors  the trained tensors before the first step (not of full fine-tuning: they are the base's)
     adapter/        the result: PEFT's files and qdense.json
@@ -42,6 +43,11 @@ from qdense.modeling.adapter import (
     trainable_parameters,
 )
 from qdense.modeling.base import BaseModel, load_base
+from qdense.modeling.liger import use_liger
+from qdense.ops.kernels import use_kernels
+from qdense.planning.machine import fetched_shape, this_machine
+from qdense.planning.memory import Choice
+from qdense.planning.plan import Plan, make_plan
 from qdense.provenance import git_hash, package_versions
 from qdense.recipe import Recipe, load_recipe
 from qdense.training.metrics import MetricsFile
@@ -91,7 +97,11 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
     if recipe.adapter.unused:
         keys = ", ".join(f"adapter.{key}" for key in recipe.adapter.unused)
         notice(f"not read by method {recipe.adapter.method}: {keys}")
+    plan = _plan(recipe, _choice_of(run_dir) if checkpoint is not None else None, emit)
     base = load_base(recipe.model, notice)
+    use_kernels(recipe.training.kernels)
+    if plan.machine.kernels.has_liger:
+        use_liger(base.model)
     training = encode_rows(data.rows, split.training, base.tokenizer, recipe.data)
     validation = encode_rows(data.rows, split.validation, base.tokenizer, recipe.data) if split.validation else None
     _report_truncation(training, recipe, emit)
@@ -116,11 +126,7 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
     require_free_space(
         run_dir, (CHECKPOINTS_TO_KEEP + 1) * checkpoint_bytes(model) + 64 * 2**20, "the run's checkpoints"
     )
-    if recipe.training.gradient_checkpointing:
-        # Non-reentrant: gradients are identical, and inputs need no gradient of their own.
-        base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-    facts = _facts(recipe, base, data, training, len(split.validation), num_trainable)
+    facts = _facts(recipe, base, data, training, len(split.validation), num_trainable, plan)
     if checkpoint is not None:
         _refuse_other_inputs(run_dir, data, base)
     provenance = {
@@ -128,6 +134,7 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
         "num_steps": num_steps,
         "num_training_rows": len(training.examples),
         "num_validation_rows": len(split.validation),
+        "plan": plan.record(),
         "summary": dict(facts),
     }
     write_atomically(run_dir / RECIPE_FILE, tomli_w.dumps({**recipe.resolved(), "provenance": provenance}))
@@ -145,6 +152,7 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
         base=base,
         model=model,
         method=method,
+        choice=plan.choice,
         training=training.examples,
         validation=validation.examples if validation else [],
         checkpoint_dir=run_dir / CHECKPOINT_DIR,
@@ -186,9 +194,41 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
             kept_step=kept_step,
             seconds=trainer.progress.seconds,
             peak_memory_bytes=trainer.progress.peak_memory_bytes,
+            predicted_memory_bytes=plan.predicted_memory_bytes,
         )
     )
     return run_dir
+
+
+def _plan(recipe: Recipe, settled: Choice | None, emit: Emit) -> Plan:
+    """The run's plan, from shapes, before the model is loaded; `settled` is what a resumed run began with.
+
+    Raises ModelError where the model's shapes cannot be known.
+    """
+    shape = fetched_shape(recipe.model)
+    machine = this_machine(recipe, shape)
+    plan = make_plan(recipe, shape, machine, settled)
+    if not plan.fits:
+        emit(
+            Notice(
+                f"this run is predicted to need {plan.needed_bytes / 2**30:.1f} GiB, and {machine.name} has "
+                f"{machine.memory_bytes / 2**30:.1f} GiB for it. {'; '.join(plan.remedies)}. See `qdense plan`",
+                "warning",
+            )
+        )
+    return plan
+
+
+def _choice_of(run_dir: Path) -> Choice:
+    """What the run in this folder began with. Raises RunError where another version of qdense wrote it."""
+    provenance = tomllib.loads((run_dir / RECIPE_FILE).read_text(encoding="utf-8")).get("provenance", {})
+    try:
+        return Choice(**provenance["plan"]["choice"])
+    except (KeyError, TypeError):
+        raise RunError(
+            f"{run_dir / RECIPE_FILE}: has no [provenance.plan.choice]: another version of qdense wrote it. Go on with that "
+            "version, or start a new run with another --output."
+        ) from None
 
 
 def _checkpoint_to_resume(recipe: Recipe, run_dir: Path, resume: bool, emit: Emit) -> Path | None:
@@ -320,7 +360,13 @@ def _report_truncation(encoded: Encoded, recipe: Recipe, emit: Emit) -> None:
 
 
 def _facts(
-    recipe: Recipe, base: BaseModel, data: DataSet, training: Encoded, num_validation: int, num_trainable: int
+    recipe: Recipe,
+    base: BaseModel,
+    data: DataSet,
+    training: Encoded,
+    num_validation: int,
+    num_trainable: int,
+    plan: Plan,
 ) -> tuple[tuple[str, str], ...]:
     adapter, settings = recipe.adapter, recipe.training
     share = (
@@ -340,18 +386,10 @@ def _facts(
         ("trainable", f"{num_trainable:,} parameters, {share:.3g}% of the model, {dtype}"),
         ("data", f"{recipe.data.path or recipe.data.name}: {len(training.examples):,} rows"
                  f" of {len(data.rows) - num_validation:,}, {num_validation} more for validation"),
-        ("training", f"{epochs}, batch {settings.batch_size} ({_at_a_time(recipe)}), "
+        ("training", f"{epochs}, batch {settings.batch_size}{', packed' if settings.packing else ''}, "
                      f"lr {settings.learning_rate:g}, {settings.optimizer}"),
+        ("plan", f"{plan.summary}; {plan.predicted_memory_bytes / 2**30:.1f} GiB predicted"),
     )  # fmt: skip
-
-
-def _at_a_time(recipe: Recipe) -> str:
-    size = recipe.training.micro_batch_size
-    return (
-        f"packed, {size * recipe.data.max_length:,} tokens at a time"
-        if recipe.training.packing
-        else f"{size} at a time"
-    )
 
 
 def _num_elements(parameter: torch.nn.Parameter) -> int:

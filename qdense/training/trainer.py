@@ -29,7 +29,9 @@ from qdense.modeling.adapter import restore_state, save_state, trainable_paramet
 from qdense.modeling.base import BaseModel
 from qdense.modeling.loss import without_logits
 from qdense.modeling.packing import packed_attention, why_not_packed
+from qdense.modeling.recompute import Recompute, apply_recompute
 from qdense.ops.cross_entropy import IGNORED
+from qdense.planning.memory import Choice
 from qdense.recipe import Recipe
 from qdense.training.optimizer import build_optimizer
 
@@ -59,6 +61,7 @@ class AdapterTrainer(Trainer):
         base: BaseModel,
         model: Any,
         method: Method,
+        choice: Choice,
         training: Sequence[Example],
         validation: Sequence[Example],
         checkpoint_dir: Path,
@@ -71,7 +74,11 @@ class AdapterTrainer(Trainer):
         if self.is_packed and (reason := why_not_packed(base.model)):
             emit(Notice(f"training.packing: {reason}; rows are padded instead", "warning"))
             self.is_packed = False
-        self.num_rows_at_once = recipe.training.micro_batch_size
+        self.num_rows_at_once = choice.micro_batch_size
+        try:
+            apply_recompute(model, Recompute(choice.recompute_layers, choice.offload, choice.mlp_tile_tokens))
+        except ValueError as error:
+            raise RunError(f"training.recompute: {error}") from error
         self.best_step, self.best_loss, self.best_weights = 0, math.inf, {}  # type: int, float, dict[str, Tensor]
         self.progress = _ProgressCallback(self, emit, base.device, seconds_before)
         super().__init__(
@@ -140,6 +147,7 @@ class AdapterTrainer(Trainer):
                 self.accelerator.backward(loss)
             self.progress.num_tokens += batch["num_tokens"]
             total += loss.detach()
+            del loss  # its graph holds the first checkpoint, which the next pass needs the room of
         return total
 
     def _micro_batches(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
@@ -292,7 +300,7 @@ class _Watch(TrainerCallback):
                 raise RunError(
                     f"step {step}: {len(dead)} of {len(named)} trainable tensors have no gradient, so they would never learn: "
                     f"{', '.join(dead[:3])}{', ...' if len(dead) > 3 else ''}. This is a fault of the set-up, not of the data: "
-                    "check adapter.target_modules and training.gradient_checkpointing, and report it."
+                    "check adapter.target_modules and training.recompute, and report it."
                 )
 
 

@@ -1,0 +1,238 @@
+"""The plan of a training run: whether it fits the memory, where each byte goes, and how a step is cut up to be fast.
+
+What the recipe fixes stays; what it leaves "auto" is chosen for the highest predicted speed that fits. Long contexts take
+further measures, only where nothing fits without them: checkpoints wait in host memory, then the MLP runs in tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from qdense.catalog import CatalogModel
+from qdense.planning.memory import Choice, Kernels, Memory, memory_of
+from qdense.planning.speed import CARDS, Card, tokens_per_second
+from qdense.recipe import Recipe
+
+_FRAGMENTATION = 0.03  # of the peak: what the allocator cannot use
+CUDA_CONTEXT_BYTES = 600 * 2**20  # driver, kernels and cuBLAS workspaces; not yet measured on a GPU
+_TILE_TOKENS = 4096
+_CHOSEN_SHARE = 0.95  # of the memory, for what "auto" chooses: a prediction may be low, and a desktop takes some
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan is for.
+
+    Attributes:
+        name: for a person.
+        memory_bytes: that the run may use.
+        base_bytes: of these, what is taken before the first tensor: CUDA's context, or the process with its libraries.
+        card: its speed, if it is a known card.
+    """
+
+    name: str
+    kernels: Kernels
+    memory_bytes: int
+    base_bytes: int
+    card: Card | None = None
+
+    @classmethod
+    def card_of(cls, memory_bytes: int, name: str = "a card", card: Card | None = None, *, plain: bool = False) -> Machine:
+        """A CUDA card, with the fused kernels and Liger's unless `plain`."""
+        kernels = Kernels(is_cuda=True, is_fused=not plain, has_liger=not plain)
+        return cls(name, kernels, memory_bytes, CUDA_CONTEXT_BYTES, card)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice and what it is predicted to need.
+
+    Attributes:
+        checkpoint_width: bytes of a token's hidden state.
+        speeds: tokens per second by known card.
+        remedies: what to change where it does not fit; key of the recipe, value and effect in words.
+    """
+
+    machine: Machine
+    choice: Choice
+    memory: Memory
+    max_length: int
+    num_layers: int
+    checkpoint_width: int
+    speeds: dict[str, float]
+    remedies: tuple[str, ...] = ()
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """Of the tensors: what torch.cuda.max_memory_allocated will tell."""
+        return self.memory.peak_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """Tensors, what the allocator cannot use, and what is taken before."""
+        return needed_bytes(self.memory, self.machine)
+
+    @property
+    def predicted_memory_bytes(self) -> int:
+        """What the run's display will show as its peak: memory that torch reserves on CUDA, else the whole process."""
+        return self.needed_bytes - (self.machine.base_bytes if self.machine.kernels.is_cuda else 0)
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.machine.memory_bytes
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "fits": self.fits,
+            "predicted_peak_bytes": self.predicted_peak_bytes,
+            "needed_bytes": self.needed_bytes,
+            "memory_bytes": self.machine.memory_bytes,
+            "machine": self.machine.name,
+            "kernels": asdict(self.machine.kernels),
+            "tokens_per_second": {name: round(speed) for name, speed in self.speeds.items()},
+            "breakdown": self.memory.breakdown,
+            "moment": self.memory.moment,
+            "choice": asdict(self.choice),
+            "host_bytes": self.host_bytes,
+            "remedies": list(self.remedies),
+        }
+
+    def record(self) -> dict[str, Any]:
+        """What a run writes down: the choice, which a resumed run keeps, and what was predicted."""
+        return {
+            "choice": {key: value for key, value in asdict(self.choice).items() if value is not None},
+            "predicted_peak_bytes": self.predicted_peak_bytes,
+            "memory_bytes": self.machine.memory_bytes,
+            "kernels": asdict(self.machine.kernels),
+        }
+
+    @property
+    def host_bytes(self) -> int:
+        """Pinned host memory of checkpoints that wait there: a buffer for each layer, rounded up to a power of two."""
+        checkpoint = self.choice.micro_batch_size * self.max_length * self.checkpoint_width
+        return self.choice.recompute_layers * (1 << (checkpoint - 1).bit_length()) if self.choice.offload else 0
+
+    @property
+    def summary(self) -> str:
+        """The choice in a line."""
+        choice = self.choice
+        tokens = choice.micro_batch_size * self.max_length
+        parts = [f"{choice.micro_batch_size} rows ({tokens:,} tokens) at a time"]
+        again = choice.recompute_layers
+        parts.append(
+            "all layers recomputed"
+            if again == self.num_layers
+            else "no layer recomputed" if not again else f"{again} of {self.num_layers} layers recomputed"
+        )  # fmt: skip
+        if choice.offload:
+            parts.append("checkpoints in host memory")
+        if choice.mlp_tile_tokens:
+            parts.append(f"MLP in tiles of {choice.mlp_tile_tokens:,} tokens")
+        return ", ".join(parts)
+
+
+def needed_bytes(memory: Memory, machine: Machine) -> int:
+    return int(memory.peak_bytes * (1 + (_FRAGMENTATION if machine.kernels.is_cuda else 0.0))) + machine.base_bytes
+
+
+def make_plan(recipe: Recipe, shape: CatalogModel, machine: Machine, choice: Choice | None = None) -> Plan:
+    """Choose (or take `choice` as it is, for a resumed run) and predict. Raises ModelError for modules the model lacks."""
+    if choice is None:
+        choice = _choose(recipe, shape, machine)
+    memory = memory_of(recipe, shape, machine.kernels, choice)
+    cards = CARDS if machine.card is None else {machine.card.name: machine.card}
+    # On a CPU the speed is not predicted; a plan for no card in particular names the known ones.
+    speeds = {
+        name: tokens_per_second(recipe, shape, machine.kernels, choice, card)
+        for name, card in cards.items()
+        if machine.kernels.is_cuda
+    }
+    checkpoint_width = shape.hidden_size * (4 if recipe.model.dtype == "float32" else 2)
+    plan = Plan(machine, choice, memory, recipe.data.max_length, shape.num_layers, checkpoint_width, speeds)
+    return plan if plan.fits else replace(plan, remedies=tuple(_remedies(recipe, shape, machine)))
+
+
+def longest_context(recipe: Recipe, shape: CatalogModel, machine: Machine) -> int:
+    """The longest row, in tokens, of which one at a time fits; 0 if none does. By bisection, to 64 tokens."""
+    low, high = 0, 2**22
+    while high - low > 64:
+        middle = (low + high) // 2
+        fits = any(
+            needed_bytes(memory_of(_with_length(recipe, middle), shape, machine.kernels, choice), machine)
+            <= machine.memory_bytes
+            for choice in _measures(1, middle, shape.num_layers, can_offload=machine.kernels.is_cuda)
+        )
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+def _with_length(recipe: Recipe, max_length: int) -> Recipe:
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": max_length})})
+
+
+def _measures(rows: int, max_length: int, num_layers: int, *, can_offload: bool) -> Iterator[Choice]:
+    """Everything recomputed, with ever more done for little memory."""
+    yield Choice(rows, num_layers)
+    if can_offload:
+        yield Choice(rows, num_layers, offload=True)
+    if rows * max_length > _TILE_TOKENS:
+        yield Choice(rows, num_layers, offload=can_offload, mlp_tile_tokens=_TILE_TOKENS)
+
+
+def _choose(recipe: Recipe, shape: CatalogModel, machine: Machine) -> Choice:
+    settings = recipe.training
+    batch, layers = settings.batch_size, shape.num_layers
+    if settings.micro_batch_size == "auto":
+        # Sizes that cut the batch into 1, 2, 3, ... passes; others would need as many passes and more memory.
+        sizes = sorted({-(-batch // passes) for passes in range(1, batch + 1)}, reverse=True)
+    else:
+        sizes = [min(settings.micro_batch_size, batch)]
+    if settings.recompute == "auto":
+        depths = list(range(layers + 1))
+    else:
+        depths = [{"none": 0, "all": layers}.get(str(settings.recompute), settings.recompute)]  # type: ignore[list-item]
+    depths = [min(depth, layers) for depth in depths]
+
+    def fits(choice: Choice) -> bool:
+        needed = needed_bytes(memory_of(recipe, shape, machine.kernels, choice), machine)
+        return needed <= _CHOSEN_SHARE * machine.memory_bytes
+
+    card = machine.card or CARDS["RTX 4090"]  # for a choice, only the balance of computing and moving counts
+    # For a size, the fewest recomputed layers that fit are the fastest.
+    found = [next((Choice(size, depth) for depth in depths if fits(Choice(size, depth))), None) for size in sizes]
+    fitting = [choice for choice in found if choice is not None]
+    if fitting:
+        return max(fitting, key=lambda choice: tokens_per_second(recipe, shape, machine.kernels, choice, card))
+    if layers in depths:
+        for choice in _measures(sizes[-1], recipe.data.max_length, layers, can_offload=machine.kernels.is_cuda):
+            if fits(choice):
+                return choice
+    return Choice(sizes[-1], depths[-1])
+
+
+def _remedies(recipe: Recipe, shape: CatalogModel, machine: Machine) -> Iterator[str]:
+    """Changes that would make it fit, each tried; else what would be needed at least."""
+    settings = recipe.training
+
+    def trial(what: str, **changes: Any) -> Iterator[str]:
+        changed = recipe.model_copy(update={"training": settings.model_copy(update=changes)})
+        choice = _choose(changed, shape, machine)
+        if needed_bytes(memory_of(changed, shape, machine.kernels, choice), machine) <= machine.memory_bytes:
+            yield f"{what} would fit"
+
+    fixed = settings.micro_batch_size != "auto" or settings.recompute != "auto"
+    if fixed:
+        yield from trial(
+            'training.micro_batch_size = "auto" and training.recompute = "auto"', micro_batch_size="auto", recompute="auto"
+        )
+    longest = longest_context(recipe, shape, machine)
+    if longest >= 8:
+        if longest < recipe.data.max_length:
+            yield f"data.max_length = {longest:,} would fit, one row at a time"
+        return
+    if recipe.model.quantization != "nf4" and recipe.adapter.method != "full":
+        yield 'model.quantization = "nf4" needs less for the weights'
+    fixed_bytes = sum(memory_of(_with_length(recipe, 8), shape, machine.kernels, Choice(1, shape.num_layers)).breakdown.values())
+    yield f"the model itself needs {fixed_bytes / 2**30:.1f} GiB: take a smaller model or a larger card"

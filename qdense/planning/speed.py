@@ -1,0 +1,123 @@
+"""How long a micro-batch takes on a card, from shapes alone: what it must compute, and what it must move.
+
+The products are counted exactly; the rest (share of the ceiling that a product reaches, passes over activations) is an
+estimate. Not yet measured on a GPU: good enough to choose between plans, not to be quoted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qdense.catalog import CatalogModel
+from qdense.planning.memory import NF4_BYTES, Choice, Kernels
+from qdense.planning.parameters import count_parameters
+from qdense.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU.
+
+    Attributes:
+        flops: bf16 products per second that large matrices reach, measured.
+        bandwidth: bytes per second of its memory.
+        link: bytes per second to and from the host, each way.
+    """
+
+    name: str
+    memory_bytes: int
+    flops: float
+    bandwidth: float
+    link: float
+
+
+CARDS = {
+    card.name: card
+    for card in (
+        Card("RTX 3090", 24 * 2**30, 71e12, 936e9, 20e9),
+        Card("RTX 4090", 24 * 2**30, 165e12, 1008e9, 20e9),
+        Card("H100", 80 * 2**30, 800e12, 3350e9, 50e9),
+    )
+}
+_REACHED = 0.9  # share of the ceiling that products of this size reach
+_ATTENTION_REACHED = 0.5
+_BANDWIDTH_REACHED = 0.85
+
+
+def card_named(device_name: str) -> Card | None:
+    """The known card that a device's name ("NVIDIA GeForce RTX 4090") stands for."""
+    return next((card for card in CARDS.values() if card.name in device_name), None)
+
+
+def forward_flops(shape: CatalogModel) -> tuple[float, float, float]:
+    """FLOPs for a token in one forward pass: linear layers, output layer, attention for each token of context (causal)."""
+    linears = shape.num_layers * sum(d_in * d_out for d_in, d_out in shape.linear_shapes().values())
+    return 2.0 * linears, 2.0 * shape.vocab_size * shape.hidden_size, 2.0 * shape.q_size * shape.num_layers
+
+
+def flops_per_token(shape: CatalogModel, context: float, recompute_layers: int, *, with_adapter: float = 0.0) -> float:
+    """FLOPs for a token of a training step on a frozen base, whose weights need no gradient.
+
+    With all layers recomputed: 6 N_linear + 4 N_head + 9 context hidden layers.
+
+    Args:
+        context: tokens of a row.
+        with_adapter: its active parameters in all layers.
+    """
+    linear, head, attention = forward_flops(shape)
+    again = recompute_layers / shape.num_layers
+    # flash attention's backward is 2.5 times its forward
+    return (2 + again) * linear + 2 * head + (3.5 + again) * attention * context + (6 + 2 * again) * with_adapter
+
+
+def tokens_per_second(recipe: Recipe, shape: CatalogModel, kernels: Kernels, choice: Choice, card: Card) -> float:
+    """Predicted tokens per second of training, for full micro-batches."""
+    tokens = choice.micro_batch_size * recipe.data.max_length
+    again = choice.recompute_layers / shape.num_layers
+    adapter = _adapter_products(recipe, shape)
+    linear, head, attention = forward_flops(shape)
+    context = recipe.data.max_length
+    products = (2 + again) * linear + 2 * head + (6 + 2 * again) * adapter
+    seconds = tokens * products / (_REACHED * card.flops)
+    seconds += tokens * (3.5 + again) * attention * context / (_ATTENTION_REACHED * card.flops)
+    seconds += _moved(recipe, shape, kernels, choice, tokens) / (_BANDWIDTH_REACHED * card.bandwidth)
+    if choice.offload:
+        # Copies overlap with what is computed; what they take longer is waited for.
+        copied = 2 * choice.recompute_layers * tokens * shape.hidden_size * _width(recipe)
+        seconds = max(seconds, copied / card.link)
+    return tokens / seconds
+
+
+def _width(recipe: Recipe) -> int:
+    return 4 if recipe.model.dtype == "float32" else 2
+
+
+def _adapter_products(recipe: Recipe, shape: CatalogModel) -> float:
+    """Parameters of the adapter that a token meets, in all layers: shared ones count for each."""
+    adapter = recipe.adapter
+    if not adapter.method.startswith("denselora"):
+        return float(count_parameters(shape, adapter).trainable_parameters)
+    shapes, r = shape.linear_shapes(), adapter.r
+    return float(shape.num_layers * sum(r * (sum(shapes[kind]) + r) for kind in adapter.target_modules))
+
+
+def _moved(recipe: Recipe, shape: CatalogModel, kernels: Kernels, choice: Choice, tokens: int) -> float:
+    """Bytes read and written beside the products' own operands."""
+    width, again = _width(recipe), choice.recompute_layers / shape.num_layers
+    shapes = shape.linear_shapes()
+    passes = 2 + again
+    moved = 0.0
+    if recipe.model.quantization == "nf4":  # each pass unpacks each weight once, the tiled MLP for each tile
+        tiles = -(-tokens // choice.mlp_tile_tokens) if choice.mlp_tile_tokens else 1
+        elements = {kind: d_in * d_out for kind, (d_in, d_out) in shapes.items()}
+        mlp = sum(elements[kind] for kind in ("gate_proj", "up_proj", "down_proj"))
+        moved += passes * shape.num_layers * (sum(elements.values()) + (tiles - 1) * mlp) * (NF4_BYTES + width)
+    # norms, rotary embeddings, silu and product, additions: reads and writes of one forward pass; backward about twice
+    plain = 1 if kernels.has_liger else 3
+    layer = width * plain * (10 * shape.hidden_size + 2 * shape.q_size + 3 * shape.intermediate_size)
+    adapted = [kind for kind in recipe.adapter.target_modules if kind in shapes]
+    outputs, inputs = sum(shapes[kind][1] for kind in adapted), sum(shapes[kind][0] for kind in adapted)
+    layer += width * ((2 * outputs + inputs) if kernels.is_fused else (12 * outputs + 6 * inputs))
+    moved += tokens * shape.num_layers * layer * (3 + again)
+    moved += tokens * shape.vocab_size * 20  # the logits' slices, several times over
+    return moved

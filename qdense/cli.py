@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "OutOfMemoryError":
             return _fail(
                 f"out of GPU memory: {str(error).splitlines()[0]}\nTraining has tried micro-batches down to one row: "
-                f"`qdense plan RECIPE` shows what takes the memory; set training.recompute = \"auto\" or lower data.max_length. "
+                f'`qdense plan RECIPE` shows what takes the memory; set training.recompute = "auto" or lower data.max_length. '
                 f"Lower --batch-size of an evaluation. "
                 f"Then go on {_GO_ON}."
             )
@@ -343,7 +343,9 @@ def _memory(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB|M)", text.strip(), re.IGNORECASE)
     number = float(match[1]) if match else 0.0
     if match is None or number <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size of memory: a number and GiB or MiB, for instance 24GiB")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size of memory: a number and GiB or MiB, for instance 24GiB"
+        )
     # "24 GB" on a card's box are 24 GiB in its driver.
     return int(number * (2**30 if match[2][0] in "gG" else 2**20))
 
@@ -709,7 +711,7 @@ def _quiet_libraries() -> None:
     import warnings
 
     warnings.simplefilter("ignore")
-    for name in ("bitsandbytes", "peft", "accelerate"):
+    for name in ("bitsandbytes", "peft", "accelerate", "liger_kernel"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 

@@ -169,7 +169,8 @@ class TrainingRecipe(_Table):
     max_steps: int | None = Field(None, ge=1, description="a positive whole number; left out, `epochs` decides")
     batch_size: int = Field(16, ge=1, description="a positive whole number of examples per optimizer step")
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description='a positive whole number of examples per forward pass, or "auto": as many as the memory allows'
+        "auto",
+        description='a positive whole number of examples per forward pass, or "auto": as many as the memory allows',
     )
     packing: bool = Field(
         True,
@@ -188,7 +189,8 @@ class TrainingRecipe(_Table):
         '(gradient checkpointing), or "auto": as few as the memory allows',
     )
     kernels: Literal["auto", "torch", "triton"] = Field(
-        "auto", description="auto (fused on CUDA), torch or triton: what computes the adapter, and with triton the rest by Liger's"
+        "auto",
+        description="auto (fused on CUDA), torch or triton: what computes the adapter, and with triton the rest by Liger's",
     )
     save_steps: int = Field(80, ge=1, description="a positive whole number of steps")
     eval_steps: int = Field(80, ge=1, description="a positive whole number of steps")
@@ -338,7 +340,10 @@ def _explain(location: Sequence[str], details: Any) -> tuple[str, str]:
     if details["type"] == "missing":
         return key, f"is missing: {_description(location)}"
     if key == "training.gradient_checkpointing":
-        return key, 'is called training.recompute here: "auto", "all" (for true), "none" (for false) or a number of layers'
+        return (
+            key,
+            'is called training.recompute here: "auto", "all" (for true), "none" (for false) or a number of layers',
+        )
     if details["type"] == "extra_forbidden":
         return key, f"unknown key{did_you_mean(location[-1], _fields(location[:-1]))}"
     reason = str(cause) if isinstance(cause, _RefusedError) else f"must be {_description(location)}"

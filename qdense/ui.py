@@ -646,7 +646,11 @@ def show_plan(console: Console, plan: Plan, title: str, longest_context_tokens: 
     for part, num_bytes in plan.memory.breakdown.items():
         if num_bytes:
             table.add_row(_PARTS[part], size(num_bytes))
-    moments = {"loss": "while the loss is computed", "recompute": "while a layer is recomputed", "backward": "in backward"}
+    moments = {
+        "loss": "while the loss is computed",
+        "recompute": "while a layer is recomputed",
+        "backward": "in backward",
+    }
     table.add_row(f"predicted peak, {moments[plan.memory.moment]}", size(plan.predicted_peak_bytes), style="bold")
     what = "CUDA's context, fragments" if machine.kernels.is_cuda else "the process itself"
     table.add_row(what, size(plan.needed_bytes - plan.predicted_peak_bytes))

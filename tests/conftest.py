@@ -15,6 +15,9 @@ os.environ.pop("QDENSE_DATA", None)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything defines a kernel
+
 from qdense.cli import _quiet_libraries  # noqa: E402
 
 _quiet_libraries()

@@ -80,7 +80,12 @@ def test_zero_decoder_adds_nothing_and_still_learns():
 
 def factors(num_tokens=64):
     torch.manual_seed(2)
-    return torch.randn(num_tokens, 5), torch.randn(4, 5), torch.randn(4, 4), 0.1 * torch.randn(6, 4)  # no GELU underflows
+    return (
+        torch.randn(num_tokens, 5),
+        torch.randn(4, 5),
+        torch.randn(4, 4),
+        0.1 * torch.randn(6, 4),
+    )  # no GELU underflows
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

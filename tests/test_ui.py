@@ -128,7 +128,7 @@ def test_quiet_says_warnings_only():
 
 
 def test_live_display_on_a_terminal_leaves_a_final_picture():
-    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
     with TrainingDisplay(console) as show:
         for event in (
             Notice("loading"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from types import ModuleType
@@ -47,6 +48,4 @@ def adapter_ops(x: Tensor) -> ModuleType:
         return denselora
     if x.device.type != "cuda" and not is_interpreted():
         raise ValueError('kernels = "triton" needs a CUDA device (or TRITON_INTERPRET=1, for tests); take "auto"')
-    from qdense.ops import denselora_triton
-
-    return denselora_triton
+    return importlib.import_module("qdense.ops.denselora_triton")  # imports Triton

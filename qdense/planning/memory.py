@@ -82,11 +82,15 @@ def memory_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels, choice: Cho
     tail = tokens * shape.hidden_size * (width + layer.norm_width)
 
     slice_tokens = min(tokens, logits_slice_tokens(shape.vocab_size, kernels.is_cuda))
-    logits = slice_tokens * shape.vocab_size * 8 + tokens * shape.hidden_size * 2 * width  # fp32 twice; hidden, gradient
+    logits = (
+        slice_tokens * shape.vocab_size * 8 + tokens * shape.hidden_size * 2 * width
+    )  # fp32 twice; hidden, gradient
     again = tokens * layer.saved(is_recomputed=True, has_tiled_mlp=choice.mlp_tile_tokens is not None)
-    passing = tokens * layer.passing(has_tiled_mlp=choice.mlp_tile_tokens is not None)
+    passing = tokens * layer.passing()
     if choice.mlp_tile_tokens is not None:
-        passing += min(tokens, choice.mlp_tile_tokens) * (layer.saved_in_mlp() + layer.passing(has_tiled_mlp=False))
+        # Either while a tile runs, or when backward has gone past the MLP and through the norm before it.
+        tile = min(tokens, choice.mlp_tile_tokens) * (layer.saved_in_mlp() + layer.passing())
+        passing = max(tile, tokens * layer.passing_norm())
     unpacked = layer.dequantization_bytes
     moments = {"loss": (kept + tail, 0, logits, 0)}
     if choice.recompute_layers:
@@ -94,7 +98,7 @@ def memory_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels, choice: Cho
     if num_kept:
         # Of the last layer, what lies behind the MLP's product is free by the time that most gradients are there.
         freed = tokens * layer.freed_at_product()
-        gradients = max(0.0, tokens * layer.passing(has_tiled_mlp=False) - freed)
+        gradients = max(0.0, tokens * layer.passing() - freed)
         moments["backward"] = (kept, int(gradients), 0, unpacked)
     moment = max(moments, key=lambda name: sum(moments[name]))
     activations, passing, logits, unpacked = moments[moment]
@@ -204,14 +208,16 @@ class _Layer:
         """What of a layer is free by the time that backward has reached the product in the MLP: down_proj's."""
         return self._adapters(self.targets & {"down_proj"})
 
-    def passing(self, *, has_tiled_mlp: bool) -> float:
-        """Gradients and what is computed beside them while backward runs through a layer, at most; measured, not derived."""
+    def passing(self) -> float:
+        """Gradients and what is computed beside them while backward runs through an MLP, at most; measured, not derived."""
         hidden, wide = self.width * self.shape.hidden_size, self.width * self.shape.intermediate_size
-        if has_tiled_mlp:
-            return 4.0 * hidden
         if self.is_fused or not self.mask:
             return 2.0 * wide + (hidden if self.is_fused else 0)
         return max(2.0 * wide, 1.25 * wide + 4.0 * hidden)
+
+    def passing_norm(self) -> float:
+        """The same, through a norm: Transformers' computes in fp32, one operation after the other."""
+        return self.shape.hidden_size * (2.5 * self.width if self.kernels.has_liger else 4.5 * 4)
 
 
 def _width(dtype: str) -> int:

@@ -39,7 +39,9 @@ class Machine:
     card: Card | None = None
 
     @classmethod
-    def card_of(cls, memory_bytes: int, name: str = "a card", card: Card | None = None, *, plain: bool = False) -> Machine:
+    def card_of(
+        cls, memory_bytes: int, name: str = "a card", card: Card | None = None, *, plain: bool = False
+    ) -> Machine:
         """A CUDA card, with the fused kernels and Liger's unless `plain`."""
         kernels = Kernels(is_cuda=True, is_fused=not plain, has_liger=not plain)
         return cls(name, kernels, memory_bytes, CUDA_CONTEXT_BYTES, card)
@@ -191,8 +193,10 @@ def _choose(recipe: Recipe, shape: CatalogModel, machine: Machine) -> Choice:
         sizes = [min(settings.micro_batch_size, batch)]
     if settings.recompute == "auto":
         depths = list(range(layers + 1))
+    elif settings.recompute == "none":
+        depths = [0]
     else:
-        depths = [{"none": 0, "all": layers}.get(str(settings.recompute), settings.recompute)]  # type: ignore[list-item]
+        depths = [layers if settings.recompute == "all" else settings.recompute]
     depths = [min(depth, layers) for depth in depths]
 
     def fits(choice: Choice) -> bool:
@@ -225,7 +229,9 @@ def _remedies(recipe: Recipe, shape: CatalogModel, machine: Machine) -> Iterator
     fixed = settings.micro_batch_size != "auto" or settings.recompute != "auto"
     if fixed:
         yield from trial(
-            'training.micro_batch_size = "auto" and training.recompute = "auto"', micro_batch_size="auto", recompute="auto"
+            'training.micro_batch_size = "auto" and training.recompute = "auto"',
+            micro_batch_size="auto",
+            recompute="auto",
         )
     longest = longest_context(recipe, shape, machine)
     if longest >= 8:
@@ -234,5 +240,7 @@ def _remedies(recipe: Recipe, shape: CatalogModel, machine: Machine) -> Iterator
         return
     if recipe.model.quantization != "nf4" and recipe.adapter.method != "full":
         yield 'model.quantization = "nf4" needs less for the weights'
-    fixed_bytes = sum(memory_of(_with_length(recipe, 8), shape, machine.kernels, Choice(1, shape.num_layers)).breakdown.values())
+    fixed_bytes = sum(
+        memory_of(_with_length(recipe, 8), shape, machine.kernels, Choice(1, shape.num_layers)).breakdown.values()
+    )
     yield f"the model itself needs {fixed_bytes / 2**30:.1f} GiB: take a smaller model or a larger card"

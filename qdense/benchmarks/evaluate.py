@@ -41,6 +41,9 @@ from qdense.errors import AdapterError, EvaluationError
 from qdense.events import Emit, EvaluationDone, EvaluationProgress, EvaluationStarted, Notice
 from qdense.modeling.adapter import CARD_FILE, AdapterCard, find_adapter, load_adapter, read_card
 from qdense.modeling.base import BaseModel, load_base
+from qdense.planning.generation import sequences_that_fit
+from qdense.planning.machine import memory_total
+from qdense.planning.shapes import shape_of_config
 from qdense.provenance import git_hash, package_versions
 from qdense.recipe import ModelRecipe, load_recipe, recipe_from_tables
 
@@ -56,7 +59,7 @@ class EvaluationRequest:
         with_base: score the base too, before the adapter.
         limit: the first N items of each task; None is all.
         max_new_tokens: None is each task's own limit.
-        batch_size: sequences (with beams: items) at a time; None is the decoding's own.
+        batch_size: sequences (with beams: items) at a time; None for the decoding's own, or as many as fit the device.
         template: None is the adapter's, and for a bare base each task's own.
         clean: score the items that the training set does not hold by themselves as well.
         trained_on: that training set, a known name or a file; None is the run's own.
@@ -215,9 +218,9 @@ class LocalModel:
         self.base, self.model, self.bare, self.emit = base, model, bare, emit
         self.decoding = decoding = request.decoding
         on_gpu = base.device.type == "cuda"
-        self.batch_size = request.batch_size or (decoding.batch_size_cuda if on_gpu else decoding.batch_size_cpu)
         self.templates = {task.name: template_named(template or task.template) for task in request.tasks}
         self.max_new_tokens = {task.name: request.max_new_tokens or task.max_new_tokens for task in request.tasks}
+        self.batch_size = request.batch_size or self._planned_batch_size(recipe)
         if adapter is None:
             self.column, self.owner = "base", Path("runs", f"base-{Path(base.name).name}")
         else:
@@ -259,6 +262,20 @@ class LocalModel:
                 batch_size=self.batch_size,
                 smaller_batch=self._smaller_batch,
             )
+
+    def _planned_batch_size(self, recipe: ModelRecipe) -> int:
+        """As many as the decoding takes at a time, or as fit this device."""
+        is_cuda = self.base.device.type == "cuda"
+        most = self.decoding.batch_size_cuda if is_cuda else self.decoding.batch_size_cpu
+        sequences = sequences_that_fit(
+            recipe,
+            shape_of_config(self.base.name, self.base.model.config.to_dict()),
+            new_tokens=max(self.max_new_tokens.values()),
+            is_cuda=is_cuda,
+            memory_bytes=memory_total(self.base.device),
+            most=most * self.decoding.num_beams,
+        )
+        return max(1, sequences // self.decoding.num_beams)
 
     def _smaller_batch(self, batch_size: int) -> None:
         self.emit(Notice(f"out of memory: going on with {batch_size} at a time; nothing finished is lost", "warning"))

@@ -30,7 +30,7 @@ class Decoding:
     Attributes:
         num_samples: completions of each item, drawn at `temperature` from the most likely tokens that hold `top_p` of the
             probability; `seed` fixes them. A temperature of 0 takes the most likely token.
-        batch_size_cpu, batch_size_cuda: sequences (with beams: items) at a time.
+        batch_size_cpu, batch_size_cuda: sequences (with beams: items) at a time, where memory allows (planning/generation.py).
     """
 
     name: str
@@ -40,7 +40,7 @@ class Decoding:
     top_p: float = 1.0
     seed: int = 0
     batch_size_cpu: int = 64
-    batch_size_cuda: int = 64
+    batch_size_cuda: int = 128
 
     def record(self) -> dict[str, Any]:
         """What of it can change a completion."""
@@ -55,7 +55,7 @@ class Decoding:
 DECODINGS = {
     decoding.name: decoding
     for decoding in (
-        Decoding("beam4", num_beams=4, batch_size_cpu=8, batch_size_cuda=16),
+        Decoding("beam4", num_beams=4, batch_size_cpu=8, batch_size_cuda=32),
         Decoding("greedy"),
         Decoding("sample", num_samples=8, temperature=0.7),
     )

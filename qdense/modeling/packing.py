@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -70,9 +71,11 @@ def _attend(
 
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, d)
         bounds, longest = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
-        output = varlen_attn(
-            query, key, value, *bounds, *longest, scale=scaling, window_size=(-1, 0), enable_gqa=is_grouped
+        # torch 2.11 takes fewer heads of k and v without being told.
+        grouped: dict[str, Any] = (
+            {"enable_gqa": is_grouped} if "enable_gqa" in signature(varlen_attn).parameters else {}
         )
+        output = varlen_attn(query, key, value, *bounds, *longest, scale=scaling, window_size=(-1, 0), **grouped)
         assert isinstance(output, Tensor)
         return output.unsqueeze(0), None
     rows = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)

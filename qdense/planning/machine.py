@@ -42,3 +42,10 @@ def this_machine(recipe: Recipe, shape: CatalogModel) -> Machine:
     process_bytes = psutil.Process().memory_info().rss
     memory_bytes = process_bytes + int(_CPU_SHARE * psutil.virtual_memory().available)
     return Machine("this machine", kernels, memory_bytes, process_bytes)
+
+
+def memory_total(device: torch.device) -> int:
+    """Bytes of the card, or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)

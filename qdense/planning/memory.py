@@ -19,7 +19,7 @@ from qdense.catalog import CatalogModel
 from qdense.methods import METHODS
 from qdense.ops.slices import logits_slice_tokens
 from qdense.planning.parameters import count_parameters
-from qdense.recipe import Recipe
+from qdense.recipe import ModelRecipe, Recipe
 
 # NF4 with double quantization: 4 bits, a byte for each 64 elements, and a float for each 256 of these bytes.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -115,13 +115,22 @@ def memory_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels, choice: Cho
     )
 
 
+def base_bytes(model: ModelRecipe, shape: CatalogModel, *, unpacked: bool = False) -> tuple[int, int]:
+    """The base's layers, and its embeddings with the output layer; `unpacked` counts NF4 weights in the compute dtype."""
+    width = _width(model.dtype)
+    linears = shape.num_layers * sum(d_in * d_out for d_in, d_out in shape.linear_shapes().values())
+    per_element = {"nf4": NF4_BYTES, "int8": _INT8_BYTES, "none": float(width)}[model.quantization]
+    if unpacked and model.quantization == "nf4":
+        per_element = float(width)
+    norms = (2 * shape.num_layers + 1) * shape.hidden_size * width
+    tables = shape.vocab_size * shape.hidden_size * (1 if shape.has_tied_embeddings else 2) * width
+    return int(linears * per_element) + norms, tables
+
+
 def _static(recipe: Recipe, shape: CatalogModel) -> dict[str, int]:
     """What is there from the first step to the last."""
     width = _width(recipe.model.dtype)
-    linears = shape.num_layers * sum(d_in * d_out for d_in, d_out in shape.linear_shapes().values())
-    per_element = {"nf4": NF4_BYTES, "int8": _INT8_BYTES, "none": float(width)}[recipe.model.quantization]
-    norms = (2 * shape.num_layers + 1) * shape.hidden_size * width
-    tables = shape.vocab_size * shape.hidden_size * (1 if shape.has_tied_embeddings else 2) * width
+    weights, tables = base_bytes(recipe.model, shape)
     adapter = recipe.adapter
     method = METHODS[adapter.method]
     trained = count_parameters(shape, adapter).trainable_parameters
@@ -130,7 +139,7 @@ def _static(recipe: Recipe, shape: CatalogModel) -> dict[str, int]:
     gradient = 4 if has_masters else adapter_width
     moments = _OPTIMIZER_BYTES.get(recipe.training.optimizer, 8.0)
     return {
-        "weights": int(linears * per_element) + norms,
+        "weights": weights,
         "embeddings_and_head": tables,
         "adapter": trained * adapter_width if method.is_adapter else 0,
         "gradients": trained * gradient,

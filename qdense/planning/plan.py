@@ -6,11 +6,13 @@ further measures, only where nothing fits without them: checkpoints wait in host
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qdense.catalog import CatalogModel
+from qdense.methods import METHODS
 from qdense.planning.memory import Choice, Kernels, Memory, memory_of
 from qdense.planning.speed import CARDS, Card, tokens_per_second
 from qdense.recipe import Recipe
@@ -199,9 +201,11 @@ def _choose(recipe: Recipe, shape: CatalogModel, machine: Machine) -> Choice:
         depths = [layers if settings.recompute == "all" else settings.recompute]
     depths = [min(depth, layers) for depth in depths]
 
+    def needed(choice: Choice) -> int:
+        return needed_bytes(memory_of(recipe, shape, machine.kernels, choice), machine)
+
     def fits(choice: Choice) -> bool:
-        needed = needed_bytes(memory_of(recipe, shape, machine.kernels, choice), machine)
-        return needed <= _CHOSEN_SHARE * machine.memory_bytes
+        return needed(choice) <= _CHOSEN_SHARE * machine.memory_bytes
 
     card = machine.card or CARDS["RTX 4090"]  # for a choice, only the balance of computing and moving counts
     # For a size, the fewest recomputed layers that fit are the fastest.
@@ -210,37 +214,38 @@ def _choose(recipe: Recipe, shape: CatalogModel, machine: Machine) -> Choice:
     if fitting:
         return max(fitting, key=lambda choice: tokens_per_second(recipe, shape, machine.kernels, choice, card))
     if layers in depths:
-        for choice in _measures(sizes[-1], recipe.data.max_length, layers, can_offload=machine.kernels.is_cuda):
-            if fits(choice):
-                return choice
+        can_offload = machine.kernels.is_cuda
+        measures = list(_measures(sizes[-1], recipe.data.max_length, layers, can_offload=can_offload))
+        # Where none fits, the one that needs least: it may still do without the reserve.
+        return next(filter(fits, measures), min(measures, key=needed))
     return Choice(sizes[-1], depths[-1])
 
 
-def _remedies(recipe: Recipe, shape: CatalogModel, machine: Machine) -> Iterator[str]:
+def _remedies(recipe: Recipe, shape: CatalogModel, machine: Machine) -> list[str]:
     """Changes that would make it fit, each tried; else what would be needed at least."""
-    settings = recipe.training
 
-    def trial(what: str, **changes: Any) -> Iterator[str]:
-        changed = recipe.model_copy(update={"training": settings.model_copy(update=changes)})
+    def trial(**changes: dict[str, Any]) -> list[str]:
+        """The changes, by table, as a recipe has them; none if they would not do."""
+        tables = {table: getattr(recipe, table).model_copy(update=values) for table, values in changes.items()}
+        changed = recipe.model_copy(update=tables)
         choice = _choose(changed, shape, machine)
-        if needed_bytes(memory_of(changed, shape, machine.kernels, choice), machine) <= machine.memory_bytes:
-            yield f"{what} would fit"
+        if needed_bytes(memory_of(changed, shape, machine.kernels, choice), machine) > machine.memory_bytes:
+            return []
+        named = [(f"{table}.{key}", value) for table, values in changes.items() for key, value in values.items()]
+        return [" and ".join(f"{key} = {json.dumps(value)}" for key, value in named) + " would fit"]
 
-    fixed = settings.micro_batch_size != "auto" or settings.recompute != "auto"
-    if fixed:
-        yield from trial(
-            'training.micro_batch_size = "auto" and training.recompute = "auto"',
-            micro_batch_size="auto",
-            recompute="auto",
-        )
+    settings = recipe.training
+    is_fixed = settings.micro_batch_size != "auto" or settings.recompute != "auto"
+    free = {"micro_batch_size": "auto", "recompute": "auto"} if is_fixed else {}
+    remedies = trial(training=free) if is_fixed else []
+    if recipe.model.quantization != "nf4" and "nf4" in METHODS[recipe.adapter.method].quantizations:
+        remedies += trial(model={"quantization": "nf4"}, training=free)
     longest = longest_context(recipe, shape, machine)
-    if longest >= 8:
-        if longest < recipe.data.max_length:
-            yield f"data.max_length = {longest:,} would fit, one row at a time"
-        return
-    if recipe.model.quantization != "nf4" and recipe.adapter.method != "full":
-        yield 'model.quantization = "nf4" needs less for the weights'
-    fixed_bytes = sum(
-        memory_of(_with_length(recipe, 8), shape, machine.kernels, Choice(1, shape.num_layers)).breakdown.values()
-    )
-    yield f"the model itself needs {fixed_bytes / 2**30:.1f} GiB: take a smaller model or a larger card"
+    if 8 <= longest < recipe.data.max_length:
+        remedies += trial(data={"max_length": longest}, training=free)
+    if not remedies:
+        least = memory_of(_with_length(recipe, 8), shape, machine.kernels, Choice(1, shape.num_layers))
+        remedies.append(
+            f"the model itself needs {least.peak_bytes / 2**30:.1f} GiB: take a smaller model or a larger card"
+        )
+    return remedies

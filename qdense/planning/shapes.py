@@ -29,7 +29,7 @@ def model_shape(name: str) -> CatalogModel:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         return shape_of_config(name, config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise ModelError(f"{path}: not the configuration of a LLaMA-like model: {error!r}") from None
 
 
@@ -47,10 +47,10 @@ def _cached_config(hub_id: str) -> Path | None:
 
 
 def shape_of_config(name: str, config: dict[str, Any]) -> CatalogModel:
-    """Shapes from a config.json as Transformers writes it. Raises KeyError where it lacks one."""
+    """Shapes from a config.json as Transformers writes it. Raises KeyError where it lacks one, ValueError where it is no size."""
     num_heads = int(config["num_attention_heads"])
     head_size = config.get("head_dim")
-    return CatalogModel(
+    shape = CatalogModel(
         name=name,
         hub_id=name,
         num_layers=int(config["num_hidden_layers"]),
@@ -63,3 +63,7 @@ def shape_of_config(name: str, config: dict[str, Any]) -> CatalogModel:
         head_size=None if head_size is None else int(head_size),
         model_type=str(config["model_type"]),
     )
+    sizes = {key: value for key, value in vars(shape).items() if type(value) is int}
+    if wrong := [f"{key} = {value}" for key, value in sizes.items() if value < 1]:
+        raise ValueError(", ".join(wrong))
+    return shape

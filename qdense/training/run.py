@@ -45,7 +45,7 @@ from qdense.modeling.adapter import (
 from qdense.modeling.base import BaseModel, load_base
 from qdense.modeling.liger import use_liger
 from qdense.ops.kernels import use_kernels
-from qdense.planning.machine import fetched_shape, this_machine
+from qdense.planning.machine import fetched_shape, memory_total, this_machine
 from qdense.planning.memory import Choice
 from qdense.planning.plan import Plan, make_plan
 from qdense.provenance import git_hash, package_versions
@@ -57,7 +57,6 @@ from qdense.training.trainer import (
     checkpoint_bytes,
     checkpoint_step,
     is_whole_checkpoint,
-    memory_total,
 )
 
 RECIPE_FILE, METRICS_FILE, INITIAL_FILE = "recipe.toml", "metrics.jsonl", "initial.safetensors"

@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import psutil
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -383,13 +382,6 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_reserved(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def memory_total(device: torch.device) -> int:
-    """Bytes of the card, or of the machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.virtual_memory().total)
 
 
 def _training_arguments(recipe: Recipe, base: BaseModel, folder: Path, *, has_validation: bool) -> TrainingArguments:

@@ -82,19 +82,22 @@ def memory_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels, choice: Cho
     tail = tokens * shape.hidden_size * (width + layer.norm_width)
 
     slice_tokens = min(tokens, logits_slice_tokens(shape.vocab_size, kernels.is_cuda))
-    logits = (
-        slice_tokens * shape.vocab_size * 8 + tokens * shape.hidden_size * 2 * width
-    )  # fp32 twice; hidden, gradient
-    again = tokens * layer.saved(is_recomputed=True, has_tiled_mlp=choice.mlp_tile_tokens is not None)
+    # Logits in fp32 twice; the hidden states and their gradient.
+    logits = slice_tokens * shape.vocab_size * 8 + tokens * shape.hidden_size * 2 * width
+    is_tiled = choice.mlp_tile_tokens is not None
+    in_mlp = shape.hidden_size * width if is_tiled else layer.saved_in_mlp()
+    again = tokens * layer.saved(is_recomputed=True, has_tiled_mlp=is_tiled)
+    # Backward through the MLP; or, tiled, through a tile and then the norm before it; and last through attention.
     passing = tokens * layer.passing()
     if choice.mlp_tile_tokens is not None:
-        # Either while a tile runs, or when backward has gone past the MLP and through the norm before it.
         tile = min(tokens, choice.mlp_tile_tokens) * (layer.saved_in_mlp() + layer.passing())
         passing = max(tile, tokens * layer.passing_norm())
+    after_mlp = again - tokens * (in_mlp + shape.hidden_size * layer.norm_width)
+    recomputing = max((again, passing), (after_mlp, tokens * layer.passing_attention()), key=sum)
     unpacked = layer.dequantization_bytes
     moments = {"loss": (kept + tail, 0, logits, 0)}
     if choice.recompute_layers:
-        moments["recompute"] = (int(again), int(passing), 0, unpacked)
+        moments["recompute"] = (int(recomputing[0]), int(recomputing[1]), 0, unpacked)
     if num_kept:
         # Of the last layer, what lies behind the MLP's product is free by the time that most gradients are there.
         freed = tokens * layer.freed_at_product()
@@ -227,6 +230,18 @@ class _Layer:
     def passing_norm(self) -> float:
         """The same, through a norm: Transformers' computes in fp32, one operation after the other."""
         return self.shape.hidden_size * (2.5 * self.width if self.kernels.has_liger else 4.5 * 4)
+
+    def passing_attention(self) -> float:
+        """The same, through attention: gradients of the residual, its output, q, k and v.
+
+        On CUDA, flash attention sums the gradient of q in fp32 and, where heads share k and v, has theirs for each head
+        (mha_varlen_bwd in the flash_api.cpp that torch builds in).
+        """
+        shape, width = self.shape, self.width
+        gradients = width * (shape.hidden_size + 2.0 * shape.q_size + 2.0 * shape.kv_size)
+        if not self.kernels.is_cuda:
+            return gradients
+        return gradients + 4 * shape.q_size + (0 if shape.kv_size == shape.q_size else 2 * width * shape.q_size)
 
 
 def _width(dtype: str) -> int:

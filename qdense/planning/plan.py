@@ -188,7 +188,11 @@ def _measures(rows: int, max_length: int, num_layers: int, *, can_offload: bool)
 def _choose(recipe: Recipe, shape: CatalogModel, machine: Machine) -> Choice:
     settings = recipe.training
     batch, layers = settings.batch_size, shape.num_layers
-    if settings.micro_batch_size == "auto":
+    if settings.micro_batch_size == "auto" and settings.packing:
+        sizes = list(
+            range(batch, 0, -1)
+        )  # most rows are shorter than the greatest length: each token more may save a pass
+    elif settings.micro_batch_size == "auto":
         # Sizes that cut the batch into 1, 2, 3, ... passes; others would need as many passes and more memory.
         sizes = sorted({-(-batch // passes) for passes in range(1, batch + 1)}, reverse=True)
     else:

@@ -170,6 +170,24 @@ def test_memory_that_runs_out_halves_the_micro_batches_and_nothing_else(tiny_mod
     assert adapter_bytes(tmp_path / "starved") == adapter_bytes(tmp_path / "small")
 
 
+def test_memory_that_runs_out_with_single_rows_has_all_layers_recomputed(tiny_model, tmp_path, monkeypatch):
+    original = trainer_module.AdapterTrainer._loss
+
+    def starved(self, model, batch, num_labels):
+        if model.training and self.choice.recompute_layers < 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, model, batch, num_labels)
+
+    settings = {"training__micro_batch_size": 1, "training__max_steps": 2}
+    expected = run(recipe_for(tiny_model, tmp_path / "expected", **settings))
+    monkeypatch.setattr(trainer_module.AdapterTrainer, "_loss", starved)
+    events = run(recipe_for(tiny_model, tmp_path / "starved", **settings, training__recompute="auto"))
+    (told,) = [event.text for event in events if isinstance(event, Notice) and "out of memory" in event.text]
+    assert 'training.recompute = "all"' in told
+    assert losses(events, StepDone) == losses(expected, StepDone)
+    assert adapter_bytes(tmp_path / "starved") == adapter_bytes(tmp_path / "expected")
+
+
 def test_memory_that_runs_out_with_single_rows_stops_the_run(tiny_model, tmp_path, monkeypatch):
     def starved(self, model, batch, num_labels):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -14,6 +14,7 @@ import torch
 from qdense.catalog import CATALOG
 from qdense.cli import main
 from qdense.events import Notice, TrainingDone, TrainingStarted
+from qdense.planning import machine as machine_module
 from qdense.planning.generation import generation_bytes, sequences_that_fit
 from qdense.planning.memory import NF4_BYTES, Choice, Kernels, memory_of
 from qdense.planning.plan import Machine, longest_context, make_plan, needed_bytes
@@ -257,6 +258,21 @@ def test_a_run_that_will_not_fit_is_told_before_the_model_is_loaded(tiny_model, 
     (warning,) = [event.text for event in told if isinstance(event, Notice) and event.level == "warning"]
     assert "a small card has 0.0 GiB" in warning
     assert "qdense plan" in warning
+
+
+def test_kernels_that_are_missing_on_cuda_are_named(monkeypatch):
+    card = Machine("a card", Kernels(True, True, False), 24 * GIB, 0)
+
+    def reasons(machine=card, **changes):
+        return list(machine_module.slow_kernels(recipe_of(**changes), LLAMA3, machine))
+
+    monkeypatch.setattr(machine_module, "why_no_liger", lambda model_type: f"no Liger for {model_type}")
+    assert reasons() == ["no Liger for llama"]
+    assert reasons(training__kernels="torch") == []
+    assert reasons(Machine("here", Kernels(False, False, False), 24 * GIB, 0)) == []
+    monkeypatch.setattr(machine_module, "has_triton", lambda: False)
+    (reason,) = reasons()
+    assert "Triton is not installed" in reason
 
 
 def test_choices_that_a_run_can_be_given_all_train_alike(tiny_model, tmp_path):

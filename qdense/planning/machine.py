@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import psutil
 import torch
 
@@ -42,6 +44,16 @@ def this_machine(recipe: Recipe, shape: CatalogModel) -> Machine:
     process_bytes = psutil.Process().memory_info().rss
     memory_bytes = process_bytes + int(_CPU_SHARE * psutil.virtual_memory().available)
     return Machine("this machine", kernels, memory_bytes, process_bytes)
+
+
+def slow_kernels(recipe: Recipe, shape: CatalogModel, machine: Machine) -> Iterator[str]:
+    """Why a run on CUDA does without faster kernels, where the recipe does not ask for that."""
+    if not machine.kernels.is_cuda or recipe.training.kernels == "torch":
+        return
+    if not has_triton():
+        yield "Triton is not installed (pip install triton; on Windows: triton-windows)"
+    elif reason := why_no_liger(shape.model_type):
+        yield reason
 
 
 def memory_total(device: torch.device) -> int:

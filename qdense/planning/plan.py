@@ -123,7 +123,8 @@ class Plan:
         """The choice in a line."""
         choice = self.choice
         tokens = choice.micro_batch_size * self.max_length
-        parts = [f"{choice.micro_batch_size} rows ({tokens:,} tokens) at a time"]
+        rows = "1 row" if choice.micro_batch_size == 1 else f"{choice.micro_batch_size} rows"
+        parts = [f"{rows} ({tokens:,} tokens) at a time"]
         again = choice.recompute_layers
         parts.append(
             "all layers recomputed"

@@ -45,7 +45,7 @@ from qdense.modeling.adapter import (
 from qdense.modeling.base import BaseModel, load_base
 from qdense.modeling.liger import use_liger
 from qdense.ops.kernels import use_kernels
-from qdense.planning.machine import fetched_shape, memory_total, this_machine
+from qdense.planning.machine import fetched_shape, memory_total, slow_kernels, this_machine
 from qdense.planning.memory import Choice
 from qdense.planning.plan import Plan, make_plan
 from qdense.provenance import git_hash, package_versions
@@ -207,6 +207,8 @@ def _plan(recipe: Recipe, settled: Choice | None, emit: Emit) -> Plan:
     shape = fetched_shape(recipe.model)
     machine = this_machine(recipe, shape)
     plan = make_plan(recipe, shape, machine, settled)
+    for reason in slow_kernels(recipe, shape, machine):
+        emit(Notice(f"slower, and with more memory, than it could be: {reason}", "warning"))
     if not plan.fits:
         emit(
             Notice(

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ class AdapterTrainer(Trainer):
 
     What differs from Trainer, and why:
       - Its batch is the whole optimizer step: examples, which are packed (or padded) into micro-batches here. The step's loss is
-        the mean over its loss tokens, however they are split. Memory that runs out halves the micro-batches.
+        the mean over its loss tokens, however they are split. Memory that runs out halves the micro-batches, and at one row has
+        all layers recomputed where the recipe leaves that to the plan.
       - The optimizer is `build_optimizer`'s, with fp32 masters.
       - Checkpoints hold the adapter in PEFT's format, in its own dtype; Trainer's way of loading it back casts bf16 to
         fp32, and a resumed run would not be the same run.
@@ -73,11 +75,7 @@ class AdapterTrainer(Trainer):
         if self.is_packed and (reason := why_not_packed(base.model)):
             emit(Notice(f"training.packing: {reason}; rows are padded instead", "warning"))
             self.is_packed = False
-        self.num_rows_at_once = choice.micro_batch_size
-        try:
-            apply_recompute(model, Recompute(choice.recompute_layers, choice.offload, choice.mlp_tile_tokens))
-        except ValueError as error:
-            raise RunError(f"training.recompute: {error}") from error
+        self._follow(choice)
         self.best_step, self.best_loss, self.best_weights = 0, math.inf, {}  # type: int, float, dict[str, Tensor]
         self.progress = _ProgressCallback(self, emit, base.device, seconds_before)
         super().__init__(
@@ -89,6 +87,14 @@ class AdapterTrainer(Trainer):
             callbacks=[_Watch(self, method), _Ranks(self), self.progress],
         )
         self.remove_callback(PrinterCallback)
+
+    def _follow(self, choice: Choice) -> None:
+        """Cut up steps, and recompute, as `choice` says from now on."""
+        self.choice = choice
+        try:
+            apply_recompute(self.adapted, Recompute(choice.recompute_layers, choice.offload, choice.mlp_tile_tokens))
+        except ValueError as error:
+            raise RunError(f"training.recompute: {error}") from error
 
     # --- optimizer --------------------------------------------------------------------------------------------------------
 
@@ -114,14 +120,19 @@ class AdapterTrainer(Trainer):
             try:
                 return self._forward_and_backward(model, inputs["examples"])
             except (torch.OutOfMemoryError, MemoryError):
-                if self.num_rows_at_once == 1:
+                smaller = self._smaller_choice()
+                if smaller is None:
                     raise
             # Out of the handler: what the failed pass still held is free by now.
-            self.num_rows_at_once = (self.num_rows_at_once + 1) // 2
+            if smaller.micro_batch_size < self.choice.micro_batch_size:
+                what = f"micro-batches half as large, as with training.micro_batch_size = {smaller.micro_batch_size}"
+            else:
+                what = 'all layers recomputed, as with training.recompute = "all"'
+            self._follow(smaller)
             self.emit(
                 Notice(
-                    f"step {self.state.global_step + 1}: out of memory; the step is repeated with micro-batches half as large, "
-                    f"as with training.micro_batch_size = {self.num_rows_at_once}. The batch stays {len(inputs['examples'])}.",
+                    f"step {self.state.global_step + 1}: out of memory; the step is repeated with {what}. "
+                    f"The batch stays {len(inputs['examples'])}.",
                     "warning",
                 )
             )
@@ -130,6 +141,15 @@ class AdapterTrainer(Trainer):
             if generators[1] is not None:
                 torch.cuda.set_rng_state(generators[1])
                 torch.cuda.empty_cache()
+
+    def _smaller_choice(self) -> Choice | None:
+        """What needs less memory than the choice now; None if that is all that may be done."""
+        if self.choice.micro_batch_size > 1:
+            return replace(self.choice, micro_batch_size=(self.choice.micro_batch_size + 1) // 2)
+        num_layers = int(self.adapted.config.num_hidden_layers)
+        if self.recipe.training.recompute == "auto" and self.choice.recompute_layers < num_layers:
+            return replace(self.choice, recompute_layers=num_layers)
+        return None
 
     def _forward_and_backward(self, model: Any, examples: Sequence[Example]) -> Tensor:
         self.progress.micro_batches, self.progress.num_tokens = [], 0
@@ -151,7 +171,7 @@ class AdapterTrainer(Trainer):
 
     def _micro_batches(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """A step's examples (or some to validate on) as the model takes them: packed, or padded."""
-        size = self.num_rows_at_once
+        size = self.choice.micro_batch_size
         if self.is_packed:
             batches = [join(group) for group in pack(examples, size * self.recipe.data.max_length)]
         else:
@@ -233,7 +253,7 @@ class AdapterTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         save_state(self.adapted, folder, self.method)
         state: dict[str, Any] = {
-            "num_rows_at_once": self.num_rows_at_once,
+            "choice": asdict(self.choice),
             "best_step": self.best_step,
             "best_loss": None,
         }
@@ -254,7 +274,7 @@ class AdapterTrainer(Trainer):
             )
         restore_state(self.adapted, folder, self.method)
         state = json.loads((folder / _STATE).read_text())
-        self.num_rows_at_once = state["num_rows_at_once"]
+        self._follow(Choice(**state["choice"]))
         if state["best_loss"] is not None:
             self.best_step, self.best_loss = state["best_step"], state["best_loss"]
             self.best_weights = safetensors.torch.load_file(folder / _BEST_WEIGHTS)

@@ -133,7 +133,18 @@ class Stages:
     def checks(self) -> str:
         """The tests that want a GPU, and the kernels' tests compiled instead of interpreted."""
         tests = ["tests/test_ops_triton.py", "tests/test_recompute.py", "tests/test_packing.py", "tests/test_gpu.py"]
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *tests]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "--no-header",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:warnings",
+            *tests,
+        ]
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         outcome = subprocess.run(
             command, cwd=_TOOLS.parent, env=environment, capture_output=True, text=True, timeout=240, check=False

@@ -1,6 +1,6 @@
 """The command line. Heavy imports are inside the commands, so that --help and a typing mistake are answered at once.
 
-Exit status: 0 done; 2 a mistake, explained in one message; 130 stopped by Ctrl-C. Anything else is a fault of ours.
+Exit status: 0 done; 2 a mistake, explained in one message; 130 stopped by Ctrl-C, 143 by SIGTERM. Anything else is our fault.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ import json
 import math
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qdense import __version__
 from qdense.cache import cache_dir
-from qdense.errors import QDenseError, did_you_mean
+from qdense.errors import QDenseError, RunStopped, did_you_mean
 
 if TYPE_CHECKING:
     from qdense.benchmarks.tasks import Task
@@ -56,13 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = _parser().parse_args(argv)
     try:
-        arguments.command(arguments)
+        with _ended_by_signals():
+            arguments.command(arguments)
         return 0
+    except RunStopped as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signal_number
     except QDenseError as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
         print(f"\nstopped; go on {_GO_ON}", file=sys.stderr)
-        return 130
+        return 128 + int(number)
     except BrokenPipeError:  # the reader of a pipe went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -83,6 +91,26 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"Then go on {_GO_ON}."
             )
         raise
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and a closed terminal end a command as Ctrl-C does: through its clean-up, the cursor shown again."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _fail(message: str) -> int:
@@ -108,6 +136,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--fraction", type=float, metavar="F", help="train on this share of the rows (data.fraction)")
     train.add_argument("--output", metavar="DIR", help="the run's folder (output.dir)")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run's folder")
+    train.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="with --resume: go on although recipe, data, base or versions are not those that the run began with",
+    )
     _add_data_dir(train)
     train.add_argument("--quiet", action="store_true", help="show warnings and errors only")
     train.set_defaults(command=_train)
@@ -395,7 +428,13 @@ def _train(arguments: argparse.Namespace) -> None:
         _quiet_libraries()
         from qdense.training.run import train
 
-        train(recipe, resume=arguments.resume, data_dir=arguments.data_dir, emit=show)
+        train(
+            recipe,
+            resume=arguments.resume,
+            data_dir=arguments.data_dir,
+            emit=show,
+            accept_changes=arguments.accept_changes,
+        )
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -34,6 +34,14 @@ class RunError(QDenseError):
     """A training run cannot start or must not go on."""
 
 
+class RunStopped(QDenseError):  # noqa: N818 (no error)
+    """A signal has stopped a training run, whose checkpoint is saved; `signal_number` is that signal's."""
+
+    def __init__(self, text: str, signal_number: int) -> None:
+        super().__init__(text)
+        self.signal_number = signal_number
+
+
 class EvaluationError(QDenseError):
     """An evaluation cannot start or go on."""
 

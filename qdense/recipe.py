@@ -188,6 +188,10 @@ class TrainingRecipe(_Table):
         description='"all", "none" or a whole number of layers whose activations are computed again in the backward pass '
         '(gradient checkpointing), or "auto": as few as the memory allows',
     )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="stop or skip: whether a loss or gradient that is not finite ends the run or leaves a step out",
+    )
     kernels: Literal["auto", "torch", "triton"] = Field(
         "auto",
         description="auto (fused on CUDA), torch or triton: what computes the adapter, and with triton the rest by Liger's",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qdense.data.examples import Example, collate, join, pack
+from qdense.errors import RunError
 from qdense.events import Notice, StepDone, Validated
 from qdense.modeling.base import load_base
 from qdense.modeling.loss import without_logits
@@ -193,5 +194,6 @@ def test_memory_that_runs_out_with_single_rows_stops_the_run(tiny_model, tmp_pat
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(trainer_module.AdapterTrainer, "_loss", starved)
-    with pytest.raises(torch.OutOfMemoryError):
+    told = r"step 1: out of memory, one row at a time.*Planned: .* GiB.*used at most: .* GiB of .* GiB.*data.max_length"
+    with pytest.raises(RunError, match=told):
         run(recipe_for(tiny_model, tmp_path / "run"))

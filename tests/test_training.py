@@ -16,6 +16,7 @@ from qdense.events import CheckpointSaved, Notice, StepDone, TrainingDone, Train
 from qdense.modeling.base import load_base
 from qdense.ops.denselora import decode
 from qdense.recipe import load_recipe, recipe_from_tables
+from qdense.training import checkpoint as checkpoint_module
 from qdense.training import trainer as trainer_module
 from qdense.training.metrics import read_metrics
 from qdense.training.run import train
@@ -67,6 +68,7 @@ def test_a_run_writes_what_it_says(tiny_model, tmp_path):
         "initial.safetensors",
         "adapter",
         "checkpoints",
+        ".lock",
     }
     steps = [event for event in events if isinstance(event, StepDone)]
     assert [event.step for event in steps] == [1, 2, 3, 4, 5, 6]
@@ -244,16 +246,63 @@ def killed_run(recipe, step):
         train(recipe, resume=False, data_dir=None, emit=emit)
 
 
-def test_a_checkpoint_that_was_cut_short_is_passed_over(tiny_model, tmp_path):
-    whole, cut = recipe_for(tiny_model, tmp_path / "whole"), recipe_for(tiny_model, tmp_path / "cut")
-    run(whole)
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "told"),
+    [
+        ("trainer_state.json", _truncate, "trainer_state.json has"),
+        ("adapter_model.safetensors", _flip, "adapter_model.safetensors is not the file that was written"),
+        ("optimizer.pt", _flip, "optimizer.pt is not the file that was written"),
+        ("rng_state.pth", Path.unlink, "rng_state.pth is missing"),
+        ("best.safetensors", _truncate, "best.safetensors has"),
+        ("manifest.json", _truncate, "manifest.json cannot be read"),
+        ("manifest.json", Path.unlink, "it has no manifest.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over(tiny_model, tmp_path, uncut, name, damage, told):
+    cut = recipe_for(tiny_model, tmp_path / "cut")
     killed_run(cut, step=5)
-    (tmp_path / "cut" / "checkpoints" / "checkpoint-4" / "trainer_state.json").unlink()
-    events = run(cut, resume=True)
-    told = [event.text for event in events if isinstance(event, Notice)]
-    assert any("checkpoint-4: is incomplete" in text for text in told)
-    assert any(text.endswith("checkpoint-2") for text in told)
-    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
+    damage(tmp_path / "cut" / "checkpoints" / "checkpoint-4" / name)
+    notices = [event.text for event in run(cut, resume=True) if isinstance(event, Notice)]
+    assert any("checkpoint-4: " + told in text for text in notices), notices
+    assert any(text.endswith("checkpoint-2") for text in notices)
+    assert (tmp_path / "cut" / "checkpoints" / "damaged-checkpoint-4").is_dir()
+    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(uncut)
+
+
+@pytest.fixture(scope="module")
+def uncut(tiny_model, tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("uncut") / "run"
+    run(recipe_for(tiny_model, folder))
+    return folder
+
+
+def test_old_checkpoints_go_only_when_the_new_one_is_verified(tiny_model, tmp_path, monkeypatch):
+    recipe = recipe_for(tiny_model, tmp_path / "run", training__save_steps=1)
+    found = []
+
+    def kept(event):
+        if isinstance(event, CheckpointSaved):
+            found.append(sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()))
+            if event.step == 4:
+                monkeypatch.setattr(checkpoint_module, "fault_of", lambda folder: "a bad sector")
+
+    with pytest.raises(
+        RunError, match=r"step 5: the checkpoint cannot be written: .*a bad sector.*checkpoint-4; --resume"
+    ):
+        train(recipe, resume=False, data_dir=None, emit=kept)
+    assert found[-1] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == found[-1]
 
 
 def test_resuming_with_other_rows_or_another_base_is_refused(tiny_model, other_tiny_model, tmp_path):
@@ -267,12 +316,12 @@ def test_resuming_with_other_rows_or_another_base_is_refused(tiny_model, other_t
     )
     killed_run(recipe, step=3)
     (tmp_path / "rows.json").write_text(json.dumps(rows[::-1]))
-    with pytest.raises(RunError, match=r"changed since the run began: the rows of .*rows.json\."):
+    with pytest.raises(RunError, match=r"changed since the run began:\n  the rows of .*rows.json\n"):
         run(recipe, resume=True)
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     shutil.rmtree(tmp_path / "model")
     shutil.copytree(other_tiny_model, tmp_path / "model")
-    with pytest.raises(RunError, match=r"changed since the run began: the base"):
+    with pytest.raises(RunError, match=r"changed since the run began:\n  the base"):
         run(recipe, resume=True)
 
 
@@ -305,7 +354,7 @@ def test_folders_that_are_not_empty(tiny_model, tmp_path):
     with pytest.raises(RunError, match="is finished"):
         run(recipe, resume=True)
     other = recipe_for(tiny_model, tmp_path / "run", training__max_steps=3)
-    with pytest.raises(RunError, match=r"training.max_steps: was 2, now 3"):
+    with pytest.raises(RunError, match=r"is finished.* differ from its own: training.max_steps"):
         run(other, resume=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="is a file"):
@@ -317,7 +366,10 @@ def test_a_checkpoint_of_another_version_is_refused(tiny_model, tmp_path):
     run(recipe)
     shutil.rmtree(tmp_path / "run" / "adapter")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-4")
-    (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "qdense.json").unlink()
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    (checkpoint / "qdense.json").unlink()
+    (checkpoint / "manifest.json").unlink()
+    checkpoint_module._seal(checkpoint)
     with pytest.raises(RunError, match=r"checkpoint-2: has no qdense\.json: another version"):
         run(recipe, resume=True)
 

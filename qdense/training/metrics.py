@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,16 @@ class MetricsFile:
     def __call__(self, event: Any) -> None:
         if isinstance(event, StepDone | Validated):
             name = "step" if isinstance(event, StepDone) else "validation"
-            self._stream.write(json.dumps({"event": name, **asdict(event)}) + "\n")
+            values = {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
+                for key, value in asdict(event).items()
+            }
+            self._stream.write(json.dumps({"event": name, **values}) + "\n")
             self._stream.flush()
+
+    def sync(self) -> None:
+        """Have all lines on the disk, safe from a power cut."""
+        os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         self._stream.close()

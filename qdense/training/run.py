@@ -15,8 +15,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import shutil
-import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,11 +29,10 @@ from qdense.data.catalog import TRAINING_SETS
 from qdense.data.contamination import overlaps
 from qdense.data.examples import Encoded, collate, encode_rows, split_rows
 from qdense.data.sources import DataSet, load_training_set, local_test_set
-from qdense.errors import QDenseError, RunError
+from qdense.errors import QDenseError, RunError, RunStopped
 from qdense.events import Emit, Notice, TrainingDone, TrainingStarted
 from qdense.methods import METHODS
 from qdense.modeling.adapter import (
-    CARD_FILE,
     AdapterCard,
     attach_adapter,
     save_adapter,
@@ -49,36 +46,50 @@ from qdense.planning.machine import fetched_shape, memory_total, slow_kernels, t
 from qdense.planning.memory import Choice
 from qdense.planning.plan import Plan, make_plan
 from qdense.provenance import git_hash, package_versions
-from qdense.recipe import Recipe, load_recipe
+from qdense.recipe import Recipe
+from qdense.training.checkpoint import CHECKPOINTS_TO_KEEP, checkpoint_step
 from qdense.training.metrics import MetricsFile
-from qdense.training.trainer import (
-    CHECKPOINTS_TO_KEEP,
-    AdapterTrainer,
-    checkpoint_bytes,
-    checkpoint_step,
-    is_whole_checkpoint,
+from qdense.training.resume import (
+    ADAPTER_DIR,
+    CHECKPOINT_DIR,
+    INITIAL_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    Resumed,
+    checkpoint_to_resume,
+    refuse_other_inputs,
+    running,
+    sole_owner,
 )
+from qdense.training.signals import StopSignals
+from qdense.training.trainer import AdapterTrainer, checkpoint_bytes, peak_memory
 
-RECIPE_FILE, METRICS_FILE, INITIAL_FILE = "recipe.toml", "metrics.jsonl", "initial.safetensors"
-ADAPTER_DIR, CHECKPOINT_DIR = "adapter", "checkpoints"
 
-
-def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) -> Path:
+def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, accept_changes: bool = False) -> Path:
     """Train the adapter that `recipe` describes and save it.
 
     Args:
         resume: go on from the last checkpoint in `output.dir`; without one, start afresh and say so.
         data_dir: a folder in LLM-Adapters' layout, for data sets known by name.
         emit: is given the events of `qdense.events`.
+        accept_changes: resume although recipe, data, base or versions are not those that the run began with.
 
     Returns:
         The run's folder.
 
     Raises:
-        QDenseError: whatever keeps the run from starting, or must stop it.
+        QDenseError: whatever keeps the run from starting, or must stop it; RunStopped when a signal has.
     """
     run_dir = Path(recipe.output.dir)
-    checkpoint = _checkpoint_to_resume(recipe, run_dir, resume, emit)
+    with sole_owner(run_dir):
+        resumed = checkpoint_to_resume(recipe, run_dir, emit, resume=resume, accept_changes=accept_changes)
+        _train(recipe, run_dir, resumed, data_dir, emit, accept_changes)
+    return run_dir
+
+
+def _train(
+    recipe: Recipe, run_dir: Path, resumed: Resumed | None, data_dir: Path | None, emit: Emit, accept_changes: bool
+) -> None:
 
     def notice(text: str) -> None:
         emit(Notice(text))
@@ -96,7 +107,7 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
     if recipe.adapter.unused:
         keys = ", ".join(f"adapter.{key}" for key in recipe.adapter.unused)
         notice(f"not read by method {recipe.adapter.method}: {keys}")
-    plan = _plan(recipe, _choice_of(run_dir) if checkpoint is not None else None, emit)
+    plan = _plan(recipe, resumed.choice if resumed else None, emit)
     base = load_base(recipe.model, notice)
     use_kernels(recipe.training.kernels)
     if plan.machine.kernels.has_liger:
@@ -126,8 +137,16 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
         run_dir, (CHECKPOINTS_TO_KEEP + 1) * checkpoint_bytes(model) + 64 * 2**20, "the run's checkpoints"
     )
     facts = _facts(recipe, base, data, training, len(split.validation), num_trainable, plan)
-    if checkpoint is not None:
-        _refuse_other_inputs(run_dir, data, base)
+    if resumed is not None:
+        refuse_other_inputs(
+            run_dir,
+            data_checksum=data.checksum,
+            data=data.origin,
+            fingerprint=base.fingerprint,
+            base=base.name,
+            accept_changes=accept_changes,
+            emit=emit,
+        )
     provenance = {
         **_provenance(data, base),
         "num_steps": num_steps,
@@ -137,45 +156,57 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
         "summary": dict(facts),
     }
     write_atomically(run_dir / RECIPE_FILE, tomli_w.dumps({**recipe.resolved(), "provenance": provenance}))
-    if checkpoint is None and method.is_adapter:
+    if resumed is None and method.is_adapter:
         save_trainable(model, run_dir / INITIAL_FILE)
-    first_step = checkpoint_step(checkpoint) if checkpoint else 0
+    first_step = checkpoint_step(resumed.checkpoint) if resumed else 0
     metrics = MetricsFile(run_dir / METRICS_FILE, resume_step=first_step)
 
     def emit_all(event: Any) -> None:
         metrics(event)
         emit(event)
 
-    trainer = AdapterTrainer(
-        recipe=recipe,
-        base=base,
-        model=model,
-        method=method,
-        choice=plan.choice,
-        training=training.examples,
-        validation=validation.examples if validation else [],
-        checkpoint_dir=run_dir / CHECKPOINT_DIR,
-        emit=emit_all,
-        seconds_before=metrics.seconds,
-    )
-    emit(
-        TrainingStarted(
-            title=f"{recipe.adapter.method} on {recipe.model.name}",
-            facts=facts,
-            num_steps=num_steps,
-            first_step=first_step,
-            memory_total_bytes=memory_total(base.device),
-            memory_name="GPU" if base.device.type == "cuda" else "process",
+    with running(run_dir, plan, memory_total(base.device)), StopSignals(emit) as signals:
+        trainer = AdapterTrainer(
+            recipe=recipe,
+            base=base,
+            model=model,
+            method=method,
+            choice=plan.choice,
+            keeps_choice=resumed is None or resumed.choice is not None,
+            training=training.examples,
+            validation=validation.examples if validation else [],
+            checkpoint_dir=run_dir / CHECKPOINT_DIR,
+            emit=emit_all,
+            signals=signals,
+            sync_metrics=metrics.sync,
+            seconds_before=metrics.seconds,
         )
-    )
-    try:
-        if checkpoint is not None and first_step >= num_steps:
-            # Killed between the last checkpoint and the result. Trainer would train one step too many.
-            trainer.restore(checkpoint)
-        else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        metrics.close()
+        emit(
+            TrainingStarted(
+                title=f"{recipe.adapter.method} on {recipe.model.name}",
+                facts=facts,
+                num_steps=num_steps,
+                first_step=first_step,
+                memory_total_bytes=memory_total(base.device),
+                memory_name="GPU" if base.device.type == "cuda" else "process",
+            )
+        )
+        try:
+            if resumed and first_step >= num_steps:
+                # Killed between the last checkpoint and the result. Trainer would train one step too many.
+                trainer.restore(resumed.checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=str(resumed.checkpoint) if resumed else None)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise _out_of_memory(error, trainer, plan, base.device) from error
+        finally:
+            metrics.close()
+        if signals.received is not None and trainer.state.global_step < num_steps:
+            raise RunStopped(
+                f"stopped by {signals.received.name} behind step {trainer.state.global_step} of {num_steps}. "
+                f"{trainer.last_good_checkpoint}",
+                signals.received,
+            )
     # Trainer validates after the last step too, so there always is a best.
     kept_step = trainer.use_best() if recipe.training.keep == "best" else num_steps
     card = AdapterCard(
@@ -196,7 +227,19 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit) ->
             predicted_memory_bytes=plan.predicted_memory_bytes,
         )
     )
-    return run_dir
+
+
+def _out_of_memory(error: BaseException, trainer: AdapterTrainer, plan: Plan, device: torch.device) -> RunError:
+    """What was planned, what was used, what to lower."""
+    choice, gib = trainer.choice, 2**30
+    what = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return RunError(
+        f"step {trainer.state.global_step + 1}: out of memory, one row at a time: {what}. "
+        f"Planned: {plan.predicted_memory_bytes / gib:.1f} GiB for {plan.summary}; used at most: "
+        f"{peak_memory(device) / gib:.1f} GiB of {memory_total(device) / gib:.1f} GiB. Close what else uses the memory, set "
+        f'training.recompute = "all" ({choice.recompute_layers} layers now) or lower data.max_length (a changed recipe needs '
+        f"--accept-changes). {trainer.last_good_checkpoint}"
+    )
 
 
 def _plan(recipe: Recipe, settled: Choice | None, emit: Emit) -> Plan:
@@ -218,91 +261,6 @@ def _plan(recipe: Recipe, settled: Choice | None, emit: Emit) -> Plan:
             )
         )
     return plan
-
-
-def _choice_of(run_dir: Path) -> Choice:
-    """What the run in this folder began with. Raises RunError where another version of qdense wrote it."""
-    provenance = tomllib.loads((run_dir / RECIPE_FILE).read_text(encoding="utf-8")).get("provenance", {})
-    try:
-        return Choice(**provenance["plan"]["choice"])
-    except (KeyError, TypeError):
-        raise RunError(
-            f"{run_dir / RECIPE_FILE}: has no [provenance.plan.choice]: another version of qdense wrote it. Go on with that "
-            "version, or start a new run with another --output."
-        ) from None
-
-
-def _checkpoint_to_resume(recipe: Recipe, run_dir: Path, resume: bool, emit: Emit) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start. Raises RunError where neither is safe."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise RunError(f"{run_dir}: is a file; output.dir (or --output) must be a folder")
-    if not run_dir.exists() or not any(run_dir.iterdir()):
-        if resume:
-            emit(Notice(f"{run_dir}: nothing to resume, starting afresh", "warning"))
-        return None
-    if not resume:
-        raise RunError(
-            f"{run_dir}: is not empty. Go on with the run that is there by --resume, or give another folder by --output."
-        )
-    if not (run_dir / RECIPE_FILE).is_file():
-        raise RunError(
-            f"{run_dir}: holds files but no {RECIPE_FILE}, so it is no run of qdense. Give another --output."
-        )
-    _refuse_other_recipe(recipe, run_dir)
-    if (run_dir / ADAPTER_DIR / CARD_FILE).is_file():
-        raise RunError(
-            f"{run_dir}: this run is finished ({run_dir / ADAPTER_DIR}). Evaluate it by `qdense evaluate TASKS --adapter "
-            f"{run_dir}`, or train anew with another --output."
-        )
-    for folder in sorted((run_dir / CHECKPOINT_DIR).glob("checkpoint-*"), key=checkpoint_step, reverse=True):
-        if is_whole_checkpoint(folder):
-            emit(Notice(f"resuming from {folder}"))
-            return folder
-        emit(
-            Notice(
-                f"{folder}: is incomplete (the run ended while writing it); it is passed over and removed", "warning"
-            )
-        )
-        shutil.rmtree(folder)
-    emit(Notice(f"{run_dir}: has no checkpoint yet, starting afresh", "warning"))
-    return None
-
-
-def _refuse_other_recipe(recipe: Recipe, run_dir: Path) -> None:
-    def flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for key, value in tables.items():
-            values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        return values
-
-    old, new = (flat(r.resolved()) for r in (load_recipe(run_dir / RECIPE_FILE), recipe))
-    keys = sorted(key for key in old.keys() | new.keys() if key != "output.dir" and old.get(key) != new.get(key))
-    if keys:
-        lines = [f"  {key}: was {old.get(key)!r}, now {new.get(key)!r}" for key in keys]
-        raise RunError(
-            "\n".join(
-                [
-                    f"{run_dir}: --resume must go on with the same recipe; these differ:",
-                    *lines,
-                    "Give the values the run began with, or start a new run with another --output.",
-                ]
-            )
-        )
-
-
-def _refuse_other_inputs(run_dir: Path, data: DataSet, base: BaseModel) -> None:
-    """The recipe may be the same and name other things by now: an edited file, a replaced folder."""
-    before = tomllib.loads((run_dir / RECIPE_FILE).read_text(encoding="utf-8")).get("provenance", {})
-    differing = []
-    if before.get("data", {}).get("sha256") != data.checksum:
-        differing.append(f"the rows of {data.origin}")
-    if before.get("base_fingerprint") != base.fingerprint:
-        differing.append(f"the base {base.name}")
-    if differing:
-        raise RunError(
-            f"{run_dir}: --resume must go on with the same data and base; changed since the run began: "
-            f"{' and '.join(differing)}. Restore them, or start a new run with another --output."
-        )
 
 
 def _num_steps(recipe: Recipe, num_examples: int) -> int:

@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +18,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
 from qdense.cache import require_free_space
 from qdense.data.examples import Example, collate, join, pack
@@ -33,11 +32,13 @@ from qdense.modeling.recompute import Recompute, apply_recompute
 from qdense.ops.cross_entropy import IGNORED
 from qdense.planning.memory import Choice
 from qdense.recipe import Recipe
+from qdense.training.checkpoint import appearing_checkpoint, checkpoint_folder, checkpoints
 from qdense.training.optimizer import build_optimizer
+from qdense.training.signals import StopSignals
 
-CHECKPOINTS_TO_KEEP = 3  # as the authors'
 _BEST_WEIGHTS = "best.safetensors"
 _STATE = "qdense.json"  # what else a resumed run needs
+_MOST_SKIPPED = 10  # steps in a row
 
 
 class AdapterTrainer(Trainer):
@@ -63,13 +64,18 @@ class AdapterTrainer(Trainer):
         model: Any,
         method: Method,
         choice: Choice,
+        keeps_choice: bool,
         training: Sequence[Example],
         validation: Sequence[Example],
         checkpoint_dir: Path,
         emit: Emit,
+        signals: StopSignals,
+        sync_metrics: Callable[[], None],
         seconds_before: float = 0.0,
     ) -> None:
         self.recipe, self.emit, self.adapted, self.method = recipe, emit, model, method
+        self.keeps_choice = keeps_choice  # of the checkpoint that it goes on from
+        self.checkpoint_dir, self.signals, self.sync_metrics = checkpoint_dir, signals, sync_metrics
         self.pad_token_id = base.pad_token_id
         self.is_packed = recipe.training.packing
         if self.is_packed and (reason := why_not_packed(base.model)):
@@ -78,13 +84,14 @@ class AdapterTrainer(Trainer):
         self._follow(choice)
         self.best_step, self.best_loss, self.best_weights = 0, math.inf, {}  # type: int, float, dict[str, Tensor]
         self.progress = _ProgressCallback(self, emit, base.device, seconds_before)
+        self.watch = _Watch(self)
         super().__init__(
             model=model,
             args=_training_arguments(recipe, base, checkpoint_dir, has_validation=bool(validation)),
             data_collator=lambda examples: {"examples": examples},
             train_dataset=training,
             eval_dataset=validation or None,
-            callbacks=[_Watch(self, method), _Ranks(self), self.progress],
+            callbacks=[self.watch, _Ranks(self), _Stop(self), self.progress],
         )
         self.remove_callback(PrinterCallback)
 
@@ -238,15 +245,30 @@ class AdapterTrainer(Trainer):
     # --- checkpoints --------------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(str(self.args.output_dir))
-        require_free_space(folder, checkpoint_bytes(self.adapted), f"checkpoint {self.state.global_step}")
+        step = self.state.global_step
+        require_free_space(self.checkpoint_dir, checkpoint_bytes(self.adapted), f"checkpoint {step}")
+        self.sync_metrics()  # a checkpoint without the metrics of its steps would leave a gap behind a power cut
         try:
-            super()._save_checkpoint(model, trial)
+            with appearing_checkpoint(self.checkpoint_dir, step) as self._building:
+                super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+            needed = checkpoint_bytes(self.adapted) / 2**20
             raise RunError(
-                f"step {self.state.global_step}: the checkpoint cannot be written: {error}. Check the space and permissions of "
-                f"{folder}; --resume goes on from the checkpoint before."
+                f"step {step}: the checkpoint cannot be written: {error}. It needs up to {needed:,.0f} MiB: check the space and "
+                f"permissions of {self.checkpoint_dir}. {self.last_good_checkpoint}"
             ) from error
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where Trainer makes the checkpoint's folder."""
+        return str(self._building)
+
+    @property
+    def last_good_checkpoint(self) -> str:
+        """A sentence on where a run that stops now can go on from."""
+        found = checkpoints(self.checkpoint_dir)
+        if not found:
+            return "There is no checkpoint yet: the run must start anew."
+        return f"The last good checkpoint is {found[0]}; --resume goes on from it."
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -274,25 +296,34 @@ class AdapterTrainer(Trainer):
             )
         restore_state(self.adapted, folder, self.method)
         state = json.loads((folder / _STATE).read_text())
-        self._follow(Choice(**state["choice"]))
+        if self.keeps_choice:
+            self._follow(Choice(**state["choice"]))
         if state["best_loss"] is not None:
             self.best_step, self.best_loss = state["best_step"], state["best_loss"]
             self.best_weights = safetensors.torch.load_file(folder / _BEST_WEIGHTS)
 
 
-_REMEDY = "Lower training.learning_rate, or look at these rows; --resume goes on from the last checkpoint."
+_REMEDY = "Lower training.learning_rate, or look at these rows."
 
 
 class _Watch(TrainerCallback):
-    """Stops a run whose loss is not finite, or in which a parameter cannot learn."""
+    """Stops a run whose loss is not finite, or in which a parameter cannot learn; tells of a loss that explodes."""
 
-    def __init__(self, trainer: AdapterTrainer, method: Method) -> None:
-        self.trainer, self.method = trainer, method
+    def __init__(self, trainer: AdapterTrainer) -> None:
+        self.trainer = trainer
+        self.num_skipped = 0  # steps, one after the other
+        self.mean_loss, self.lowest_mean, self.has_exploded = math.nan, math.inf, False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step + 1
         micro_batches = self.trainer.progress.micro_batches
         losses = torch.stack([loss for loss, _ in micro_batches]).float().cpu()
+        named = list(trainable_parameters(self.trainer.adapted))
+        # One transfer for all of them. Clipping has happened by now; it keeps zero, NaN and infinity what they are.
+        norms = torch.stack(
+            [losses.new_zeros((), device=p.device) if p.grad is None else p.grad.norm() for _, p in named]
+        )
+        norms = norms.float().cpu()
         if not torch.isfinite(losses).all():
             bad = [
                 row
@@ -300,20 +331,19 @@ class _Watch(TrainerCallback):
                 if not loss.isfinite()
                 for row in rows
             ]
-            raise RunError(f"step {step}: the loss is not finite; data rows {bad} (counted from 0). {_REMEDY}")
-        named = list(trainable_parameters(self.trainer.adapted))
-        # One transfer for all of them. Clipping has happened by now; it keeps zero, NaN and infinity what they are.
-        norms = torch.stack(
-            [losses.new_zeros((), device=p.device) if p.grad is None else p.grad.norm() for _, p in named]
-        )
-        norms = norms.float().cpu()
+            return self._skip_or_stop(f"step {step}: the loss is not finite; data rows {bad} (counted from 0).", named)
         if not torch.isfinite(norms).all():
             rows = [row for _, batch_rows in micro_batches for row in batch_rows]
-            raise RunError(f"step {step}: a gradient is not finite; data rows {rows} (counted from 0). {_REMEDY}")
+            return self._skip_or_stop(
+                f"step {step}: a gradient is not finite; data rows {rows} (counted from 0).", named
+            )
+        self.num_skipped = 0
+        self._watch_for_explosion(step, float(losses.sum()))
         if step in (1, 3):
+            awake = self.trainer.method.awake_at_start
             dead = [
                 name for (name, _), norm in zip(named, norms, strict=True)
-                if norm == 0 and (step == 3 or self.method.awake_at_start(name))
+                if norm == 0 and (step == 3 or awake(name))
             ]  # fmt: skip
             if dead:
                 raise RunError(
@@ -321,6 +351,43 @@ class _Watch(TrainerCallback):
                     f"{', '.join(dead[:3])}{', ...' if len(dead) > 3 else ''}. This is a fault of the set-up, not of the data: "
                     "check adapter.target_modules and training.recompute, and report it."
                 )
+
+    def _skip_or_stop(self, what: str, named: list[tuple[str, torch.nn.Parameter]]) -> None:
+        self.num_skipped += 1
+        if self.trainer.recipe.training.on_nonfinite == "stop":
+            raise RunError(f"{what} {_REMEDY} {self.trainer.last_good_checkpoint}")
+        if self.num_skipped > _MOST_SKIPPED:
+            raise RunError(
+                f"{what} {self.num_skipped} steps in a row would be skipped by now (training.on_nonfinite). {_REMEDY} "
+                f"{self.trainer.last_good_checkpoint}"
+            )
+        for _, parameter in named:
+            parameter.grad = None  # optimizers leave such a parameter alone, and their moments too
+        self.trainer.emit(Notice(f"{what} This step changes nothing (training.on_nonfinite).", "warning"))
+
+    def _watch_for_explosion(self, step: int, loss: float) -> None:
+        self.mean_loss = loss if math.isnan(self.mean_loss) else 0.9 * self.mean_loss + 0.1 * loss
+        self.lowest_mean = min(self.lowest_mean, self.mean_loss)
+        if self.mean_loss > 2 * self.lowest_mean + 0.5 and not self.has_exploded:  # no such rise is the rows' doing
+            self.has_exploded = True
+            self.trainer.emit(
+                Notice(
+                    f"step {step}: the loss has exploded: its mean was {self.lowest_mean:.3g}, and is {self.mean_loss:.3g}. "
+                    'Lower training.learning_rate; training.keep = "best" keeps the weights from before.',
+                    "warning",
+                )
+            )
+
+
+class _Stop(TrainerCallback):
+    """Ends the run behind a step, with a checkpoint, when a signal has asked for it."""
+
+    def __init__(self, trainer: AdapterTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.signals.received is not None:
+            control.should_save = control.should_training_stop = True
 
 
 class _Ranks(TrainerCallback):
@@ -330,7 +397,7 @@ class _Ranks(TrainerCallback):
         self.trainer = trainer
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.method.schedule is None:
+        if self.trainer.method.schedule is None or self.trainer.watch.num_skipped:
             return
         self.trainer.method.schedule.step(self.trainer.adapted, state.global_step + 1)
         optimizer: Any = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)  # accelerate wraps it
@@ -375,25 +442,14 @@ class _ProgressCallback(TrainerCallback):
         )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.emit(CheckpointSaved(state.global_step, f"{args.output_dir}/checkpoint-{state.global_step}"))
+        self.emit(
+            CheckpointSaved(state.global_step, str(checkpoint_folder(self.trainer.checkpoint_dir, state.global_step)))
+        )
 
 
 def checkpoint_bytes(model: Any) -> int:
     """An upper bound: weights, fp32 masters, two moments and the best weights are at most 16 bytes a parameter."""
     return 16 * sum(parameter.numel() for _, parameter in trainable_parameters(model)) + 2**20
-
-
-def checkpoint_step(folder: Path) -> int:
-    """The step of a folder `checkpoint-<step>`."""
-    return int(folder.name.rpartition("-")[2])
-
-
-def is_whole_checkpoint(folder: Path) -> bool:
-    """Whether a checkpoint was written to its end: Trainer writes its state last."""
-    try:
-        return bool(json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"] == checkpoint_step(folder))
-    except (OSError, ValueError, KeyError):
-        return False
 
 
 def peak_memory(device: torch.device) -> int:
@@ -425,7 +481,6 @@ def _training_arguments(recipe: Recipe, base: BaseModel, folder: Path, *, has_va
         eval_steps=settings.eval_steps,
         save_strategy="steps",
         save_steps=settings.save_steps,
-        save_total_limit=CHECKPOINTS_TO_KEEP,
         remove_unused_columns=False,
         label_names=["labels"],
         report_to=[],

@@ -29,6 +29,11 @@ class _Server:
                 if fault.isdigit():
                     self.send_error(int(fault))
                     return
+                if fault.startswith("to "):
+                    self.send_response(302)
+                    self.send_header("Location", fault[3:])
+                    self.end_headers()
+                    return
                 start = int(self.headers["Range"][6:-1]) if self.headers.get("Range") and fault != "no-ranges" else 0
                 body = CONTENT[start:]
                 if fault == "corrupt":
@@ -135,3 +140,58 @@ def test_a_full_disk_is_told_before_it_is_full(server, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(QDenseError, match="not enough disk space"):
         fetch(server, tmp_path / "x")
+
+
+def test_a_redirection_is_followed_and_one_without_end_is_given_up(server, tmp_path):
+    server.faults = [f"to {server.url}?moved"]
+    fetch(server, tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    server.faults = [f"to {server.url}"] * 100
+    with pytest.raises(DataError, match=r"302"):
+        fetch(server, tmp_path / "y")
+    assert not (tmp_path / "y").exists()
+
+
+def test_a_redirection_out_of_http_is_refused(server, tmp_path):
+    (tmp_path / "secret").write_bytes(CONTENT)
+    server.faults = [f"to file://{tmp_path / 'secret'}"] * 9
+    with pytest.raises(DataError, match=r"failed: "):
+        fetch(server, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_disk_that_fills_up_meanwhile_leaves_no_bad_file(server, tmp_path, monkeypatch):
+    """What has come is kept as a part, and a later call goes on with it."""
+    from pathlib import Path
+
+    opened = Path.open
+
+    class Full:
+        def __init__(self, stream):
+            self.stream, self.room = stream, 100_000
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            self.stream.close()
+
+        def write(self, block):
+            self.room -= len(block)
+            if self.room < 0:
+                raise OSError(28, "No space left on device")
+            return self.stream.write(block)
+
+    def open_(self, mode="r", *args, **kwargs):
+        stream = opened(self, mode, *args, **kwargs)
+        return Full(stream) if self.suffix == ".part" and mode in ("ab", "wb") else stream
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_)
+        with pytest.raises(OSError, match="No space left"):
+            fetch(server, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    assert 0 < (tmp_path / "x.part").stat().st_size < len(CONTENT)
+    fetch(server, tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    assert server.ranges[-1] is not None

@@ -362,3 +362,14 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(tiny_model, tmp_path, 
         "out of memory: going on with 4 at a time; nothing finished is lost",
         "out of memory: going on with 2 at a time; nothing finished is lost",
     ]
+
+
+def test_the_batch_is_as_large_as_the_memory_allows(finished_run, monkeypatch):
+    def settings_with(memory_bytes):
+        monkeypatch.setattr(evaluate_module, "memory_total", lambda device: memory_bytes)
+        summary = evaluate(request_for(finished_run, batch_size=None, limit=2), ignore)
+        return json.loads(files(summary)["settings.json"])["batch_size"]
+
+    assert settings_with(64 * 2**30) == DECODINGS["greedy"].batch_size_cpu
+    assert 1 < settings_with(1_250_000_000) < DECODINGS["greedy"].batch_size_cpu
+    assert settings_with(2**20) == 1

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, doubled or changed: what happens to them, and what a user is told. tools/faults.py does more."""
 
+import io
 import json
 import os
 import signal
@@ -9,16 +10,20 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
+from rich.console import Console
 
 from qdense.errors import RunError, RunStopped
-from qdense.events import Notice, StepDone
-from qdense.recipe import load_recipe
+from qdense.events import Notice, StepDone, TrainingStarted
+from qdense.modeling.base import load_base
+from qdense.recipe import ModelRecipe, load_recipe
 from qdense.training import resume as resume_module
 from qdense.training import trainer as trainer_module
 from qdense.training.metrics import read_metrics
 from qdense.training.resume import sole_owner
 from qdense.training.run import train
+from qdense.ui import TrainingDisplay
 from tests.test_training import adapter_bytes, killed_run, recipe_for, run
 
 ROOT = Path(__file__).parent.parent
@@ -251,3 +256,55 @@ def test_a_loss_that_explodes_is_told_once(tiny_model, tmp_path, monkeypatch):
     events = run(recipe_for(tiny_model, tmp_path / "run", training__max_steps=12, training__learning_rate=1e-5))
     (told,) = [text for text in notices(events) if "has exploded" in text]
     assert told.startswith("step ")
+
+
+# --- a display without a reader ------------------------------------------------------------------------------------------
+
+
+def test_a_run_outlives_the_reader_of_its_output(tiny_model, tmp_path):
+    recipe = tmp_path / "r.toml"
+    tables = recipe_for(tiny_model, tmp_path / "run", training__max_steps=3).resolved()
+    recipe.write_text(tomli_w.dumps(tables))
+    command = [sys.executable, "-m", "qdense", "train", str(recipe)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        error = process.stderr.read()
+        assert (process.wait(), error) == (0, b"")
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_display_whose_stream_fails_draws_on(is_terminal):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    with TrainingDisplay(Console(file=Gone(), force_terminal=is_terminal)) as show:
+        show(Notice("hello", "warning"))
+        show(TrainingStarted("a run", (("base", "tiny"),), 2, 0, 2**30, "process"))
+        show(StepDone(1, 0.1, float("nan"), 1e-3, float("inf"), 10, 5.0, 2**20, 2.0))
+        show(StepDone(2, 0.2, 1.5, 1e-3, 0.1, 10, 5.0, 2**20, 4.0))
+        show.render()
+
+
+# --- without a network ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_cached_needs_no_network(tmp_path):
+    """The built-in model, prepared once: training it and evaluating it open no connection."""
+    load_base(ModelRecipe(name="smollm2-135m", device="cpu"))
+    script = (
+        "import socket, sys\n"
+        "def refused(*arguments, **keywords): raise AssertionError(f'a connection: {arguments}')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refused\n"
+        "from qdense.cli import main\n"
+        "status = main(['train', sys.argv[1], '--set', 'training.max_steps=1', '--set', 'data.validation_rows=1', "
+        "'--set', 'training.batch_size=1', '--output', sys.argv[2]])\n"
+        "raise SystemExit(status or main(['evaluate', 'wordproblems', '--adapter', sys.argv[2], '--limit', '1', "
+        "'--max-new-tokens', '1', '--decoding', 'greedy']))"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_HUB_OFFLINE")}
+    command = [sys.executable, "-c", script, str(ROOT / "recipes" / "demo.toml"), str(tmp_path / "run")]
+    outcome = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert outcome.returncode == 0, outcome.stderr

@@ -34,7 +34,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from qdense.cli import main as qdense
 from qdense.training.checkpoint import checkpoint_step, checkpoints, fault_of
 from qdense.training.metrics import read_metrics
-from tests.conftest import make_tiny_model
 
 _SAME = ("event", "step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens", "is_best")
 _RECIPE = """
@@ -67,6 +66,9 @@ class Child:
         self.pid, self._terminal = pty.fork()
         if self.pid == 0:
             status = 70
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
             try:
                 os.chdir(folder)
                 status = qdense(list(arguments))
@@ -121,7 +123,7 @@ class Faults:
         os.environ["QDENSE_CACHE"] = str(folder / "cache")
         maker = os.fork()
         if maker == 0:
-            make_tiny_model(folder / "tiny")
+            importlib.import_module("tests.conftest").make_tiny_model(folder / "tiny")
             os._exit(0)
         os.waitpid(maker, 0)
         (folder / "recipe.toml").write_text(_RECIPE.format(model=folder / "tiny"))
@@ -322,7 +324,8 @@ class Faults:
         assert Child(self.folder, *arguments).wait() == 0
         seconds, expected = time.monotonic() - started, lines()
         shutil.rmtree(self.whole / "eval")
-        lost, on_file, times_with_lines = [], [], 0
+        lost, times_with_lines = [], 0
+        on_file: list[str] = []
         for _ in range(times):
             child = Child(self.folder, *arguments)
             moment = self.random.uniform(0.3 * seconds, 1.1 * seconds / (1 + len(on_file) / len(expected)))
@@ -391,7 +394,12 @@ def main() -> int:
     parser.add_argument("--times", type=int, help=f"how often (default: {kinds})")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    for name in ("qdense.training.run", "qdense.benchmarks.evaluate"):  # here, so that children need not
+    for name in (
+        "qdense.training.run",
+        "qdense.benchmarks.evaluate",
+        "qdense.ui",
+        "tests.conftest",
+    ):  # here, so that children need not
         importlib.import_module(name)
     rows, num_lost = [], 0
     with tempfile.TemporaryDirectory() as folder:

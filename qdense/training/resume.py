@@ -146,10 +146,11 @@ def refuse_other_inputs(
 
 
 def _refuse(run_dir: Path, what: str, differing: dict[str, str], accept_changes: bool, emit: Emit) -> None:
-    lines = "\n".join(differing.values())
     if accept_changes:
-        emit(Notice(f"{run_dir}: going on with other {what} than the run began with:\n{lines}", "warning"))
+        changes = "; ".join(line.strip() for line in differing.values())
+        emit(Notice(f"{run_dir}: going on with other {what} than the run began with: {changes}", "warning"))
         return
+    lines = "\n".join(differing.values())
     raise RunError(
         f"{run_dir}: --resume must go on with the same {what}; changed since the run began:\n{lines}\n"
         "Restore what it began with, start a new run with another --output, or add --accept-changes: then the outcome is that of "

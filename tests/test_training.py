@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,7 @@ def test_a_run_writes_what_it_says(tiny_model, tmp_path):
     assert saved == recipe.resolved()
     assert provenance["num_training_rows"] == 59  # 5% of 1,192
     assert len(provenance["data"]["sha256"]) == 64
-    assert provenance["versions"]["torch"] == torch.__version__
+    assert provenance["versions"]["torch"] == version("torch")
     assert provenance["git_hash"]
     assert load_recipe(tmp_path / "run" / "recipe.toml").resolved() == recipe.resolved()
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from qdense.errors import DataError, did_you_mean
 
+_MOST_UNPACKED = 256 * 2**20  # bytes of a .gz or Parquet file: a few kilobytes can hold gigabytes
 FORMATS = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz", ".csv.gz")
 
 
@@ -55,7 +56,10 @@ def read_rows(path: str | Path, columns: Columns = DEFAULT_COLUMNS, *, for_test:
         with path.open("rb") as stream:
             content = stream.read()
         if path.suffix == ".gz":
-            content = gzip.decompress(content)
+            with gzip.open(io.BytesIO(content)) as unpacked:
+                content = unpacked.read(_MOST_UNPACKED + 1)
+            if len(content) > _MOST_UNPACKED:
+                raise _too_large(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -75,6 +79,12 @@ def read_rows(path: str | Path, columns: Columns = DEFAULT_COLUMNS, *, for_test:
     if not rows:
         raise DataError(f"{path}: holds no rows")
     return rows
+
+
+def _too_large(path: Path) -> DataError:
+    return DataError(
+        f"{path}: unpacks to more than {_MOST_UNPACKED // 2**20} MiB. If that is right, unpack it to JSONL and name that file"
+    )
 
 
 def rows_from_records(records: Iterable[tuple[str, Any]], columns: Columns, *, for_test: bool = False) -> list[Row]:
@@ -134,6 +144,8 @@ def _json_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
     except RecursionError:
         raise DataError(f"{path}: JSON nested too deeply to be a list of rows") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(records, list):
         raise DataError(f"{path}: must hold a list of rows, not {_kind(records)} (one object a line is .jsonl)")
     return ((f"{path}, row {number}", record) for number, record in enumerate(records))
@@ -149,6 +161,8 @@ def _jsonl_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             raise DataError(f"{path}, line {number}, column {error.colno}: not valid JSON: {error.msg}") from None
         except RecursionError:
             raise DataError(f"{path}, line {number}: JSON nested too deeply to be a row") from None
+        except ValueError as error:  # a number of thousands of digits
+            raise DataError(f"{path}, line {number}: not readable JSON: {error}") from None
 
 
 def _csv_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -168,7 +182,11 @@ def _parquet_records(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
 
     try:
-        records = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}") from None
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        if sum(group.total_byte_size for group in groups) > _MOST_UNPACKED:
+            raise _too_large(path)
+        records = file.read().to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {str(error).strip()}") from None
     return ((f"{path}, row {number}", record) for number, record in enumerate(records))

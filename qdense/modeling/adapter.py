@@ -8,6 +8,7 @@ too; nothing then vouches for their base.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from qdense.modeling.base import BaseModel, Fingerprint
 from qdense.recipe import AdapterRecipe
 
 CARD_FILE = "qdense.json"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,7 @@ def _read_weights(model: Any, folder: Path) -> dict[str, torch.Tensor]:
         weights: dict[str, torch.Tensor] = load_peft_weights(str(folder), device="cpu")
     except (ValueError, OSError, SafetensorError) as error:
         raise AdapterError(f"{folder}: the adapter's weights cannot be read: {error}") from error
+    _refuse_odd_values(folder, weights)
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     missing, unexpected = sorted(expected - set(weights)), sorted(set(weights) - expected)
     if missing or unexpected:
@@ -187,6 +190,19 @@ def _read_weights(model: Any, folder: Path) -> dict[str, torch.Tensor]:
             f"{len(unexpected)} unexpected {unexpected[:2]}"
         )
     return weights
+
+
+def _refuse_odd_values(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """AdapterError for what no adapter's tensors are: not floating point, of several dtypes, NaN or infinite."""
+    for name, tensor in weights.items():
+        if tensor.dtype not in _DTYPES:
+            raise AdapterError(
+                f"{folder}: {name} holds {tensor.dtype}; an adapter's tensors are float32, bfloat16 or float16"
+            )
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{folder}: {name} holds NaN or infinite values: the training that made it went wrong")
+    if len(dtypes := {tensor.dtype for tensor in weights.values()}) > 1:
+        raise AdapterError(f"{folder}: its tensors are of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
 
 
 def find_adapter(path: Path) -> Path:
@@ -209,18 +225,31 @@ def read_card(folder: Path) -> AdapterCard:
     path = folder / CARD_FILE
     if path.is_file():
         try:
-            return AdapterCard(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            card = AdapterCard(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise AdapterError(f"{path}: not a readable adapter card: {error}") from None
+        wrong = [
+            f"{key} must be {what}"
+            for key, kind, what in (
+                ("model", dict, "an object"),
+                ("fingerprint", dict | None, "an object, or null"),
+                ("template", str, "a name"),
+                ("method", str, "a name"),
+            )
+            if not isinstance(getattr(card, key), kind)
+        ]
+        if wrong:
+            raise AdapterError(f"{path}: not a readable adapter card: {'; '.join(wrong)}")
+        return card
+    path = folder / "adapter_config.json"
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        name = config["base_model_name_or_path"]
-        method = str(config["peft_type"]).lower()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(
-            f"{folder / 'adapter_config.json'}: not a readable adapter configuration: {error!r}"
-        ) from None
-    return AdapterCard(model={"name": name}, fingerprint=None, template="alpaca", method=method)
+        config = json.loads(path.read_text(encoding="utf-8"))
+        name, method = config["base_model_name_or_path"], config["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise AdapterError(f"{path}: not a readable adapter configuration: {error!r}") from None
+    if not isinstance(name, str) or not isinstance(method, str):
+        raise AdapterError(f"{path}: base_model_name_or_path and peft_type must be names")
+    return AdapterCard(model={"name": name}, fingerprint=None, template="alpaca", method=method.lower())
 
 
 def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
@@ -248,9 +277,15 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
         raise AdapterError(f"{folder}: has no adapter_model.safetensors")
     try:
         model = PeftModel.from_pretrained(base.model, folder, autocast_adapter_dtype=False)
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # PEFT raises whatever a wrong value in adapter_config.json leads it to
         raise AdapterError(f"{folder}: the adapter does not fit {base.name}: {error}") from error
     weights = _read_weights(model, folder)
+    config = model.peft_config["default"]
+    for key, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise AdapterError(f"{folder / 'adapter_config.json'}: {key} = {value}: must be a finite number")
     # PEFT makes the tensors in the base's dtype; take the saved one, and the saved values again, which were rounded.
     for name, tensor in adapter_tensors(model):
         tensor.data = weights[name].to(tensor.device)

@@ -1,0 +1,164 @@
+"""Bad input: the quick part of tools/fuzz.py, and every fault that it has found."""
+
+import gzip
+import json
+import shutil
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qdense.data import rows as rows_module
+from qdense.data.rows import read_rows
+from qdense.errors import AdapterError, DataError
+from qdense.modeling.adapter import AdapterCard, attach_adapter, load_adapter, read_card, save_adapter
+from qdense.modeling.base import load_base
+from qdense.recipe import AdapterRecipe, ModelRecipe
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import fuzz
+
+CASES = {"recipes": 150, "data": 150, "completions": 150, "adapters": 80}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_mutated_files_are_refused_well_or_read_right(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("QDENSE_CACHE", str(tmp_path / "cache"))
+    found, _ = fuzz.fuzz(kind, CASES[kind], seed=11, keep=tmp_path / "kept")
+    faults = [path.read_text() for path in tmp_path.glob("kept/*/outcome.txt")]
+    assert not faults, faults[0]
+    assert found["refused"] > 0
+    assert found["accepted"] > 0
+
+
+def test_the_fuzzer_sees_faults(tmp_path):
+    """It can fail: an exception of another kind, a message without a place, a hang, memory."""
+
+    def outcome(check):
+        return fuzz.outcome_of(check, tmp_path)
+
+    def misplaced():
+        raise DataError("something is wrong somewhere")
+
+    def greedy():
+        return bytes(3 * 2**30)
+
+    assert outcome(lambda: None) == "accepted"
+    assert "ZeroDivisionError" in outcome(lambda: 1 // 0)
+    assert outcome(misplaced).startswith("no place is named")
+    assert outcome(greedy).startswith("more than 1 GiB")
+
+
+# --- faults that it has found --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_numbers_of_thousands_of_digits(tmp_path, suffix):
+    (tmp_path / f"rows{suffix}").write_text('[{"instruction": ' + "9" * 5000 + "}]")
+    with pytest.raises(DataError, match=r"rows\.json.*not readable JSON: Exceeds the limit"):
+        read_rows(tmp_path / f"rows{suffix}")
+
+
+def test_bombs_are_not_unpacked(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b" " * 2**29, 1))
+    with pytest.raises(DataError, match="unpacks to more than 256 MiB"):
+        read_rows(tmp_path / "rows.jsonl.gz")
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist([{"instruction": "x" * 1000, "output": "y"}] * 1000)
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert len(read_rows(tmp_path / "rows.parquet")) == 1000
+    monkeypatch.setattr(rows_module, "_MOST_UNPACKED", 100)
+    with pytest.raises(DataError, match="unpacks to more than"):
+        read_rows(tmp_path / "rows.parquet")
+
+
+def test_damaged_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"instruction": "a", "output": "b"}] * 9), tmp_path / "r.parquet"
+    )
+    content = (tmp_path / "r.parquet").read_bytes()
+    num_read = 0
+    for at in range(4, len(content) - 8, 7):
+        (tmp_path / "r.parquet").write_bytes(content[:at] + b"\xff\xff\xff" + content[at + 3 :])
+        with suppress(DataError):  # anything else fails the test
+            num_read += bool(read_rows(tmp_path / "r.parquet"))
+    assert num_read < 10
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_model, tmp_path_factory):
+    """(fresh base, folder of a sound adapter)"""
+
+    def base():
+        return load_base(ModelRecipe(name=str(tiny_model), device="cpu", quantization="none"))
+
+    folder = tmp_path_factory.mktemp("adapters") / "sound"
+    fresh = base()
+    card = AdapterCard({"name": str(tiny_model)}, fresh.fingerprint, "alpaca", "lora")
+    save_adapter(attach_adapter(fresh, AdapterRecipe(method="lora", r=4), 1), folder, card)
+    return base, folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: torch.full_like(tensor, float("nan")), "holds NaN or infinite"),
+        (lambda tensor: torch.full_like(tensor, float("inf")), "holds NaN or infinite"),
+        (lambda tensor: tensor.to(torch.int32), r"holds torch\.int32; .*float32, bfloat16 or float16"),
+        (lambda tensor: tensor.double(), r"holds torch\.float64"),
+        (lambda tensor: tensor.float(), r"several dtypes: torch\.bfloat16, torch\.float32"),
+        (lambda tensor: tensor[:1], "does not fit"),
+    ],
+)
+def test_tensors_that_no_adapter_has(saved, tmp_path, change, message):
+    base, sound = saved
+    shutil.copytree(sound, tmp_path / "a")
+    tensors = load_file(sound / "adapter_model.safetensors")
+    name = sorted(tensors)[0]
+    save_file(tensors | {name: change(tensors[name]).contiguous()}, tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(base(), tmp_path / "a", read_card(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lora_alpha", float("inf"), r"lora_alpha = inf: must be a finite number"),
+        ("peft_type", ["LORA"], "does not fit"),
+        ("target_modules", {"a": {}}, "does not fit"),
+    ],
+)
+def test_configurations_of_wrong_types(saved, tmp_path, key, value, message):
+    base, sound = saved
+    shutil.copytree(sound, tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(base(), tmp_path / "a", read_card(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a":' * 100_000, "not a readable adapter card"),
+        ('{"model": "llama", "fingerprint": null, "template": "alpaca", "method": "lora"}', "model must be an object"),
+        (
+            '{"model": {}, "fingerprint": 3, "template": "alpaca", "method": []}',
+            "fingerprint must be .*; method must be",
+        ),
+    ],
+)
+def test_cards_of_wrong_types(saved, tmp_path, content, message):
+    _, sound = saved
+    shutil.copytree(sound, tmp_path / "a")
+    (tmp_path / "a" / "qdense.json").write_text(content)
+    with pytest.raises(AdapterError, match=rf"qdense\.json: .*{message}"):
+        read_card(tmp_path / "a")

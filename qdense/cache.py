@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from qdense.errors import QDenseError
 
@@ -55,6 +57,22 @@ def appearing_folder(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+LOCK_FILE = ".lock"
+
+
+@contextmanager
+def locked(folder: Path, in_use: Callable[[], QDenseError]) -> Iterator[None]:
+    """Keep other processes out of `folder`, as far as they ask this way; raises `in_use()` if one is at work there.
+
+    The system drops the lock of a process that dies, however it dies; the file stays.
+    """
+    try:
+        with FileLock(folder / LOCK_FILE, timeout=0):
+            yield
+    except Timeout:
+        raise in_use() from None
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -243,7 +243,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: also for a number of thousands of digits
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
     tables.pop("provenance", None)
     for override in overrides:
@@ -278,7 +278,7 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: write it as table.key=value, for instance --set adapter.r=64")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()
     table: Any = tables
     for part in parts[:-1]:

@@ -49,7 +49,7 @@ def ignore(event):
 
 
 def files(summary):
-    return {path.name: path.read_text() for path in sorted(Path(summary["folder"]).iterdir())}
+    return {path.name: path.read_text() for path in sorted(Path(summary["folder"]).glob("[!.]*"))}
 
 
 def test_summary_and_completions(finished_run, tmp_path, monkeypatch):

@@ -14,8 +14,11 @@ import tomli_w
 import torch
 from rich.console import Console
 
-from qdense.errors import RunError, RunStopped
-from qdense.events import Notice, StepDone, TrainingStarted
+from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
+from qdense.benchmarks.generation import DECODINGS
+from qdense.benchmarks.tasks import TASKS
+from qdense.errors import EvaluationError, RunError, RunStopped
+from qdense.events import EvaluationProgress, Notice, StepDone, TrainingStarted
 from qdense.modeling.base import load_base
 from qdense.recipe import ModelRecipe, load_recipe
 from qdense.training import resume as resume_module
@@ -308,3 +311,21 @@ def test_what_is_cached_needs_no_network(tmp_path):
     command = [sys.executable, "-c", script, str(ROOT / "recipes" / "demo.toml"), str(tmp_path / "run")]
     outcome = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert outcome.returncode == 0, outcome.stderr
+
+
+def test_two_evaluations_of_the_same_are_refused(uncut):
+    request = EvaluationRequest(
+        tasks=[TASKS["wordproblems"]], adapter=uncut, model={}, with_base=False, decoding=DECODINGS["greedy"], limit=4,
+        max_new_tokens=3, batch_size=2,
+    )  # fmt: skip
+    refused = []
+
+    def emit(event):
+        if isinstance(event, EvaluationProgress) and not refused:
+            with pytest.raises(EvaluationError, match="another process is at this evaluation") as error:
+                evaluate(request, lambda event: None)
+            refused.append(error)
+
+    evaluate(request, emit)
+    assert refused
+    evaluate(request, lambda event: None)

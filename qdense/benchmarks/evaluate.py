@@ -32,7 +32,7 @@ from qdense.benchmarks.generation import DECODINGS, Completion, Decoding, Prompt
 from qdense.benchmarks.results import average, parse_completion, score_task
 from qdense.benchmarks.scoring import RULES
 from qdense.benchmarks.tasks import Task, load_items
-from qdense.cache import require_free_space, write_atomically
+from qdense.cache import locked, require_free_space, write_atomically
 from qdense.data.contamination import overlaps
 from qdense.data.rows import Row
 from qdense.data.sources import DataSet, load_named_or_file, load_training_set
@@ -314,38 +314,39 @@ def _evaluate_one(
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     folder = respondent.owner / "eval" / digest
     folder.mkdir(parents=True, exist_ok=True)
-    require_free_space(folder, 64 * 2**20, "the completions")
-    write_atomically(folder / "settings.json", json.dumps(settings, indent=2) + "\n")
-    results, items = {}, {}
-    sessions = _Sessions(folder / "sessions.json", respondent, emit)
-    for task in request.tasks:
-        rows = data[task.name].rows[: request.limit]
-        done = _complete(task, rows, respondent, sessions, folder, request.decoding.num_samples, emit)
-        texts = {
-            index: [done[index, sample].completion for sample in range(request.decoding.num_samples)]
-            for index in range(len(rows))
+    with locked(folder, lambda: EvaluationError(f"{folder}: another process is at this evaluation. Wait for its end.")):
+        require_free_space(folder, 64 * 2**20, "the completions")
+        write_atomically(folder / "settings.json", json.dumps(settings, indent=2) + "\n")
+        results, items = {}, {}
+        sessions = _Sessions(folder / "sessions.json", respondent, emit)
+        for task in request.tasks:
+            rows = data[task.name].rows[: request.limit]
+            done = _complete(task, rows, respondent, sessions, folder, request.decoding.num_samples, emit)
+            texts = {
+                index: [done[index, sample].completion for sample in range(request.decoding.num_samples)]
+                for index in range(len(rows))
+            }
+            result, outcomes = score_task(
+                task, [row.answer for row in rows], texts, clean=clean[task.name] if clean is not None else None
+            )
+            finishes = [completion.finish for completion in done.values()]
+            result["finish"] = {finish: finishes.count(finish) for finish in sorted(set(finishes))}
+            result["num_truncated"] = finishes.count("length")
+            results[task.name] = result
+            items[task.name] = {"index": list(outcomes["paper"])} | {
+                rule: [int(is_correct) for is_correct in outcomes[rule].values()] for rule in RULES
+            }
+        write_atomically(folder / "items.json", json.dumps(items) + "\n")
+        summary = {
+            **settings,
+            "sessions": sessions.listed,
+            "column": respondent.column,
+            "folder": str(folder),
+            "tasks": results,
+            "average": average(results),
         }
-        result, outcomes = score_task(
-            task, [row.answer for row in rows], texts, clean=clean[task.name] if clean is not None else None
-        )
-        finishes = [completion.finish for completion in done.values()]
-        result["finish"] = {finish: finishes.count(finish) for finish in sorted(set(finishes))}
-        result["num_truncated"] = finishes.count("length")
-        results[task.name] = result
-        items[task.name] = {"index": list(outcomes["paper"])} | {
-            rule: [int(is_correct) for is_correct in outcomes[rule].values()] for rule in RULES
-        }
-    write_atomically(folder / "items.json", json.dumps(items) + "\n")
-    summary = {
-        **settings,
-        "sessions": sessions.listed,
-        "column": respondent.column,
-        "folder": str(folder),
-        "tasks": results,
-        "average": average(results),
-    }
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary
+        write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        return summary
 
 
 class _Sessions:

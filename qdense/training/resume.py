@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from qdense.cache import write_atomically
+from qdense.cache import LOCK_FILE, locked, write_atomically
 from qdense.errors import RunError
 from qdense.events import Emit, Notice
 from qdense.modeling.adapter import CARD_FILE
@@ -31,7 +29,7 @@ from qdense.training.metrics import read_metrics
 
 RECIPE_FILE, METRICS_FILE, INITIAL_FILE = "recipe.toml", "metrics.jsonl", "initial.safetensors"
 ADAPTER_DIR, CHECKPOINT_DIR = "adapter", "checkpoints"
-_LOCK, _RUNNING = ".lock", ".running"
+_RUNNING = ".running"
 _DECIDES_CHOICE = {"training.micro_batch_size", "training.recompute", "training.packing", "data.max_length"}
 
 
@@ -45,26 +43,25 @@ class Resumed:
 
 @contextmanager
 def sole_owner(run_dir: Path) -> Iterator[None]:
-    """Make the folder and keep other processes' runs out of it. Raises RunError if one is at work there.
-
-    The system drops the lock of a process that dies, however it dies.
-    """
+    """Make the folder and keep other processes' runs out of it. Raises RunError if one is at work there."""
     if os.environ.get("RANK", "0") != "0":  # torchrun's other processes belong to the first
         yield
         return
     if run_dir.exists() and not run_dir.is_dir():
         raise RunError(f"{run_dir}: is a file; output.dir (or --output) must be a folder")
     run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(run_dir / _LOCK, timeout=0):
-            yield
-    except Timeout:
-        raise RunError(
+
+    def in_use() -> RunError:
+        return RunError(
             f"{run_dir}: another process is training in this folder{_who(run_dir)}. Wait for its end, or give another folder by "
             "--output."
-        ) from None
+        )
+
+    try:
+        with locked(run_dir, in_use):
+            yield
     finally:
-        if [path.name for path in run_dir.iterdir()] == [_LOCK]:  # nothing came of it
+        if [path.name for path in run_dir.iterdir()] == [LOCK_FILE]:  # nothing came of it
             with suppress(OSError):
                 shutil.rmtree(run_dir)
 
@@ -97,7 +94,7 @@ def checkpoint_to_resume(
     recipe: Recipe, run_dir: Path, emit: Emit, *, resume: bool, accept_changes: bool
 ) -> Resumed | None:
     """The checkpoint to go on from, or None for a fresh start. Raises RunError where neither is safe."""
-    if not any(path.name != _LOCK for path in run_dir.iterdir()):
+    if not any(path.name != LOCK_FILE for path in run_dir.iterdir()):
         if resume:
             emit(Notice(f"{run_dir}: nothing to resume, starting afresh", "warning"))
         return None

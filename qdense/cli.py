@@ -1,6 +1,7 @@
 """The command line. Heavy imports are inside the commands, so that --help and a typing mistake are answered at once.
 
-Exit status: 0 done; 2 a mistake, explained in one message; 130 stopped by Ctrl-C, 143 by SIGTERM. Anything else is our fault.
+Exit status: 0 done; 1 `qdense doctor` found something bad; 2 a mistake, explained in one message; 130 stopped by Ctrl-C, 143 by
+SIGTERM. Anything else is our fault.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 from qdense import __version__
 from qdense.cache import cache_dir
 from qdense.errors import QDenseError, RunStopped, did_you_mean
+from qdense.text import clean, printable
 
 if TYPE_CHECKING:
     from qdense.benchmarks.tasks import Task
@@ -43,6 +45,7 @@ examples:
   qdense tasks math --export lm-eval exported
   qdense analyze runs/dense runs/lora
   qdense params llama3-8b --r 32 --method all
+  qdense doctor
 """
 
 
@@ -60,10 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         with _ended_by_signals():
-            arguments.command(arguments)
-        return 0
+            return arguments.command(arguments) or 0
     except RunStopped as stop:
-        print(stop, file=sys.stderr)
+        print(printable(str(stop)), file=sys.stderr)
         return 128 + stop.signal_number
     except QDenseError as error:
         return _fail(str(error))
@@ -114,7 +116,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(printable(f"error: {message}"), file=sys.stderr)
     return 2
 
 
@@ -344,6 +346,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     params.add_argument("--json", action="store_true", help="print JSON on stdout")
     params.set_defaults(command=_params)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="look for what is wrong with this machine or installation",
+        description="Look at Python, packages, CUDA, kernels, a 4-bit layer, memory, disk and cache; say what to do where one is "
+        "bad. For bug reports too: no secret and no home folder's name is shown. Exit status 0 if nothing is bad, else 1.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON on stdout")
+    doctor.set_defaults(command=_doctor)
     return parser
 
 
@@ -558,7 +569,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     from qdense.modeling.merge import merge
 
     def notice(text: str) -> None:
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
 
     report = merge(
         arguments.run, arguments.output, onto=arguments.onto, into_nf4=arguments.into_nf4_with_loss, notice=notice
@@ -593,7 +604,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     from qdense.benchmarks.compare import compare, load_evaluation
     from qdense.benchmarks.tables import as_csv, as_markdown
     from qdense.cache import write_atomically
-    from qdense.ui import clean, drawn, make_console, show_comparison
+    from qdense.ui import drawn, make_console, show_comparison
 
     comparison = compare(
         [load_evaluation(run) for run in arguments.runs], rule=arguments.rule, published=arguments.published
@@ -742,6 +753,26 @@ def _params(arguments: argparse.Namespace) -> None:
         show_methods(make_console(), counts)
     else:
         show_parameters(make_console(), counts[0])
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from qdense.doctor import BAD, diagnose, versions
+
+    checks = diagnose()
+    status = int(any(check.state == BAD for check in checks))
+    if arguments.json:
+        from dataclasses import asdict
+
+        print(json.dumps({"checks": [asdict(check) for check in checks], "versions": versions()}, indent=2))
+        return status
+    try:
+        from qdense.ui import make_console, show_doctor
+    except Exception:  # what draws may be what is broken
+        for check in checks:
+            print("\n  ".join(filter(None, (f"{check.state}: {check.name}: {check.detail}", check.remedy))))
+    else:
+        show_doctor(make_console(), checks)
+    return status
 
 
 def _quiet_libraries() -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -40,32 +43,31 @@ from qdense.events import (
 )
 from qdense.methods import METHODS
 from qdense.planning.parameters import ParameterCount
+from qdense.text import clean, without_secrets
 
 if TYPE_CHECKING:  # it would import torch, which most commands can do without
     from qdense.analysis import Analysis
+    from qdense.doctor import Check
     from qdense.modeling.merge import MergeReport
     from qdense.planning.plan import Plan
 
+_T = TypeVar("_T")
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _PLAIN_INTERVAL_SECONDS = 10.0
 _NARROW, _WIDE = 80, 100  # columns
 
 
 def make_console(stream: TextIO | None = None) -> Console:
-    return Console(file=stream or sys.stdout, highlight=False, soft_wrap=False)
+    # No markup: "[/x]" in a folder's name or in somebody's adapter is text.
+    return Console(file=stream or sys.stdout, highlight=False, soft_wrap=False, markup=False, emoji=False)
 
 
 def drawn(draw: Callable[[Console], None]) -> str:
     """What `draw` prints, as text for a file."""
-    console = Console(file=io.StringIO(), width=120, color_system=None, highlight=False)
+    console = Console(file=io.StringIO(), width=120, color_system=None, highlight=False, markup=False, emoji=False)
     draw(console)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().split("\n"))
-
-
-def clean(text: str) -> str:
-    """Text safe to draw: control characters, which could steer the terminal, become visible."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" if ord(c) < 256 else "�" for c in text)
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
@@ -101,6 +103,30 @@ def percent(scored: Mapping[str, Any], digits: int = 1) -> str:
     return f"{100 * scored['accuracy']:.1f} [{100 * low:.{digits}f}{separator}{100 * high:.{digits}f}]"
 
 
+class _Unbreakable:
+    """A stream whose reader may go away (a closed terminal, `| head`): what is written then is lost, and nothing else."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._try(lambda: self._stream.write(text), len(text))
+
+    def flush(self) -> None:
+        self._try(self._stream.flush, None)
+
+    def _try(self, action: Callable[[], _T], instead: _T) -> _T:
+        try:
+            return action()
+        except OSError:
+            with suppress(OSError, ValueError):  # so that the interpreter's own last flush does not fail either
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            return instead
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Display:
     """A job on the screen: `with Display(console) as show: job(emit=show)`.
 
@@ -109,6 +135,7 @@ class Display:
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic, *, quiet: bool = False) -> None:
         self.console, self.clock, self.quiet = console, clock, quiet
+        console.file = cast("IO[str]", _Unbreakable(console.file))  # no job ends because nobody is watching
         self._live: Live | None = None
         self._last_plain = -_PLAIN_INTERVAL_SECONDS
         self.status = ""
@@ -131,11 +158,12 @@ class Display:
     def __call__(self, event: Any) -> None:
         self.update(event)
         if isinstance(event, Notice):
+            text = clean(without_secrets(event.text))
             if event.level == "warning":
-                self._print(Text.assemble(("warning: ", "yellow"), clean(event.text)), even_if_quiet=True)
+                self._print(Text.assemble(("warning: ", "yellow"), text), even_if_quiet=True)
             elif self._live is None:
-                self._print(Text(clean(event.text)))
-            self.status = event.text if event.level == "info" else self.status
+                self._print(Text(text))
+            self.status = text if event.level == "info" else self.status
         elif isinstance(event, Download):
             total = f" of {size(event.total_bytes)}" if event.total_bytes else ""
             self.status = f"downloading {event.name}: {size(event.num_bytes)}{total}"
@@ -200,7 +228,7 @@ class TrainingDisplay(Display):
             before = self.step.seconds if self.step else event.seconds - event.num_tokens / event.tokens_per_second
             self.step_seconds = [*self.step_seconds[-49:], event.seconds - before]
             self.step, self.status = event, ""
-            self.losses.append(event.loss)
+            self.losses += [event.loss] if math.isfinite(event.loss) else []
         elif isinstance(event, ValidationProgress):
             self.status = f"validating, batch {event.num_done} of {event.num_batches}"
         elif isinstance(event, Validated):
@@ -579,7 +607,7 @@ def show_methods(console: Console, counts: Sequence[ParameterCount]) -> None:
             count.method, f"{count.trainable_parameters:,}", f"{count.percent:.3g}", METHODS[count.method].summary
         )
     first = next(count for count in counts if count.r is not None)
-    console.print(f"{first.model}, {first.base_parameters:,} parameters; r {first.r} where the method has it")
+    console.print(clean(f"{first.model}, {first.base_parameters:,} parameters; r {first.r} where the method has it"))
     console.print(table)
 
 
@@ -652,7 +680,7 @@ def show_plan(console: Console, plan: Plan, title: str, longest_context_tokens: 
         "backward": "in backward",
     }
     table.add_row(f"predicted peak, {moments[plan.memory.moment]}", size(plan.predicted_peak_bytes), style="bold")
-    what = "CUDA's context, fragments" if machine.kernels.is_cuda else "the process itself"
+    what = "CUDA's context, fragments" if machine.kernels.is_cuda else "the process itself, fragments"
     table.add_row(what, size(plan.needed_bytes - plan.predicted_peak_bytes))
     table.add_row(clean(f"of {machine.name}"), size(machine.memory_bytes))
     console.print(table)
@@ -679,5 +707,25 @@ def show_parameters(console: Console, count: ParameterCount) -> None:
         table.add_row(name, f"{number:,}")
     table.add_row("all", f"{count.trainable_parameters:,}", style="bold")
     method = count.method if count.r is None else f"{count.method} r {count.r}"
-    console.print(f"{method} on {count.model}: {count.percent:.4g}% of {count.base_parameters:,} parameters")
+    console.print(clean(f"{method} on {count.model}: {count.percent:.4g}% of {count.base_parameters:,} parameters"))
     console.print(table)
+
+
+def show_doctor(console: Console, checks: Sequence[Check]) -> None:
+    """The table of `qdense doctor`: a line for each check, its remedy beneath where it is bad."""
+    table = Table(box=None, padding=(0, 1), show_header=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("", no_wrap=True, style="bold")
+    table.add_column("", overflow="fold")
+    styles = {"good": "green", "bad": "bold red", "not here": "dim"}
+    for check in checks:
+        detail = Text(clean(check.detail))
+        if check.remedy:
+            detail.append(f"\n{clean(check.remedy)}", style="yellow")
+        table.add_row(Text(check.state, style=styles[check.state]), Text(clean(check.name)), detail)
+    console.print(table)
+    num_bad = sum(check.state == "bad" for check in checks)
+    if num_bad:
+        console.print(Text(f"{num_bad} of {len(checks)} bad", style="bold red"))
+    else:
+        console.print(Text("nothing is bad", style="green"))

@@ -169,6 +169,7 @@ class Data:
         header = ",".join(self.rows[0])
         csv = "\n".join([header, *(",".join(f'"{value}"' for value in row.values()) for row in self.rows)])
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(self.rows), folder / "rows.parquet")
+        self.bomb = gzip.compress(b"[" + b" " * 2**31, 1)
         self.contents = {
             ".json": json.dumps(self.rows).encode(),
             ".jsonl": "\n".join(lines).encode(),
@@ -191,7 +192,7 @@ class Data:
             if mutator.random.random() < 0.3:
                 content = mutator.text(content)
             if mutator.random.random() < 0.01:
-                content = gzip.compress(b"[" + b" " * 2**31, 1)  # a bomb
+                content = self.bomb
         path = self.folder / f"case{suffix}"
         path.write_bytes(content)
         for_test = mutator.random.random() < 0.3

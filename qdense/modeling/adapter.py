@@ -27,6 +27,10 @@ from qdense.modeling.base import BaseModel, Fingerprint
 from qdense.recipe import AdapterRecipe
 
 CARD_FILE = "qdense.json"
+_PEFT_TYPES = {
+    "DENSELORA", "NORA", "RED", "LORA", "ADALORA", "VERA", "LOKR", "LOHA", "IA3", "OFT", "BOFT", "HRA", "FOURIERFT", "RANDLORA",
+    "VBLORA", "LN_TUNING", "MISS", "SHIRA", "C3A",
+}  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -272,6 +276,7 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
     method = METHODS.get(card.method)
     if method is not None and not method.is_adapter:
         return _load_whole_model(base, folder)
+    _require_known_type(folder)
     if not (folder / "adapter_model.safetensors").is_file():
         # PEFT would take the folder's name for a hub id and ask there
         raise AdapterError(f"{folder}: has no adapter_model.safetensors")
@@ -283,6 +288,8 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
         raise AdapterError(f"{folder}: the adapter does not fit {base.name}: {error}") from error
     weights = _read_weights(model, folder)
     config = model.peft_config["default"]
+    if getattr(config, "alora_invocation_tokens", None) is not None:
+        raise AdapterError(f"{folder}: an activated LoRA (alora_invocation_tokens), which qdense does not run")
     for key, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise AdapterError(f"{folder / 'adapter_config.json'}: {key} = {value}: must be a finite number")
@@ -292,6 +299,17 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
     if method is not None:
         method.prepare(model)
     return model
+
+
+def _require_known_type(folder: Path) -> None:
+    """AdapterError for what PEFT would read other files for (X-LoRA, prompts), or does not know."""
+    path = folder / "adapter_config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise AdapterError(f"{path}: not a readable adapter configuration: {error!r}") from None
+    if not isinstance(found, str) or found not in _PEFT_TYPES:
+        raise AdapterError(f"{path}: peft_type = {found!r}: known are {', '.join(sorted(_PEFT_TYPES))}")
 
 
 def _load_whole_model(base: BaseModel, folder: Path) -> Any:

@@ -84,10 +84,11 @@ def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_trai
 
     device = choose_device(recipe.device)
     folder, identity = locate_model(recipe.name, recipe.revision, notice)
+    _require_data_only(recipe.name, folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exceptions, missing converters ImportErrors
-        raise ModelError(f"{recipe.name}: the tokenizer in {folder} cannot be loaded: {error}") from error
+        raise ModelError(f"{recipe.name}: the tokenizer in {folder} cannot be loaded: {_reason(error)}") from error
     try:
         fingerprint = fingerprint_of(folder, tokenizer)
         if recipe.quantization == "none":
@@ -96,7 +97,7 @@ def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_trai
         else:
             model = _load_quantized(folder, identity, fingerprint, recipe, device, notice)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{recipe.name}: the model in {folder} cannot be loaded: {error}") from error
+        raise ModelError(f"{recipe.name}: the model in {folder} cannot be loaded: {_reason(error)}") from error
     model.name_or_path = folder_name_for_peft(recipe.name, folder)
     model.config.use_cache = False
     model.requires_grad_(False)
@@ -157,9 +158,9 @@ def _fetch_from_hub(hub_id: str, revision: str | None, notice: Tell) -> Path:
             snapshot_download(
                 hub_id,
                 revision=revision,
-                # Only what is loaded: no pickles, and not the second copy that Meta's repositories keep in original/.
+                # Only what is loaded: no pickles, no adapter, and not the second copy that Meta's repositories keep in original/.
                 allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"],
-                ignore_patterns=["original/*"],
+                ignore_patterns=["original/*", "adapter_*"],
             )
         )
     except GatedRepoError:
@@ -182,6 +183,51 @@ def _fetch_from_hub(hub_id: str, revision: str | None, notice: Tell) -> Path:
         raise ModelError(f"{hub_id}{at} cannot be fetched: {error}. Try again, {or_local}.") from None
 
 
+def _require_data_only(name: str, folder: Path) -> None:
+    """Refuse a model whose files would have Transformers fetch code, or take weights that its fingerprint does not know.
+
+    Code of its own (auto_map) needs no check: it is never run, for `trust_remote_code=False` is said wherever it is asked.
+
+    Raises:
+        ModelError: with what to do about it.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{name}: {folder} holds adapter_config.json: Transformers would put that adapter on the base, unasked. Move its "
+            "files to a folder of their own, and give that by --adapter."
+        )
+
+    def no_fetched_attention(table: dict[str, Any]) -> dict[str, Any]:
+        for key, value in table.items():
+            if "attn_implementation" in key and "/" in json.dumps(value):
+                raise ModelError(
+                    f"{name}: {key} = {json.dumps(value)} in {folder / 'config.json'} would fetch code from the hub and run it. "
+                    "Remove that line."
+                )
+        return table
+
+    index = folder / "model.safetensors.index.json"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"), object_hook=no_fetched_attention)
+        named = {config["transformers_weights"]} if "transformers_weights" in config else set()
+        if index.is_file():
+            named |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{name}: config.json or {index.name} in {folder} cannot be read: {error!r}") from None
+    if foreign := sorted(map(str, named - {path.name for path in folder.glob("*.safetensors")})):
+        raise ModelError(
+            f"{name}: its configuration or index names weights that are no safetensors files of {folder}: "
+            f"{', '.join(foreign[:3])}. Fetch the whole model again."
+        )
+
+
+def _reason(error: Exception) -> str:
+    """Why Transformers could not load a model. It would have its user allow the model's own code; that is not to be had here."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which qdense does not run. Take a model whose architecture Transformers has"
+    return str(error)
+
+
 # --- recognising ----------------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +239,7 @@ def fingerprint_of(folder: Path, tokenizer: Any) -> Fingerprint:
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     described = {key: getattr(config, key, None) for key in _CONFIG_KEYS}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -280,6 +326,7 @@ def _from_pretrained(folder: Path, recipe: ModelRecipe, device: torch.device, qu
         dtype=getattr(torch, recipe.dtype),
         device_map={"": device},
         use_safetensors=True,
+        trust_remote_code=False,
         **options,
     )
 

@@ -20,9 +20,9 @@ from qdense.data.templates import template_named
 from qdense.data.wordproblems import test_rows
 from qdense.errors import AdapterError
 from qdense.methods import METHODS
-from qdense.modeling.adapter import adapter_tensors, find_adapter, load_adapter, read_card
+from qdense.modeling.adapter import CARD_FILE, adapter_tensors, find_adapter, load_adapter, read_card
 from qdense.modeling.base import BaseModel, Tell, load_base, quantize_folder
-from qdense.recipe import ModelRecipe
+from qdense.recipe import recipe_from_tables
 
 _NUM_PROMPTS = 8
 
@@ -71,9 +71,12 @@ def merge(run: Path, output: Path, *, onto: str, into_nf4: bool, notice: Tell) -
     if (method := METHODS.get(card.method)) is not None and not method.is_adapter:
         raise AdapterError(f"{folder}: is a whole model already; there is nothing to merge")
     settings = {**card.model, "quantization": "none" if onto == "original" else "nf4"}
-    base = load_base(ModelRecipe(**settings), notice, for_training=False)
+    recipe = recipe_from_tables(
+        {"model": settings, "data": {"name": "wordproblems"}}, source=str(folder / CARD_FILE)
+    ).model
+    base = load_base(recipe, notice, for_training=False)
     if base.held_in == "nf4":
-        base.model.dequantize(dtype=getattr(torch, settings.get("dtype", "bfloat16")))  # in place
+        base.model.dequantize(dtype=getattr(torch, recipe.dtype))  # in place
     model = load_adapter(base, folder, card)
     for _, tensor in adapter_tensors(model):
         tensor.data = tensor.data.float()
@@ -90,7 +93,7 @@ def merge(run: Path, output: Path, *, onto: str, into_nf4: bool, notice: Tell) -
     report = MergeReport(
         folder=str(output),
         onto=onto,
-        held_in="nf4" if into_nf4 else settings.get("dtype", "bfloat16"),
+        held_in="nf4" if into_nf4 else recipe.dtype,
         num_layers=len(lost),
         lost_median=statistics.median(lost.values()),
         lost_worst=lost[worst],
@@ -105,7 +108,7 @@ def merge(run: Path, output: Path, *, onto: str, into_nf4: bool, notice: Tell) -
         merged.save_pretrained(building, save_original_format=False)
         base.tokenizer.save_pretrained(building)
         if into_nf4:
-            quantize_folder(building, ModelRecipe(**{**settings, "quantization": "nf4"}), base.device)
+            quantize_folder(building, recipe.model_copy(update={"quantization": "nf4"}), base.device)
         record = {**asdict(report), "adapter": str(folder), "base": card.model, "fingerprint": base.fingerprint}
         (building / "qdense-merge.json").write_text(json.dumps(record, indent=2) + "\n")
     return report

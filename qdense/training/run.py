@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 import tomli_w
 import torch
+from safetensors import SafetensorError
 from transformers import set_seed
 
 from qdense.benchmarks.tasks import TASKS
@@ -199,6 +201,15 @@ def _train(
                 trainer.train(resume_from_checkpoint=str(resumed.checkpoint) if resumed else None)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise _out_of_memory(error, trainer, plan, base.device) from error
+        except (
+            pickle.UnpicklingError,
+            EOFError,
+            SafetensorError,
+        ) as error:  # while it is read; its checksums are right
+            raise RunError(
+                f"{resumed.checkpoint if resumed else run_dir}: holds what no run of qdense has written, and is not read: "
+                f"{str(error).splitlines()[0]} Remove it to go on from the checkpoint before, or start a new run."
+            ) from None
         finally:
             metrics.close()
         if signals.received is not None and trainer.state.global_step < num_steps:

@@ -287,6 +287,9 @@ class AdapterTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.restore(Path(resume_from_checkpoint))
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """There is none: bf16 needs no scaling of the loss. (Trainer would look for a file.)"""
+
     def restore(self, folder: Path) -> None:
         """Take weights, and the best ones so far, from a checkpoint; optimizer and order are Trainer's business."""
         if not (folder / _STATE).is_file():

@@ -1,0 +1,231 @@
+"""`qdense doctor`: what is broken becomes a line with its remedy, and no line tells a secret."""
+
+import importlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qdense import doctor
+from qdense.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QDENSE_CACHE", str(tmp_path / "cache"))
+
+
+def check_named(name):
+    found = [check for check in doctor.diagnose() if check.name == name]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_a_sound_machine_has_nothing_bad(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in " ".join(printed.split())
+    assert "nothing is bad" in printed
+
+
+def test_json_holds_every_check_and_all_versions(capsys):
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert all(set(check) == {"name", "state", "detail", "remedy"} for check in report["checks"])
+    assert all(check["state"] in ("good", "not here") and not check["remedy"] for check in report["checks"])
+    names = {check["name"] for check in report["checks"]}
+    assert {"python", "packages", "CUDA", "bitsandbytes", "NF4", "memory", "disk, cache", "cache", "hub token"} <= names
+    assert report["versions"]["torch"] == torch.__version__
+    assert {"python", "platform", "qdense", "commit", "triton", "liger-kernel"} <= set(report["versions"])
+
+
+def test_help_imports_nothing_heavy():
+    script = (
+        "import sys\nfrom qdense.cli import main\n"
+        "try: main(['doctor', '--help'])\nexcept SystemExit as e: assert e.code == 0\n"
+        "heavy = {'torch', 'transformers', 'rich', 'packaging', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("requirement", "detail", "remedy"),
+    [
+        ("no-such-package>=1", "not installed; no-such-package>=1 is needed", 'pip install "no-such-package>=1"'),
+        ("torch>=99", f"{torch.__version__}; torch>=99 is needed", 'pip install --upgrade "torch>=99"'),
+    ],
+)
+def test_a_package_missing_or_too_old(monkeypatch, requirement, detail, remedy):
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: [requirement, 'ruff>=999; extra == "dev"'])
+    check = check_named(requirement.partition(">")[0])
+    assert (check.state, check.detail, check.remedy) == ("bad", detail, remedy)
+
+
+@pytest.mark.parametrize("package", ["torch", "peft", "rich", "packaging"])
+def test_a_package_that_cannot_be_imported_is_a_line(package, tmp_path):
+    """In a process of its own: nothing of it is imported yet."""
+    (tmp_path / f"{package}.py").write_text("raise OSError('libfoo.so.1: cannot open shared object file')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    outcome = subprocess.run(
+        [sys.executable, "-m", "qdense", "doctor"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert outcome.returncode == 1
+    assert "Traceback" not in outcome.stderr
+    printed = " ".join(outcome.stdout.split())
+    assert "libfoo.so.1" in printed
+    if package != "packaging":  # which only doctor itself reads with
+        assert f'--force-reinstall "{package}' in printed
+
+
+def test_a_native_library_that_is_missing(monkeypatch):
+    import bitsandbytes.cextension as cextension
+
+    monkeypatch.setattr(cextension, "lib", cextension.ErrorHandlerMockBNBNativeLibrary("no library"))
+    check = check_named("bitsandbytes")
+    assert check.state == "bad"
+    assert "python -m bitsandbytes" in check.remedy
+
+
+def test_a_4_bit_layer_that_computes_wrong_is_bad(monkeypatch):
+    from bitsandbytes.nn import Linear4bit
+
+    forward = Linear4bit.forward
+    monkeypatch.setattr(Linear4bit, "forward", lambda layer, x: forward(layer, x) * 1.1)
+    assert check_named("NF4").state == "bad"
+    # a right output with a wrong gradient
+    monkeypatch.setattr(Linear4bit, "forward", lambda layer, x: 2 * forward(layer, x) - forward(layer, x).detach())
+    assert check_named("NF4").state == "bad"
+
+
+def test_leftovers_of_interrupted_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("QDENSE_CACHE", str(tmp_path))
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    for folder in (
+        "models/whole",
+        "quantized/damaged",
+        f"models/.dead.{gone.stdout.strip()}",
+        f"models/.at-work.{os.getpid()}",
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "models/whole/config.json").write_text("{}")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/x.json.part").write_text("[")
+    checks = {check.name: check for check in doctor.diagnose()}
+    assert "2 prepared models" in checks["cache"].detail
+    assert "1 downloads begun" in checks["cache"].detail
+    assert (checks["prepared models"].state, "quantized/damaged" in checks["prepared models"].remedy) == ("bad", True)
+    assert ".dead." in checks["leftovers"].remedy
+    assert "at-work" not in checks["leftovers"].remedy
+
+
+def test_a_cache_that_is_not_there_or_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("QDENSE_CACHE", str(tmp_path / "new"))
+    assert check_named("cache").state == "good"
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "new").write_text("")
+    assert check_named("cache").state == "bad"
+
+
+def test_no_room(monkeypatch):
+    monkeypatch.setattr(doctor, "_LOW_DISK_BYTES", 1 << 60)
+    monkeypatch.setattr(doctor, "_LOW_MEMORY_BYTES", 1 << 60)
+    bad = {check.name: check for check in doctor.diagnose() if check.state == "bad"}
+    assert set(bad) == {"memory", "disk, cache", "disk, here"}
+    assert "QDENSE_CACHE" in bad["disk, cache"].remedy
+
+
+def test_neither_token_nor_home_is_told(tmp_path, monkeypatch, capsys):
+    home = tmp_path / "home" / "jane.doe"
+    (home / "cache" / "models" / "x").mkdir(parents=True)
+    for name, value in {
+        "HOME": home,
+        "QDENSE_CACHE": home / "cache",
+        "HF_TOKEN": "hf_secret",
+        "OPENAI_API_KEY": "sk-secret",
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.chdir(home)
+    assert main(["doctor", "--json"]) == 1  # x is no model
+    monkeypatch.setenv("QDENSE_CACHE", str(tmp_path / "scratch" / "jane.doe" / "cache"))
+    main(["doctor", "--json"])
+    printed = capsys.readouterr().out
+    assert "there is one; it is not shown" in printed
+    assert "secret" not in printed
+    assert "jane.doe" not in printed
+    assert "~/cache" in printed
+    main(["doctor"])
+    assert "jane.doe" not in capsys.readouterr().out
+
+
+class FakeCuda:
+    """What torch.cuda says of a machine with one card."""
+
+    def __init__(self, capability=(9, 0), free_bytes=60 * 2**30, is_available=True):
+        self.capability, self.free_bytes, self.is_found = capability, free_bytes, is_available
+
+    def is_available(self):
+        return self.is_found
+
+    def device_count(self):
+        return 1
+
+    def get_device_capability(self, number):
+        return self.capability
+
+    def get_device_name(self, number):
+        return "Card"
+
+    def mem_get_info(self, number):
+        return self.free_bytes, 80 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("driver", "build", "cuda", "name", "state", "words"),
+    [
+        (None, None, FakeCuda(is_available=False), "CUDA", "not here", "no NVIDIA driver"),
+        ("580.1", None, FakeCuda(is_available=False), "CUDA", "bad", "no CUDA"),
+        ("470.1", "13.0", FakeCuda(is_available=False), "CUDA", "bad", "finds no device"),
+        ("580.1", "13.0", FakeCuda(), "GPU 0", "good", "capability 9.0, 60.0 GiB of 80.0 GiB free, bfloat16"),
+        ("580.1", "13.0", FakeCuda(capability=(7, 5)), "GPU 0", "bad", "no bfloat16"),
+        ("580.1", "13.0", FakeCuda(free_bytes=2**20), "GPU 0", "bad", "0.0 GiB of 80.0 GiB free"),
+    ],
+)
+def test_cuda_by_driver_build_and_card(monkeypatch, driver, build, cuda, name, state, words):
+    monkeypatch.setattr(doctor, "_driver", lambda: driver)
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "cuda", build)
+    (check,) = [check for check in doctor._cuda() if check.name == name]
+    assert check.state == state
+    assert words in check.detail
+    assert bool(check.remedy) == (state == "bad")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+def test_the_fused_adapter_is_compared_with_the_plain_one(monkeypatch):
+    triton = pytest.importorskip("qdense.ops.denselora_triton")
+    assert doctor._triton("cpu").state == "good"
+
+    encode = triton.encode
+    monkeypatch.setattr(triton, "encode", lambda x, encoders: (x, (encode(x, encoders)[1][0] * 1.1,)))
+    assert "off by" in doctor._triton("cpu").detail
+
+    def fail(x, encoders):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    monkeypatch.setattr(triton, "encode", fail)
+    check = doctor._triton("cpu")
+    assert check.state == "bad"
+    assert "Failed to find C compiler" in check.detail
+    assert "gcc" in check.remedy
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_on_cuda():
+    states = {check.name: check.state for check in doctor.diagnose()}
+    assert states["Triton"] == states["liger-kernel"] == states["NF4"] == states["GPU 0"] == "good"

@@ -142,7 +142,7 @@ def test_tensors_that_no_adapter_has(saved, tmp_path, change, message):
     [
         ("lora_alpha", float("inf"), r"lora_alpha = inf: must be a finite number"),
         ("alora_invocation_tokens", "/etc/passwd", "an activated LoRA"),
-        ("peft_type", ["LORA"], "does not fit"),
+        ("peft_type", ["LORA"], "known are ADALORA"),
         ("target_modules", {"a": {}}, "does not fit"),
     ],
 )

@@ -44,6 +44,22 @@ def uncut(tiny_model, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def ordinary_signals():
+    """Under nohup, or in a shell's background, some are ignored; qdense then leaves them so."""
+    before = {
+        number: signal.signal(number, handler)
+        for number, handler in (
+            (signal.SIGINT, signal.default_int_handler),
+            (signal.SIGTERM, signal.SIG_DFL),
+            (signal.SIGHUP, signal.SIG_DFL),
+        )
+    }
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 # --- signals -------------------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +115,6 @@ def test_a_signal_in_the_last_step_lets_the_run_finish(tiny_model, tmp_path, unc
 def test_exit_status_of_a_command_that_a_signal_ends(name, status):
     script = (
         "import os, signal\nfrom qdense import cli\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"cli._params = lambda arguments: os.kill(os.getpid(), signal.{name})\n"
         "raise SystemExit(cli.main(['params', 'llama3-8b']))"
     )

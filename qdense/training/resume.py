@@ -44,12 +44,12 @@ class Resumed:
 @contextmanager
 def sole_owner(run_dir: Path) -> Iterator[None]:
     """Make the folder and keep other processes' runs out of it. Raises RunError if one is at work there."""
-    if os.environ.get("RANK", "0") != "0":  # torchrun's other processes belong to the first
-        yield
-        return
     if run_dir.exists() and not run_dir.is_dir():
         raise RunError(f"{run_dir}: is a file; output.dir (or --output) must be a folder")
     run_dir.mkdir(parents=True, exist_ok=True)
+    if os.environ.get("RANK", "0") != "0":  # torchrun's other processes belong to the first
+        yield
+        return
 
     def in_use() -> RunError:
         return RunError(
@@ -61,8 +61,8 @@ def sole_owner(run_dir: Path) -> Iterator[None]:
         with locked(run_dir, in_use):
             yield
     finally:
-        if [path.name for path in run_dir.iterdir()] == [LOCK_FILE]:  # nothing came of it
-            with suppress(OSError):
+        with suppress(OSError):
+            if [path.name for path in run_dir.iterdir()] == [LOCK_FILE]:  # nothing came of it
                 shutil.rmtree(run_dir)
 
 

@@ -45,7 +45,7 @@ from qdense.ops.cross_entropy import IGNORED
 from qdense.ops.kernels import use_kernels
 from qdense.planning.machine import this_machine
 from qdense.planning.memory import Choice, Kernels, memory_of
-from qdense.planning.plan import make_plan
+from qdense.planning.plan import longest_context, make_plan
 from qdense.planning.shapes import model_shape
 from qdense.planning.speed import flops_per_token
 from qdense.provenance import git_hash, package_versions
@@ -395,10 +395,12 @@ def main() -> None:
         f"{ceiling / 1e12:.3g} TFLOP/s; {source}; {arguments.steps} steps of {batch_size} rows, "
         f"{statistics.mean(tokens):.0f} tokens a step; planned: {asdict(choice)}; commit {git_hash()}, {package_versions()}\n"
     )
+    longest = longest_context(recipe, shape, machine)
     print(table(bench, chosen, found, tokens, ceiling))
+    print(f"\nLongest row that would fit here, one at a time, as predicted: {longest:,} tokens.")
     if arguments.output:
         record = {"device": name, "ceiling_flops": ceiling, "commit": git_hash(), "versions": package_versions(),
-                  "command": sys.argv, "choice": asdict(choice), "tokens": tokens,
+                  "command": sys.argv, "choice": asdict(choice), "longest_context_tokens": longest, "tokens": tokens,
                   "ways": {way: asdict(figures) for way, figures in found.items()}}  # fmt: skip
         arguments.output.write_text(json.dumps(record, indent=1))
 

@@ -62,6 +62,20 @@ def test_numbers_of_thousands_of_digits(tmp_path, suffix):
         read_rows(tmp_path / f"rows{suffix}")
 
 
+@pytest.mark.parametrize(
+    ("suffix", "content", "place"),
+    [
+        (".json", '[{"instruction": "a", "output": "b", "output": "c"}]', "rows.json: .*key"),
+        (".jsonl", '\n{"instruction": "a", "output": "b", "output": "c"}', "rows.jsonl, line 2: .*key"),
+        (".csv", "instruction,output,output\na,b,c", "rows.csv, line 1: the column"),
+    ],
+)
+def test_what_stands_twice(tmp_path, suffix, content, place):
+    (tmp_path / f"rows{suffix}").write_text(content)
+    with pytest.raises(DataError, match=rf'{place} "output" stands twice'):
+        read_rows(tmp_path / f"rows{suffix}")
+
+
 def test_numbers_of_thousands_of_digits_in_a_recipe(tmp_path):
     (tmp_path / "r.toml").write_text("[training]\nseed = " + "9" * 5000)
     with pytest.raises(RecipeError, match=r"r\.toml: not valid TOML: Exceeds the limit"):

@@ -139,12 +139,12 @@ def _kind(value: Any) -> str:
 
 def _json_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
-        records = json.loads(text)
+        records = json.loads(text, object_pairs_hook=_without_doubles)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
     except RecursionError:
         raise DataError(f"{path}: JSON nested too deeply to be a list of rows") from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits, a key that stands twice
         raise DataError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(records, list):
         raise DataError(f"{path}: must hold a list of rows, not {_kind(records)} (one object a line is .jsonl)")
@@ -156,18 +156,32 @@ def _jsonl_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            yield f"{path}, line {number}", json.loads(line)
+            yield f"{path}, line {number}", json.loads(line, object_pairs_hook=_without_doubles)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}, column {error.colno}: not valid JSON: {error.msg}") from None
         except RecursionError:
             raise DataError(f"{path}, line {number}: JSON nested too deeply to be a row") from None
-        except ValueError as error:  # a number of thousands of digits
+        except ValueError as error:  # a number of thousands of digits, a key that stands twice
             raise DataError(f"{path}, line {number}: not readable JSON: {error}") from None
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which no key stands twice: Python would take the last, silently."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(
+            f'the key "{next(name for name in names if names.count(name) > 1)}" stands twice in one object'
+        )
+    return record
 
 
 def _csv_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        header = list(reader.fieldnames or ())
+        if twice := [name for name in header if header.count(name) > 1]:
+            raise DataError(f'{path}, line 1: the column "{twice[0]}" stands twice in the header')
         for record in reader:
             place = f"{path}, line {reader.line_num}"
             if None in record:

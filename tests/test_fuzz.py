@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qdense.data import rows as rows_module
 from qdense.data.rows import read_rows
 from qdense.errors import AdapterError, DataError, RecipeError
 from qdense.modeling.adapter import AdapterCard, attach_adapter, load_adapter, read_card, save_adapter
@@ -85,19 +84,30 @@ def test_numbers_of_thousands_of_digits_in_a_recipe(tmp_path):
         load_recipe(demo, ["training.seed=" + "9" * 5000])
 
 
-def test_bombs_are_not_unpacked(tmp_path, monkeypatch):
-    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b" " * 2**29, 1))
-    with pytest.raises(DataError, match="unpacks to more than 256 MiB"):
-        read_rows(tmp_path / "rows.jsonl.gz")
+def test_bombs_are_not_unpacked(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    table = pyarrow.Table.from_pylist([{"instruction": "x" * 1000, "output": "y"}] * 1000)
-    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    assert len(read_rows(tmp_path / "rows.parquet")) == 1000
-    monkeypatch.setattr(rows_module, "_MOST_UNPACKED", 100)
-    with pytest.raises(DataError, match="unpacks to more than"):
-        read_rows(tmp_path / "rows.parquet")
+    for name, content in (("spaces", b" " * 2**29), ("objects", b"[" + b"{}," * 2**24)):
+        (tmp_path / f"{name}.json.gz").write_bytes(gzip.compress(content, 1))
+        with pytest.raises(DataError, match=rf"{name}\.json\.gz: unpacks to more than \d+ MiB"):
+            read_rows(tmp_path / f"{name}.json.gz")
+    for num_rows in (1_000, 40_000):  # of one value, which the file holds once
+        table = pyarrow.Table.from_pylist([{"instruction": "x" * 1000, "output": "y"}] * num_rows)
+        pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+        if num_rows == 1_000:
+            assert len(read_rows(tmp_path / "rows.parquet")) == num_rows
+        else:
+            with pytest.raises(DataError, match=r"rows\.parquet: unpacks to more than 16 MiB"):
+                read_rows(tmp_path / "rows.parquet")
+
+
+def test_packed_text_is_read(tmp_path):
+    """Rows as people write them are packed to a tenth at best."""
+    rows = [{"instruction": f"Please answer with true or false, question: is {n} more than {n // 3}?", "output": "the correct "
+             f"answer is {n % 2 == 0}"} for n in range(60_000)]  # fmt: skip
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    assert len(read_rows(tmp_path / "rows.jsonl.gz")) == 60_000
 
 
 def test_damaged_parquet(tmp_path):

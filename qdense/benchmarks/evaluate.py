@@ -37,7 +37,7 @@ from qdense.data.contamination import overlaps
 from qdense.data.rows import Row
 from qdense.data.sources import DataSet, load_named_or_file, load_training_set
 from qdense.data.templates import Template, template_named
-from qdense.errors import AdapterError, EvaluationError
+from qdense.errors import AdapterError, DataError, EvaluationError
 from qdense.events import Emit, EvaluationDone, EvaluationProgress, EvaluationStarted, Notice
 from qdense.modeling.adapter import CARD_FILE, AdapterCard, find_adapter, load_adapter, read_card
 from qdense.modeling.base import BaseModel, load_base
@@ -162,7 +162,12 @@ def _load_models(
     request: EvaluationRequest, folder: Path | None, emit: Emit
 ) -> tuple[list[Respondent], str, tuple[tuple[str, str], ...]]:
     card = read_card(folder) if folder is not None else None
-    recipe = _model_recipe(request.model, card)
+    if card is not None and request.template is None:
+        try:  # before anything large is loaded
+            template_named(card.template)
+        except DataError as error:
+            raise AdapterError(f"{folder}: {error}; --template names another") from None
+    recipe = _model_recipe(request.model, card, f"{folder}, its base" if card else "the model to evaluate")
     base = load_base(recipe, lambda text: emit(Notice(text)), for_training=False)
     model: Any = base.model
     if folder is not None and card is not None:
@@ -192,13 +197,13 @@ def _load_models(
     return respondents, str(request.adapter) if folder else f"base {base.name}", facts
 
 
-def _model_recipe(asked: dict[str, str], card: AdapterCard | None) -> ModelRecipe:
-    """How to load the base: what is asked for, on top of what the adapter recorded."""
+def _model_recipe(asked: dict[str, str], card: AdapterCard | None, source: str) -> ModelRecipe:
+    """How to load the base: what is asked for, on top of what the adapter recorded; `source` names it in errors."""
     recorded = dict(card.model) if card else {}
     if "name" in asked:
         recorded.pop("revision", None)  # another place, another history
     tables = {"model": {**recorded, **asked}, "data": {"name": "wordproblems"}}
-    return recipe_from_tables(tables, source="the model to evaluate").model
+    return recipe_from_tables(tables, source=source).model
 
 
 class LocalModel:
@@ -448,6 +453,9 @@ def _read_file(path: Path) -> dict[tuple[int, int], Completion]:
         try:
             parse_completion(place, line.decode("utf-8"))
             completion = Completion(**json.loads(line))
+            for key, kind in (("num_prompt_tokens", int), ("num_tokens", int), ("finish", str)):
+                if not isinstance(getattr(completion, key), kind):
+                    raise TypeError(f"{key} must be {'text' if kind is str else 'a whole number'}")
         except (EvaluationError, UnicodeDecodeError, TypeError) as error:
             raise EvaluationError(
                 f"{place}: not a completion of ours ({error}). Remove the file to start over."

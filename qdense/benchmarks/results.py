@@ -101,6 +101,8 @@ def read_completions(path: Path, num_items: int) -> dict[int, list[str]]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise EvaluationError(f"{path}: no such file of completions") from None
+    except OSError as error:
+        raise EvaluationError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise EvaluationError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     found: dict[int, dict[int, str]] = {}

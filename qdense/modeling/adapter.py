@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -32,6 +32,8 @@ _PEFT_TYPES = {
     "VBLORA", "LN_TUNING", "MISS", "SHIRA", "C3A",
 }  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What in a configuration is a size of tensors. Not LoKr's: there a rank beyond the matrix means the whole matrix.
+_SIZES = ("r", "init_r", "r_inner", "n_frequency", "num_vectors", "vector_length")
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,8 @@ def _read_weights(model: Any, folder: Path) -> dict[str, torch.Tensor]:
     except (ValueError, OSError, SafetensorError) as error:
         raise AdapterError(f"{folder}: the adapter's weights cannot be read: {error}") from error
     _refuse_odd_values(folder, weights)
+    if len(dtypes := {tensor.dtype for tensor in weights.values()}) > 1:
+        raise AdapterError(f"{folder}: its tensors are of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     missing, unexpected = sorted(expected - set(weights)), sorted(set(weights) - expected)
     if missing or unexpected:
@@ -197,16 +201,14 @@ def _read_weights(model: Any, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _refuse_odd_values(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """AdapterError for what no adapter's tensors are: not floating point, of several dtypes, NaN or infinite."""
+    """AdapterError for what no trained tensor is: not floating point, NaN or infinite."""
     for name, tensor in weights.items():
         if tensor.dtype not in _DTYPES:
             raise AdapterError(
-                f"{folder}: {name} holds {tensor.dtype}; an adapter's tensors are float32, bfloat16 or float16"
+                f"{folder}: {name} holds {tensor.dtype}; trained tensors are float32, bfloat16 or float16"
             )
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{folder}: {name} holds NaN or infinite values: the training that made it went wrong")
-    if len(dtypes := {tensor.dtype for tensor in weights.values()}) > 1:
-        raise AdapterError(f"{folder}: its tensors are of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
 
 
 def find_adapter(path: Path) -> Path:
@@ -276,10 +278,10 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
     method = METHODS.get(card.method)
     if method is not None and not method.is_adapter:
         return _load_whole_model(base, folder)
-    _require_known_type(folder)
     if not (folder / "adapter_model.safetensors").is_file():
         # PEFT would take the folder's name for a hub id and ask there
         raise AdapterError(f"{folder}: has no adapter_model.safetensors")
+    _check_configuration(folder)
     try:
         model = PeftModel.from_pretrained(base.model, folder, autocast_adapter_dtype=False)
     except (torch.OutOfMemoryError, MemoryError):
@@ -301,15 +303,28 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
     return model
 
 
-def _require_known_type(folder: Path) -> None:
-    """AdapterError for what PEFT would read other files for (X-LoRA, prompts), or does not know."""
+def _check_configuration(folder: Path) -> None:
+    """AdapterError for a type that PEFT would read other files for (X-LoRA, prompts), or does not know; and for a rank that no
+    tensor has: PEFT would make tensors of it, of any size, before it compares them with the file's."""
     path = folder / "adapter_config.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["peft_type"]
+        config = json.loads(path.read_text(encoding="utf-8"))
+        found = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(f"{path}: not a readable adapter configuration: {error!r}") from None
     if not isinstance(found, str) or found not in _PEFT_TYPES:
         raise AdapterError(f"{path}: peft_type = {found!r}: known are {', '.join(sorted(_PEFT_TYPES))}")
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (no dict)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{folder}: the adapter's weights cannot be read: {error}") from error
+    largest = max((size for shape in shapes for size in shape), default=0)
+    patterns = config.get("rank_pattern")
+    sizes = {key: config.get(key) for key in _SIZES} | (patterns if isinstance(patterns, dict) else {})
+    for key, size in sizes.items() if found != "LOKR" else ():
+        if isinstance(size, int) and size > largest:
+            raise AdapterError(f"{path}: {key} = {size}: no tensor of its adapter_model.safetensors is so large")
 
 
 def _load_whole_model(base: BaseModel, folder: Path) -> Any:
@@ -321,6 +336,7 @@ def _load_whole_model(base: BaseModel, folder: Path) -> Any:
         }
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder}: the model's weights cannot be read: {error}") from error
+    _refuse_odd_values(folder, saved)
     unfit = [name for name, tensor in saved.items() if name not in parameters or parameters[name].shape != tensor.shape]
     missing = [name for name in parameters if name not in saved]
     if unfit or missing:

@@ -281,7 +281,7 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
     if not (folder / "adapter_model.safetensors").is_file():
         # PEFT would take the folder's name for a hub id and ask there
         raise AdapterError(f"{folder}: has no adapter_model.safetensors")
-    _check_configuration(folder)
+    _check_configuration(folder, base)
     try:
         model = PeftModel.from_pretrained(base.model, folder, autocast_adapter_dtype=False)
     except (torch.OutOfMemoryError, MemoryError):
@@ -303,7 +303,7 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
     return model
 
 
-def _check_configuration(folder: Path) -> None:
+def _check_configuration(folder: Path, base: BaseModel) -> None:
     """AdapterError for a type that PEFT would read other files for (X-LoRA, prompts), or does not know; and for a rank that no
     tensor has: PEFT would make tensors of it, of any size, before it compares them with the file's."""
     path = folder / "adapter_config.json"
@@ -318,7 +318,7 @@ def _check_configuration(folder: Path) -> None:
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
             shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (no dict)
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{folder}: the adapter's weights cannot be read: {error}") from error
+        raise AdapterError(f"{folder}: the adapter does not fit {base.name}: {error}") from error
     largest = max((size for shape in shapes for size in shape), default=0)
     patterns = config.get("rank_pattern")
     sizes = {key: config.get(key) for key in _SIZES} | (patterns if isinstance(patterns, dict) else {})

@@ -223,7 +223,8 @@ def _checked_url(url: str) -> str:
     except ValueError:
         is_address = False
     if not is_address:
-        raise EvaluationError(f'--endpoint "{url}": must be an address such as http://localhost:8000/v1')
+        named = "" if set(url) & set("@?#") else f' "{url}"'  # what may hold a key is not repeated
+        raise EvaluationError(f"--endpoint{named}: must be an address such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise EvaluationError(
             f"--endpoint: the address of {parts.hostname} must hold no user, password or query; a key belongs into "

@@ -1,11 +1,16 @@
 """Bad input: mutated recipes, data files, completion files and adapters, each of which must be refused well, or read right.
 
     .venv/bin/python tools/fuzz.py --seed 1
-    .venv/bin/python tools/fuzz.py data --cases 500 --seed 3
+    .venv/bin/python tools/fuzz.py --kind data --cases 500 --seed 3
+    .venv/bin/python tools/fuzz.py --kind data --seed 3 --case 412      one case again
 
-Refused well: a QDenseError whose text names the file. Read right: what was accepted holds together (rows are text, a recipe says
-the same when written and read again, an adapter's logits are finite numbers). Anything else is a fault: another exception, more
-than ten seconds, more than 1 GiB above the process before the case. The input of a fault is kept, with how to repeat it.
+Refused well: a QDenseError whose text names the file. Read right: what was accepted holds together (rows are those that the
+standard library reads, a recipe says the same when written and read again, an adapter's logits are finite numbers). Anything else
+is a fault: another exception, more than ten seconds, more than 1 GiB above the process before the case. The input of a fault is
+kept, with how to repeat it.
+
+Memory is the peak that the kernel has seen (Linux: it can be set back), not a limit alone: beneath a limit, a reader that
+asks for too much gets a MemoryError, makes a polite refusal of it, and on a larger machine takes it all.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import importlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -25,10 +31,12 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))
@@ -40,16 +48,20 @@ import tomli_w
 import torch
 from safetensors.torch import load_file, save_file
 
+from qdense.benchmarks import evaluate
 from qdense.benchmarks.results import read_completions, score_task
 from qdense.benchmarks.tasks import TASKS
 from qdense.cli import _quiet_libraries
 from qdense.data.rows import read_rows
 from qdense.errors import QDenseError
-from qdense.modeling.adapter import AdapterCard, attach_adapter, load_adapter, read_card, save_adapter
-from qdense.modeling.base import load_base
+from qdense.events import ignore
+from qdense.methods import METHODS
+from qdense.modeling.adapter import AdapterCard, attach_adapter, save_adapter
+from qdense.modeling.base import BaseModel, load_base
 from qdense.recipe import AdapterRecipe, ModelRecipe, load_recipe
 
 _SECONDS, _BYTES = 10, 2**30
+_LIMIT_BYTES = 6 * 2**30  # no case gets more, whatever it asks for: the machine is shared
 _REAL_ROWS = _ROOT.parent / "shared" / "data" / "ft-training_set" / "math_10k_genuine_1824.json"
 # What has broken readers before, put anywhere.
 _PIECES: list[bytes] = [
@@ -60,7 +72,7 @@ _PIECES: list[bytes] = [
 ]  # fmt: skip
 _VALUES: list[Any] = [
     None, True, False, 0, -1, 2**63, 10**400, 1.5, float("nan"), float("inf"), "", " ", "x" * 100_000, "\x00", "\ud800",
-    [], {}, [[]], {"a": 1}, ["q_proj"], "../..", "/etc/passwd", "\x1b]0;x\x07",
+    200_000, 2**40, [], {}, [[]], {"a": 1}, ["q_proj"], "../..", "/etc/passwd", "\x1b]0;x\x07",
 ]  # fmt: skip
 
 
@@ -118,6 +130,11 @@ class Mutator:
         content = json.dumps(self.value(value))
         return content.encode("utf-8", "surrogatepass")
 
+    def doubled(self, content: bytes) -> bytes:
+        """JSON in which one key stands twice."""
+        key = self.random.choice(re.findall(rb'"\w+": ', content) or [b""])
+        return content.replace(key, key + b'"twice", ' + key, 1)
+
 
 class Recipes:
     """mutated recipes, and values given by --set"""
@@ -168,36 +185,65 @@ class Data:
         ]
         if _REAL_ROWS.is_file():
             keys = ("instruction", "input", "output", "answer")
-            self.rows = [{key: row.get(key, "") for key in keys} for row in json.loads(_REAL_ROWS.read_text())[:12]]
+            self.rows += [{key: row.get(key, "") for key in keys} for row in json.loads(_REAL_ROWS.read_text())[:12]]
         lines = [json.dumps(row) for row in self.rows]
         header = ",".join(self.rows[0])
         quoted = (",".join('"' + value.replace('"', '""') + '"' for value in row.values()) for row in self.rows)
         csv = "\n".join([header, *quoted])
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(self.rows), folder / "rows.parquet")
-        self.bomb = gzip.compress(b"[" + b" " * 2**31, 1)
+        table = pyarrow.Table.from_pylist(self.rows)
+
+        def parquet(table: Any) -> bytes:
+            pyarrow.parquet.write_table(table, folder / "rows.parquet")
+            return (folder / "rows.parquet").read_bytes()
+
+        day = pyarrow.array([0] * len(self.rows), pyarrow.timestamp("ns", "Europe/Berlin"))
         self.contents = {
-            ".json": json.dumps(self.rows).encode(),
-            ".jsonl": "\n".join(lines).encode(),
-            ".csv": csv.encode(),
-            ".parquet": (folder / "rows.parquet").read_bytes(),
+            ".json": [json.dumps(self.rows).encode()],
+            ".jsonl": ["\n".join(lines).encode()],
+            ".csv": [csv.encode()],
+            ".parquet": [parquet(table), parquet(table.append_column("when", day))],
         }
+
+    def bomb(self, mutator: Mutator, suffix: str) -> bytes:
+        """A small file of much: far more than is taken, or as much as is."""
+        if suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            size, num_rows = mutator.random.choice([(1, 2_000_000), (1000, 300_000), (2**22, 300)])
+            texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * num_rows, "int32"), ["x" * size])
+            table = pyarrow.table({"instruction": texts, "output": texts})
+            pyarrow.parquet.write_table(table, self.folder / "rows.parquet", store_schema=False)
+            return (self.folder / "rows.parquet").read_bytes()
+        start, piece = mutator.random.choice(
+            {
+                ".json.gz": [(b"[", b"{},"), (b"[", b"[],"), (b"[", b"0,"), (b"", b" ")],
+                ".jsonl.gz": [(b"", b"\n"), (b"", b"{}\n")],
+                ".csv.gz": [(b"instruction,output\n", b"\n"), (b"", b'"'), (b"instruction,output\n", b"a,b,c\n")],
+            }[suffix]
+        )
+        num_bytes = mutator.random.choice([4, 15, 250]) * 2**20
+        return gzip.compress(start + piece * (num_bytes // len(piece)), 1)
 
     def make(self, mutator: Mutator) -> Callable[[], None]:
         suffix = mutator.random.choice([".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz", ".csv.gz"])
         kind = suffix.removesuffix(".gz")
-        if mutator.random.random() < 0.5 and kind in (".json", ".jsonl"):
+        how = mutator.random.random()
+        if how < 0.5 and kind in (".json", ".jsonl"):
             changed = mutator.value(self.rows)
             many = changed if isinstance(changed, list) else [changed]
             text = json.dumps(changed) if kind == ".json" else "\n".join(map(json.dumps, many))
             content = text.encode("utf-8", "surrogatepass")
+            if how < 0.03:
+                content = mutator.doubled(content)
         else:
-            content = mutator.text(self.contents[kind])
+            content = mutator.text(mutator.random.choice(self.contents[kind]))
         if suffix.endswith(".gz"):
             content = gzip.compress(content, 1)
             if mutator.random.random() < 0.3:
                 content = mutator.text(content)
-            if mutator.random.random() < 0.01:
-                content = self.bomb
+        if suffix not in (".json", ".jsonl", ".csv") and mutator.random.random() < 0.01:
+            content = self.bomb(mutator, suffix)
         path = self.folder / f"case{suffix}"
         path.write_bytes(content)
         for_test = mutator.random.random() < 0.3
@@ -207,6 +253,13 @@ class Data:
             assert rows
             assert all(isinstance(value, str) for row in rows for value in row)
             assert all(row.instruction.strip() for row in rows)
+            if kind in (".json", ".jsonl") and path.stat().st_size < 2**20:
+                text = (gzip.decompress(content) if suffix.endswith(".gz") else content).decode("utf-8-sig")
+                texts = [text] if kind == ".json" else [line for line in text.split("\n") if line.strip()]
+                read = list(map(json.loads, texts))
+                for row, record in zip(rows, read[0] if kind == ".json" else read, strict=True):
+                    assert (row.instruction, row.input) == (record["instruction"], record.get("input") or "")
+                    assert (row.answer == record["answer"]) if for_test else (row.output == record["output"])
 
         return check
 
@@ -216,20 +269,44 @@ class CompletionFiles:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "completions.jsonl"
-        self.lines = [{"index": n, "completion": f"So it is {n}.\nThe answer is {n}.00"} for n in range(20)]
+        texts = [
+            "So it is {n}.\nThe answer is {n}.00",
+            "1e{n} is 3/{n}",
+            "The answer is (A), not true",
+            "solution1 = {n}",
+        ]
+        self.lines = [
+            {"index": n, "completion": text.format(n=n), "sample": sample}
+            for n in range(10)
+            for sample, text in enumerate(texts)
+        ]
 
     def make(self, mutator: Mutator) -> Callable[[], None]:
-        lines = mutator.value(self.lines) if mutator.random.random() < 0.5 else self.lines
-        content = "\n".join(map(json.dumps, lines)).encode("utf-8", "surrogatepass")
-        self.path.write_bytes(mutator.text(content) if lines is self.lines else content)
-        task = TASKS[mutator.random.choice(["gsm8k", "aqua", "boolq", "svamp"])]
+        lines = [line for line in self.lines if line["sample"] == 0] if mutator.random.random() < 0.5 else self.lines
+        if (how := mutator.random.random()) < 0.5:
+            changed = mutator.value(lines)
+            content = "\n".join(map(json.dumps, changed if isinstance(changed, list) else [changed])).encode()
+            if how < 0.03:
+                content = mutator.doubled(content)
+        else:
+            content = mutator.text("\n".join(map(json.dumps, lines)).encode())
+        self.path.write_bytes(content)
+        task = TASKS[mutator.random.choice(sorted(TASKS))]
+        label = next(
+            label
+            for label in ("7", "A", "true", "solution1", "answer1", "ending1", "option1")
+            if task.answers.is_label(label)
+        )
 
         def check() -> None:
-            labels = (
-                ["7"] * 20 if task.name in ("gsm8k", "svamp") else ["A"] * 20 if task.name == "aqua" else ["true"] * 20
-            )
-            result, _ = score_task(task, labels, read_completions(self.path, 20))
+            completions = read_completions(self.path, 10)
+            result, _ = score_task(task, [label] * 10, completions)
             json.dumps(result, allow_nan=False)
+            text = self.path.read_text(encoding="utf-8-sig")
+            read = [json.loads(line) for line in text.split("\n") if line.strip()]
+            assert sorted((line["index"], line["completion"]) for line in read) == sorted(
+                (index, text) for index, texts in completions.items() for text in texts
+            )
 
         return check
 
@@ -240,24 +317,35 @@ class Adapters:
     def __init__(self, folder: Path) -> None:
         os.environ["QDENSE_CACHE"] = str(folder / "cache")
         importlib.import_module("tests.conftest").make_tiny_model(folder / "tiny")
-        self.base = load_base(ModelRecipe(name=str(folder / "tiny"), device="cpu"))
         self.folder, self.sound = folder / "adapter", []
-        for method in ("denselora", "lora"):
-            base = copy.deepcopy(self.base)
-            recipe = AdapterRecipe(method=method, r=4)
-            card = AdapterCard(
-                model={"name": str(folder / "tiny"), "quantization": "nf4"}, fingerprint=base.fingerprint, template="alpaca",
-                method=method,
-            )  # fmt: skip
-            save_adapter(attach_adapter(base, recipe, 1), folder / method, card)
-            self.sound.append(folder / method)
+        self.bases = {
+            name: load_base(ModelRecipe(name=str(folder / "tiny"), quantization=name, device="cpu"))
+            for name in ("nf4", "none")
+        }
+        for name, method in METHODS.items():
+            if name == "none":
+                continue
+            quantization = "nf4" if "nf4" in method.quantizations else "none"
+            base = self._base(quantization)
+            card = AdapterCard({"name": base.name, "quantization": quantization}, base.fingerprint, "alpaca", name)
+            model = attach_adapter(base, AdapterRecipe(method=name, r=4), 10)
+            for parameter in model.parameters():
+                if parameter.requires_grad:  # or most methods' adapters would add nothing
+                    torch.nn.init.normal_(parameter, std=0.02)
+            save_adapter(model, folder / name, card)
+            self.sound.append(folder / name)
+
+    def _base(self, quantization: str) -> BaseModel:
+        base = self.bases.get(quantization, self.bases["nf4"])
+        return replace(base, model=copy.deepcopy(base.model))
 
     def make(self, mutator: Mutator) -> Callable[[], None]:
         shutil.rmtree(self.folder, ignore_errors=True)
-        shutil.copytree(mutator.random.choice(self.sound), self.folder)
-        names = ["qdense.json", "adapter_config.json", "adapter_model.safetensors", "tensors"]
-        name = mutator.random.choice(names)
-        if name == "tensors":
+        sound = mutator.random.choice(self.sound)
+        shutil.copytree(sound, self.folder)
+        weights = next(self.folder.glob("*.safetensors")).name
+        name = mutator.random.choice(["qdense.json", "adapter_config.json", weights, "tensors"])
+        if name == "tensors" or not (self.folder / name).exists():
             self._change_tensors(mutator)
         else:
             path = self.folder / name
@@ -267,12 +355,17 @@ class Adapters:
             )
 
         def check() -> None:
-            card = read_card(self.folder)
-            base = copy.deepcopy(self.base)
-            model = load_adapter(base, self.folder, card)
+            request = evaluate.EvaluationRequest([TASKS["gsm8k"]], self.folder, {}, with_base=False)
+            # `qdense evaluate` gets the base that is at hand, whatever a mutated card names.
+            with mock.patch.object(evaluate, "load_base", lambda recipe, *_, **__: self._base(recipe.quantization)):
+                respondents, _, _ = evaluate._load_models(request, self.folder, ignore)
             with torch.no_grad():
-                logits = model(torch.arange(5).reshape(1, 5)).logits
+                logits = respondents[0].model(torch.arange(5).reshape(1, 5)).logits  # type: ignore[attr-defined]
             assert torch.isfinite(logits).all(), "logits that are no numbers"
+            for file in self.folder.glob("*.safetensors"):
+                assert all(tensor.isfinite().all() for tensor in load_file(file).values()), (
+                    "tensors that are no numbers"
+                )
 
         return check
 
@@ -286,14 +379,15 @@ class Adapters:
         return mutator.text(content)
 
     def _change_tensors(self, mutator: Mutator) -> None:
-        path = self.folder / "adapter_model.safetensors"
+        path = next(self.folder.glob("*.safetensors"))
         tensors = load_file(path)
         name = mutator.random.choice(sorted(tensors))
         tensor = tensors[name]
         odd = [
             tensor[:1], tensor.T.contiguous(), tensor.flatten(), tensor.to(torch.int32), tensor.to(torch.float64), tensor.bool(),
-            tensor.to(torch.complex64), torch.full_like(tensor, float("nan")), torch.full_like(tensor, float("inf")),
-            torch.cat([tensor, tensor]), tensor.new_zeros(0),
+            tensor.to(torch.float8_e4m3fn), tensor.to(torch.complex64), torch.full_like(tensor, float("nan")),
+            torch.full_like(tensor, float("inf")),
+            torch.cat([tensor, tensor]), tensor.new_zeros(0), tensor.new_zeros([1] * 8), tensor.sum(),
         ]  # fmt: skip
         what = mutator.random.randrange(4)
         if what == 0:
@@ -302,7 +396,7 @@ class Adapters:
             tensors[f"{name}.more"] = tensor.clone()
         else:
             tensors[name] = mutator.random.choice(odd)
-        save_file(tensors, path)
+        save_file(tensors, path, metadata={"format": "pt"})
 
 
 KINDS: dict[str, tuple[type[Recipes] | type[Data] | type[CompletionFiles] | type[Adapters], int]] = {
@@ -313,13 +407,18 @@ KINDS: dict[str, tuple[type[Recipes] | type[Data] | type[CompletionFiles] | type
 }
 
 
+REFUSED, ACCEPTED, NO_PLACE, TRACEBACK, HANG, MEMORY = OUTCOMES = (
+    "refused with a message", "accepted, and right", "no place named", "tracebacks", "hangs", "too much memory",
+)  # fmt: skip
+
+
 class TooLong(BaseException):
     pass
 
 
 @contextmanager
 def limits() -> Iterator[None]:
-    """Ten seconds, and 1 GiB of memory more than there is now."""
+    """Ten seconds; and memory that cannot take the machine down, `_LIMIT_BYTES` more than there is now."""
 
     def ring(number: int, frame: Any) -> None:
         raise TooLong
@@ -327,72 +426,101 @@ def limits() -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_AS)
     signal.signal(signal.SIGALRM, ring)
     signal.alarm(_SECONDS)
-    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + _BYTES, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + _LIMIT_BYTES, before[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
         signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def outcome_of(check: Callable[[], None], folder: Path) -> str:
-    """refused, accepted, or a fault with its traceback."""
+def _memory(name: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def _lacked_memory(error: BaseException | None) -> bool:
+    """Whether it, or what it was made of, is memory that was not given."""
+    while error is not None:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def outcome_of(check: Callable[[], None], folder: Path) -> tuple[str, str]:
+    """One of OUTCOMES, and what there is to say about it."""
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
+    before, started = _memory("VmRSS"), time.monotonic()
+    outcome, text = ACCEPTED, ""
     try:
         with limits():
             check()
     except QDenseError as error:
-        return "refused" if str(folder) in str(error) or "--set" in str(error) else f"no place is named: {error}"
+        text = str(error)
+        outcome = REFUSED if str(folder) in text or "--set" in text else NO_PLACE
+        if _lacked_memory(error):
+            outcome = MEMORY
     except TooLong:
-        return f"took more than {_SECONDS} s"
-    except MemoryError:
-        return f"more than 1 GiB: {traceback.format_exc()}"
-    except Exception:
-        return traceback.format_exc()
-    return "accepted"
+        outcome, text = HANG, traceback.format_exc()
+    except Exception as error:
+        outcome, text = MEMORY if _lacked_memory(error) else TRACEBACK, traceback.format_exc()
+    took, peak = time.monotonic() - started, _memory("VmHWM") - before
+    if outcome in (REFUSED, ACCEPTED) and took > _SECONDS:
+        outcome, text = HANG, f"{took:.0f} s. {text}"
+    if outcome in (REFUSED, ACCEPTED) and peak > _BYTES:
+        outcome, text = MEMORY, f"{peak / 2**20:.0f} MiB. {text}"
+    return outcome, text
 
 
-def fuzz(kind: str, num_cases: int, seed: int, keep: Path) -> tuple[Counter[str], float]:
-    """How many cases came out how; inputs of faults are copied to `keep`."""
+def fuzz(kind: str, numbers: Iterable[int], seed: int, keep: Path) -> tuple[Counter[str], float]:
+    """How many of the cases came out how, and the seconds it took; inputs of faults are copied to `keep`."""
     found: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cases = KINDS[kind][0](folder)
         started = time.monotonic()
-        for number in range(num_cases):
-            mutator = Mutator(hash((seed, number)))
-            check = cases.make(mutator)
-            outcome = outcome_of(check, folder)
-            if outcome not in ("refused", "accepted"):
-                target = keep / f"{kind}-{seed}-{number}"
-                shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("tiny", "cache"))
-                (target / "outcome.txt").write_text(outcome)
-                print(
-                    f"{kind}, case {number} of seed {seed}: {outcome[-700:]}\nkept in {target}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                outcome = "fault"
+        for number in numbers:
+            check = cases.make(Mutator(hash((seed, number))))
+            outcome, text = outcome_of(check, folder)
             found[outcome] += 1
+            if outcome in (REFUSED, ACCEPTED):
+                continue
+            target = keep / f"{kind}-{seed}-{number}"
+            shutil.copytree(
+                folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("tiny", "cache", *METHODS)
+            )
+            (target / "outcome.txt").write_text(f"{outcome}\n{text}", errors="backslashreplace")
+            print(
+                f"{outcome}: {text[-700:]!a}\n  kept in {target}; again: tools/fuzz.py --kind {kind} --seed {seed} "
+                f"--case {number}",
+                file=sys.stderr,
+                flush=True,
+            )
     return found, time.monotonic() - started
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", help=f"of {', '.join(KINDS)}; all where left out")
-    parser.add_argument("--cases", type=int, help="of each kind (default: 23,000 in all)")
+    parser.add_argument("--kind", choices=KINDS, action="append", help="may be repeated; all where left out")
+    parser.add_argument(
+        "--cases", type=int, help=f"of each kind (default: {sum(n for _, n in KINDS.values()):,} in all)"
+    )
+    parser.add_argument("--case", type=int, help="this one alone")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", type=Path, default=Path("/tmp/qdense-fuzz"), help="where inputs of faults go")
     arguments = parser.parse_args()
     _quiet_libraries()
-    lines, num_faults = (
-        ["| input | cases | refused, the place named | accepted, and right | faults | |", "|---|---|---|---|---|---|"],
-        0,
-    )
-    for kind in arguments.kinds or KINDS:
+    lines = [f"| input | cases | {' | '.join(OUTCOMES)} | |", f"|{'---|' * (len(OUTCOMES) + 3)}"]
+    num_faults = 0
+    for kind in arguments.kind or KINDS:
         cases, default = KINDS[kind]
-        found, seconds = fuzz(kind, arguments.cases or default, arguments.seed, arguments.keep)
-        num_faults += found["fault"]
-        counts = [found.total(), found["refused"], found["accepted"], found["fault"]]
+        numbers = range(arguments.cases or default) if arguments.case is None else [arguments.case]
+        found, seconds = fuzz(kind, numbers, arguments.seed, arguments.keep)
+        num_faults += found.total() - found[REFUSED] - found[ACCEPTED]
+        counts = [found.total(), *(found[outcome] for outcome in OUTCOMES)]
         lines.append(f"| {cases.__doc__} | {' | '.join(f'{count:,}' for count in counts)} | {seconds:.0f} s |")
     print("\n".join(lines))
     return 1 if num_faults else 0

@@ -362,6 +362,8 @@ class _Sessions:
         self.commit, self.started = git_hash(), datetime.now(UTC).isoformat(timespec="seconds")
         try:
             self.listed: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(self.listed, list):
+                raise TypeError("not a list")
             commits = {session["git_hash"] for session in self.listed}
         except FileNotFoundError:
             self.listed, commits = [], set()

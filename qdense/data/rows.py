@@ -206,12 +206,23 @@ def _parquet_records(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
     most, found = _most_unpacked(path, content), 0
     records: list[Any] = []
     try:
-        # Piece by piece: equal values are packed to nothing, and no number in the file tells what they come to.
-        for batch in pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)).iter_batches(batch_size=256):
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
+        stored = max(
+            (file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)), default=0
+        )
+        # Piece by piece: equal values are packed to nothing, and no number in the file tells what they come to. One row of a
+        # piece can be as large as all that is stored.
+        for batch in file.iter_batches(min(256, max(1, most // max(1, stored)))):
             found += batch.nbytes
             if found > most:
                 raise _too_large(path, most)
             records += batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+        KeyError,
+    ) as error:  # KeyError: no such time zone
         raise DataError(f"{path}: not a readable Parquet file: {str(error).strip()}") from None
     return ((f"{path}, row {number}", record) for number, record in enumerate(records))

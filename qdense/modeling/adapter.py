@@ -31,6 +31,7 @@ _PEFT_TYPES = {
     "DENSELORA", "NORA", "RED", "LORA", "ADALORA", "VERA", "LOKR", "LOHA", "IA3", "OFT", "BOFT", "HRA", "FOURIERFT", "RANDLORA",
     "VBLORA", "LN_TUNING", "MISS", "SHIRA", "C3A",
 }  # fmt: skip
+_LARGEST = 1e6  # value of a trained tensor; a flipped bit makes 1e38, whose products are no numbers
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What in a configuration is a size of tensors. Not LoKr's: there a rank beyond the matrix means the whole matrix.
 _SIZES = ("r", "init_r", "r_inner", "n_frequency", "num_vectors", "vector_length")
@@ -201,7 +202,7 @@ def _read_weights(model: Any, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _refuse_odd_values(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """AdapterError for what no trained tensor is: not floating point, NaN or infinite."""
+    """AdapterError for what no trained tensor is: not floating point, NaN, infinite or near it."""
     for name, tensor in weights.items():
         if tensor.dtype not in _DTYPES:
             raise AdapterError(
@@ -209,6 +210,10 @@ def _refuse_odd_values(folder: Path, weights: Mapping[str, torch.Tensor]) -> Non
             )
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{folder}: {name} holds NaN or infinite values: the training that made it went wrong")
+        if tensor.numel() and (largest := float(tensor.abs().max())) > _LARGEST:
+            raise AdapterError(
+                f"{folder}: {name} holds values up to {largest:.3g}, as no training makes them: it is damaged"
+            )
 
 
 def find_adapter(path: Path) -> Path:
@@ -281,7 +286,7 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
     if not (folder / "adapter_model.safetensors").is_file():
         # PEFT would take the folder's name for a hub id and ask there
         raise AdapterError(f"{folder}: has no adapter_model.safetensors")
-    _check_configuration(folder, base)
+    peft_type = _check_configuration(folder, base)
     try:
         model = PeftModel.from_pretrained(base.model, folder, autocast_adapter_dtype=False)
     except (torch.OutOfMemoryError, MemoryError):
@@ -298,14 +303,19 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
     # PEFT makes the tensors in the base's dtype; take the saved one, and the saved values again, which were rounded.
     for name, tensor in adapter_tensors(model):
         tensor.data = weights[name].to(tensor.device)
-    if method is not None:
-        method.prepare(model)
+    # What mends PEFT goes by what was loaded, and not by the name that a card gives it.
+    if (loaded := METHODS.get(peft_type.lower())) is not None:
+        loaded.prepare(model)
     return model
 
 
-def _check_configuration(folder: Path, base: BaseModel) -> None:
-    """AdapterError for a type that PEFT would read other files for (X-LoRA, prompts), or does not know; and for a rank that no
-    tensor has: PEFT would make tensors of it, of any size, before it compares them with the file's."""
+def _check_configuration(folder: Path, base: BaseModel) -> str:
+    """Its PEFT type.
+
+    Raises:
+        AdapterError: PEFT would read other files for this type (X-LoRA, prompts), or does not know it; or no tensor has the
+            rank: PEFT would make tensors of it, of any size, before it compares them with the file's.
+    """
     path = folder / "adapter_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -325,6 +335,7 @@ def _check_configuration(folder: Path, base: BaseModel) -> None:
     for key, size in sizes.items() if found != "LOKR" else ():
         if isinstance(size, int) and size > largest:
             raise AdapterError(f"{path}: {key} = {size}: no tensor of its adapter_model.safetensors is so large")
+    return found
 
 
 def _load_whole_model(base: BaseModel, folder: Path) -> Any:

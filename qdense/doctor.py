@@ -280,7 +280,7 @@ def _nf4() -> Iterator[Check]:
         layer = Linear4bit(256, 128, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to(device)
         x = torch.randn(32, 256, device=device, dtype=torch.bfloat16, requires_grad=True)
         gradient = torch.randn(32, 128, device=device, dtype=torch.bfloat16)
-    layer.support_avx512bf16_for_cpu = False  # as in a run: see qdense/modeling/base.py
+    layer.support_avx512bf16_for_cpu = False  # as in a run: see qdense/modeling/load.py
     output = layer(x)
     output.backward(gradient)
     packed: Any = layer.weight

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
-from qdense.catalog import CATALOG, MODULE_LETTERS, PAPER_TARGET_MODULES
-from qdense.data.catalog import TRAINING_SETS
+from qdense.catalogs.datasets import TRAINING_SETS
+from qdense.catalogs.models import CATALOG, MODULE_LETTERS, PAPER_TARGET_MODULES
 from qdense.errors import RecipeError, did_you_mean
 from qdense.methods import METHODS
 

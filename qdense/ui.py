@@ -24,10 +24,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qdense.benchmarks.statistics import wilson_interval
-from qdense.benchmarks.tables import Sheet, interval, p_value, parts_of, sheets
-from qdense.benchmarks.tables import percent as bare_percent
+from qdense.benchmarks.accuracy import wilson_interval
 from qdense.benchmarks.tasks import Task
+from qdense.comparison.tables import Sheet, interval, p_value, parts_of, sheets
+from qdense.comparison.tables import percent as bare_percent
 from qdense.events import (
     CheckpointSaved,
     Download,

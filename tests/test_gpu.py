@@ -7,15 +7,15 @@ import torch
 
 from qdense.data.examples import join
 from qdense.events import StepDone, TrainingDone
-from qdense.modeling.adapter import attach_adapter, trainable_parameters
-from qdense.modeling.base import load_base
+from qdense.modeling.attach import attach_adapter, trainable_parameters
 from qdense.modeling.liger import use_liger
+from qdense.modeling.load import load_base
 from qdense.modeling.loss import without_logits
 from qdense.modeling.packing import packed_attention
 from qdense.ops.kernels import use_kernels
 from qdense.recipe import ModelRecipe
-from tests.test_packing import arguments, examples_of
-from tests.test_training import recipe_for, run
+from tests.helpers.packed import arguments, examples_of
+from tests.helpers.runs import recipe_for, run
 
 pytestmark = [
     pytest.mark.gpu,

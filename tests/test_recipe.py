@@ -1,15 +1,15 @@
 """Recipes: everything wrong is said at once, and every recipe in the tree is right."""
 
 import tomllib
-from pathlib import Path
 
 import pytest
 import tomli_w
 
 from qdense.errors import RecipeError
 from qdense.recipe import load_recipe, recipe_from_tables
+from tests.helpers import ROOT
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = ROOT / "recipes"
 MINIMAL = {"model": {"name": "llama3-8b"}, "data": {"name": "math10k"}}
 
 

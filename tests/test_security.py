@@ -20,21 +20,23 @@ import pytest
 import safetensors.torch
 import tomli_w
 import torch
-from conftest import make_tiny_model
-from evaluations import recipe_tables, write_evaluation
-from test_endpoint import server
-from test_training import killed_run, recipe_for, run
 
 from qdense import cli
 from qdense.cli import main
 from qdense.data.wordproblems import test_rows as wordproblems
 from qdense.errors import AdapterError, ModelError, QDenseError
 from qdense.modeling import smollm2
-from qdense.modeling.adapter import AdapterCard, attach_adapter, load_adapter, read_card, save_adapter
-from qdense.modeling.base import load_base
+from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card, save_adapter
+from qdense.modeling.attach import attach_adapter
+from qdense.modeling.load import load_base
 from qdense.recipe import AdapterRecipe, ModelRecipe
 from qdense.text import clean
 from qdense.ui import drawn, make_console, show_analysis
+from tests.helpers import ROOT
+from tests.helpers.endpoint import server
+from tests.helpers.evaluations import recipe_tables, write_evaluation
+from tests.helpers.models import make_tiny_model
+from tests.helpers.runs import killed_run, recipe_for, run
 
 ESCAPE = (
     "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"  # sets the title, clears the screen, colours by C1, turns the text around
@@ -473,7 +475,7 @@ def all_written(folder):
 
 def test_no_secret_is_in_a_run_or_an_evaluation(tiny_model, tmp_path, monkeypatch, capfd, secrets):
     monkeypatch.chdir(tmp_path)
-    demo = str(Path(__file__).parent.parent / "recipes" / "demo.toml")
+    demo = str(ROOT / "recipes" / "demo.toml")
     changes = [f"model.name={tiny_model}", "training.max_steps=2", "training.warmup_steps=1", "data.max_length=320"]
     options = [option for change in changes for option in ("--set", change)]
     assert main(["train", demo, *options, "--fraction", "0.1", "--output", "runs/a"]) == 0

@@ -31,8 +31,8 @@ from qdense.benchmarks.generation import DECODINGS, Prompt, generate, longest_fi
 from qdense.benchmarks.tasks import load_items, task_named
 from qdense.cli import _quiet_libraries
 from qdense.data.templates import template_named
-from qdense.modeling.adapter import find_adapter, load_adapter, read_card
-from qdense.modeling.base import BaseModel, load_base
+from qdense.modeling.adapter_files import find_adapter, load_adapter, read_card
+from qdense.modeling.load import BaseModel, load_base
 from qdense.provenance import git_hash, package_versions
 from qdense.recipe import ModelRecipe
 

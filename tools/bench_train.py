@@ -35,9 +35,9 @@ from random_base import random_base
 from qdense.cli import _memory, _quiet_libraries
 from qdense.data.examples import Example, collate, encode_rows, join, pack
 from qdense.data.sources import load_training_set
-from qdense.modeling.adapter import attach_adapter, trainable_parameters
-from qdense.modeling.base import BaseModel, load_base
+from qdense.modeling.attach import attach_adapter, trainable_parameters
 from qdense.modeling.liger import use_liger
+from qdense.modeling.load import BaseModel, load_base
 from qdense.modeling.loss import without_logits
 from qdense.modeling.packing import packed_attention
 from qdense.modeling.recompute import Recompute, apply_recompute

@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 
-from qdense.benchmarks.compare import compare, load_evaluation
+from qdense.comparison.compare import compare, load_evaluation
 from qdense.data.examples import collate, encode_rows
 from qdense.data.sources import load_training_set
 from qdense.methods import METHODS
-from qdense.modeling.adapter import attach_adapter, trainable_parameters
-from qdense.modeling.base import load_base
+from qdense.modeling.attach import attach_adapter, trainable_parameters
+from qdense.modeling.load import load_base
 from qdense.modeling.loss import without_logits
 from qdense.provenance import git_hash, package_versions
 from qdense.recipe import load_recipe

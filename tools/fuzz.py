@@ -56,8 +56,9 @@ from qdense.data.rows import read_rows
 from qdense.errors import QDenseError
 from qdense.events import ignore
 from qdense.methods import METHODS
-from qdense.modeling.adapter import AdapterCard, attach_adapter, save_adapter
-from qdense.modeling.base import BaseModel, load_base
+from qdense.modeling.adapter_files import AdapterCard, save_adapter
+from qdense.modeling.attach import attach_adapter
+from qdense.modeling.load import BaseModel, load_base
 from qdense.recipe import AdapterRecipe, ModelRecipe, load_recipe
 
 _SECONDS, _BYTES = 10, 2**30

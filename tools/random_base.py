@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qdense.catalog import CatalogModel
-from qdense.modeling.base import BaseModel
+from qdense.catalogs.models import CatalogModel
+from qdense.modeling.load import BaseModel
 
 
 def random_base(shape: CatalogModel, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> BaseModel:
@@ -55,7 +55,7 @@ def random_base(shape: CatalogModel, device: torch.device, dtype: torch.dtype = 
             )
             linear.weight = packed.to(device)  # quantizes
             if hasattr(linear, "support_avx512bf16_for_cpu"):
-                linear.support_avx512bf16_for_cpu = False  # see qdense.modeling.base._keep_autograd_on_cpu
+                linear.support_avx512bf16_for_cpu = False  # see qdense.modeling.load._keep_autograd_on_cpu
             setattr(parent, leaf, linear)
         elif isinstance(module, nn.Embedding) or module is model.lm_head:
             module.weight = nn.Parameter(values(*module.weight.shape), requires_grad=False)

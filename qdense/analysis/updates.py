@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qdense.errors import AdapterError
-from qdense.modeling.adapter import find_adapter, read_card
+from qdense.modeling.adapter_files import find_adapter, read_card
 from qdense.training.run import INITIAL_FILE
 
 NEAR_ZERO = 0.1  # of the slice's own root mean square; 8.0% of a normal distribution lies within
@@ -184,7 +184,7 @@ def _named_alike(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _whole_model(folder: Path, model: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights of the linear layers that full fine-tuning changed: before (the base's own, so none is saved), and after."""
-    from qdense.modeling.base import load_base
+    from qdense.modeling.load import load_base
     from qdense.recipe import ModelRecipe
 
     base = dict(load_base(ModelRecipe(**model)).model.named_parameters())

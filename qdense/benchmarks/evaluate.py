@@ -37,12 +37,12 @@ from qdense.data.contamination import overlaps
 from qdense.data.rows import Row
 from qdense.data.sources import DataSet, load_named_or_file, load_training_set
 from qdense.data.templates import Template, template_named
+from qdense.device import memory_total
 from qdense.errors import AdapterError, DataError, EvaluationError
 from qdense.events import Emit, EvaluationDone, EvaluationProgress, EvaluationStarted, Notice
-from qdense.modeling.adapter import CARD_FILE, AdapterCard, find_adapter, load_adapter, read_card
-from qdense.modeling.base import BaseModel, load_base
+from qdense.modeling.adapter_files import CARD_FILE, AdapterCard, find_adapter, load_adapter, read_card
+from qdense.modeling.load import BaseModel, load_base
 from qdense.planning.generation import sequences_that_fit
-from qdense.planning.machine import memory_total
 from qdense.planning.shapes import shape_of_config
 from qdense.provenance import git_hash, package_versions
 from qdense.recipe import ModelRecipe, load_recipe, recipe_from_tables

@@ -17,7 +17,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from qdense.errors import EvaluationError
-from qdense.modeling.base import BaseModel
+from qdense.modeling.load import BaseModel
 
 
 @dataclass(frozen=True)

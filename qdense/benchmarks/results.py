@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qdense.benchmarks.accuracy import pass_at, wilson_interval
 from qdense.benchmarks.scoring import RULES, Answer
-from qdense.benchmarks.statistics import pass_at, wilson_interval
 from qdense.benchmarks.tasks import Task
 from qdense.errors import EvaluationError
 

@@ -1,7 +1,7 @@
 """The benchmarks, one readable definition each, headed by a sample problem.
 
 A test file's `output` is an old model's answer (or empty, or the label in words) and no gold; `answer` is. Files are those
-of LLM-Adapters at a fixed commit (`qdense.data.catalog`). Raise `version` whenever a change could change a score.
+of LLM-Adapters at a fixed commit (`qdense.catalogs.datasets`). Raise `version` whenever a change could change a score.
 
 A model is asked in the prompt template that its adapter was trained with, a bare base in the task's own; it answers until
 EOS, until one of the template's headings, or until `max_new_tokens`.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qdense.benchmarks.scoring import LETTER, NUMBER, AnswerKind, numbered, options
-from qdense.data.catalog import UpstreamFile
+from qdense.catalogs.datasets import UpstreamFile
 from qdense.data.sources import DataSet, load_test_set
 from qdense.errors import DataError, EvaluationError, did_you_mean
 from qdense.events import Emit, ignore

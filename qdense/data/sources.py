@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qdense.cache import cache_dir
+from qdense.catalogs.datasets import TRAINING_SETS, UPSTREAM_URL, UpstreamFile
 from qdense.data import wordproblems
-from qdense.data.catalog import TRAINING_SETS, UPSTREAM_URL, UpstreamFile
 from qdense.data.download import download, git_blob_id
 from qdense.data.rows import FORMATS, Columns, Row, read_rows, rows_from_records
 from qdense.errors import DataError, did_you_mean

@@ -20,8 +20,10 @@ from qdense.data.templates import template_named
 from qdense.data.wordproblems import test_rows
 from qdense.errors import AdapterError
 from qdense.methods import METHODS
-from qdense.modeling.adapter import CARD_FILE, adapter_tensors, find_adapter, load_adapter, read_card
-from qdense.modeling.base import BaseModel, Tell, load_base, quantize_folder
+from qdense.modeling.adapter_files import CARD_FILE, find_adapter, load_adapter, read_card
+from qdense.modeling.attach import adapter_tensors
+from qdense.modeling.load import BaseModel, load_base, quantize_folder
+from qdense.modeling.locate import Tell
 from qdense.recipe import recipe_from_tables
 
 _NUM_PROMPTS = 8

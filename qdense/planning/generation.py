@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qdense.catalog import CatalogModel
+from qdense.catalogs.models import CatalogModel
 from qdense.planning.memory import base_bytes
 from qdense.planning.plan import CUDA_CONTEXT_BYTES
 from qdense.recipe import ModelRecipe

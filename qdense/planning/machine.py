@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import psutil
 import torch
 
-from qdense.catalog import CatalogModel
+from qdense.catalogs.models import CatalogModel
+from qdense.device import choose_device
 from qdense.errors import ModelError
-from qdense.modeling.base import choose_device, locate_model
 from qdense.modeling.liger import why_no_liger
+from qdense.modeling.locate import locate_model
 from qdense.ops.kernels import has_triton
 from qdense.planning.memory import Kernels
 from qdense.planning.plan import Machine
@@ -54,10 +55,3 @@ def slow_kernels(recipe: Recipe, shape: CatalogModel, machine: Machine) -> Itera
         yield "Triton is not installed (pip install triton; on Windows: triton-windows)"
     elif reason := why_no_liger(shape.model_type):
         yield reason
-
-
-def memory_total(device: torch.device) -> int:
-    """Bytes of the card, or of the machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.virtual_memory().total)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qdense.catalog import CatalogModel
+from qdense.catalogs.models import CatalogModel
 from qdense.methods import METHODS
 from qdense.ops.slices import logits_slice_tokens
 from qdense.planning.parameters import count_parameters

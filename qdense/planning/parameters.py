@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qdense.catalog import CatalogModel
+from qdense.catalogs.models import CatalogModel
 from qdense.errors import ModelError, did_you_mean
 from qdense.methods import METHODS
 from qdense.planning.shapes import model_shape

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from qdense.catalog import CatalogModel
+from qdense.catalogs.models import CatalogModel
 from qdense.methods import METHODS
 from qdense.planning.memory import Choice, Kernels, Memory, memory_of
 from qdense.planning.speed import CARDS, Card, tokens_per_second

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qdense.catalog import CATALOG, CatalogModel
+from qdense.catalogs.models import CATALOG, CatalogModel
 from qdense.errors import ModelError, did_you_mean
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qdense.catalog import CatalogModel
+from qdense.catalogs.models import CatalogModel
 from qdense.planning.memory import NF4_BYTES, Choice, Kernels
 from qdense.planning.parameters import count_parameters
 from qdense.recipe import Recipe

@@ -19,7 +19,7 @@ from typing import Any
 from qdense.cache import LOCK_FILE, locked, write_atomically
 from qdense.errors import RunError
 from qdense.events import Emit, Notice
-from qdense.modeling.adapter import CARD_FILE
+from qdense.modeling.adapter_files import CARD_FILE
 from qdense.planning.memory import Choice
 from qdense.planning.plan import Plan
 from qdense.provenance import package_versions

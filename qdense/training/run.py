@@ -27,24 +27,20 @@ from transformers import set_seed
 
 from qdense.benchmarks.tasks import TASKS
 from qdense.cache import appearing_folder, require_free_space, write_atomically
-from qdense.data.catalog import TRAINING_SETS
+from qdense.catalogs.datasets import TRAINING_SETS
 from qdense.data.contamination import overlaps
 from qdense.data.examples import Encoded, collate, encode_rows, split_rows
 from qdense.data.sources import DataSet, load_training_set, local_test_set
+from qdense.device import device_name, memory_total, peak_memory
 from qdense.errors import QDenseError, RunError, RunStopped
 from qdense.events import Emit, Notice, TrainingDone, TrainingStarted
 from qdense.methods import METHODS
-from qdense.modeling.adapter import (
-    AdapterCard,
-    attach_adapter,
-    save_adapter,
-    save_trainable,
-    trainable_parameters,
-)
-from qdense.modeling.base import BaseModel, load_base
+from qdense.modeling.adapter_files import AdapterCard, save_adapter, save_trainable
+from qdense.modeling.attach import attach_adapter, trainable_parameters
 from qdense.modeling.liger import use_liger
+from qdense.modeling.load import BaseModel, load_base
 from qdense.ops.kernels import use_kernels
-from qdense.planning.machine import fetched_shape, memory_total, slow_kernels, this_machine
+from qdense.planning.machine import fetched_shape, slow_kernels, this_machine
 from qdense.planning.memory import Choice
 from qdense.planning.plan import Plan, make_plan
 from qdense.provenance import git_hash, package_versions
@@ -64,7 +60,7 @@ from qdense.training.resume import (
     sole_owner,
 )
 from qdense.training.signals import StopSignals
-from qdense.training.trainer import AdapterTrainer, checkpoint_bytes, peak_memory
+from qdense.training.trainer import AdapterTrainer, checkpoint_bytes
 
 
 def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, accept_changes: bool = False) -> Path:
@@ -351,7 +347,7 @@ def _facts(
     modules = ", ".join(name.removesuffix("_proj") for name in method.targets(adapter))
     epochs = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.epochs:g} epochs"
     return (
-        ("base", f"{recipe.model.name} ({recipe.model.quantization}, {recipe.model.dtype}) on {_device_name(base.device)}"),
+        ("base", f"{recipe.model.name} ({recipe.model.quantization}, {recipe.model.dtype}) on {device_name(base.device)}"),
         ("adapter", f"{adapter.method}{settings_of_adapter} on {modules}"),
         ("trainable", f"{num_trainable:,} parameters, {share:.3g}% of the model, {dtype}"),
         ("data", f"{recipe.data.path or recipe.data.name}: {len(training.examples):,} rows"
@@ -367,17 +363,13 @@ def _num_elements(parameter: torch.nn.Parameter) -> int:
     return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
 def _provenance(data: DataSet, base: BaseModel) -> dict[str, Any]:
     """What made a run, for recipe.toml."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": _device_name(base.device),
+        "device": device_name(base.device),
         "git_hash": git_hash(),
         "versions": package_versions(),
         "data": {"origin": data.origin, "sha256": data.checksum, "num_rows": len(data.rows)},

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -21,11 +19,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from qdense.cache import require_free_space
 from qdense.data.examples import Example, collate, join, pack
+from qdense.device import peak_memory
 from qdense.errors import RunError
 from qdense.events import CheckpointSaved, Emit, Notice, StepDone, Validated, ValidationProgress
 from qdense.methods import Method
-from qdense.modeling.adapter import restore_state, save_state, trainable_parameters
-from qdense.modeling.base import BaseModel
+from qdense.modeling.adapter_files import restore_state, save_state
+from qdense.modeling.attach import trainable_parameters
+from qdense.modeling.load import BaseModel
 from qdense.modeling.loss import without_logits
 from qdense.modeling.packing import packed_attention, why_not_packed
 from qdense.modeling.recompute import Recompute, apply_recompute
@@ -453,14 +453,6 @@ class _ProgressCallback(TrainerCallback):
 def checkpoint_bytes(model: Any) -> int:
     """An upper bound: weights, fp32 masters, two moments and the best weights are at most 16 bytes a parameter."""
     return 16 * sum(parameter.numel() for _, parameter in trainable_parameters(model)) + 2**20
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most GPU memory that was reserved so far, or the most memory of this process where there is no GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _training_arguments(recipe: Recipe, base: BaseModel, folder: Path, *, has_validation: bool) -> TrainingArguments:

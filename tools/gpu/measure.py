@@ -34,9 +34,9 @@ import torch
 from bench_train import Bench, Figures, Way, matmul_flops, random_examples, spread, table, ways
 from random_base import random_base
 
-from qdense.catalog import CATALOG
+from qdense.catalogs.models import CATALOG
 from qdense.cli import _quiet_libraries
-from qdense.modeling.base import BaseModel
+from qdense.modeling.load import BaseModel
 from qdense.planning.memory import Choice, Kernels
 from qdense.planning.plan import CUDA_CONTEXT_BYTES, Machine, longest_context, make_plan
 from qdense.planning.speed import card_named, tokens_per_second
@@ -132,13 +132,20 @@ class Stages:
 
     def checks(self) -> str:
         """The tests that want a GPU, and the kernels' tests compiled instead of interpreted."""
-        tests = ["tests/test_ops_triton.py", "tests/test_recompute.py", "tests/test_packing.py", "tests/test_gpu.py"]
+        tests = [
+            "tests/ops/test_denselora_triton.py",
+            "tests/modeling/test_recompute.py",
+            "tests/modeling/test_packing.py",
+            "tests/test_gpu.py",
+        ]
         command = [
             sys.executable,
             "-m",
             "pytest",
-            "-x",
+            "-n",
+            "8",  # most of the time goes to compiling kernels, on the host
             "--no-header",
+            "--tb=short",
             "-p",
             "no:cacheprovider",
             "-p",
@@ -150,6 +157,8 @@ class Stages:
             command, cwd=_TOOLS.parent, env=environment, capture_output=True, text=True, timeout=240, check=False
         )
         self.report.record["checks"] = outcome.stdout[-6000:] + outcome.stderr[-2000:]
+        if outcome.returncode:
+            print(self.report.record["checks"], flush=True)
         last = [line for line in outcome.stdout.splitlines() if line.strip()][-1:]
         return (
             f"## Checks\n\n`pytest {' '.join(tests)}` (status {outcome.returncode}): {last[0] if last else 'no output'}"
@@ -247,12 +256,11 @@ class Stages:
     def generate(self) -> str:
         """Greedy completion with an adapter, prompts of 200 tokens, 128 new ones."""
         from qdense.benchmarks.generation import DECODINGS, Prompt, generate
-        from qdense.modeling.adapter import attach_adapter
+        from qdense.modeling.attach import attach_adapter
         from qdense.planning.generation import sequences_that_fit
 
         recipe = _recipe(batch_size=1, max_length=256)
-        sys.path.insert(0, str(_TOOLS.parent / "tests"))
-        tokenizer = importlib.import_module("conftest").make_tokenizer()
+        tokenizer = importlib.import_module("tests.helpers.models").make_tokenizer()
         bench = Bench(recipe, replace(self.base, tokenizer=tokenizer), [])
         base = bench.fresh_base()
         model = attach_adapter(base, recipe.adapter, 1).eval()

@@ -1,0 +1,45 @@
+"""Which device a job runs on, and what memory it has. Nothing else in the package asks."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+import psutil
+import torch
+
+from qdense.errors import ModelError
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that `model.device` ("auto", "cuda", "cpu") stands for on this machine. Raises ModelError."""
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if wanted == "cuda":
+        built = "this build of torch has no CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+        raise ModelError(
+            f'model.device = "cuda", but {built}. Check nvidia-smi and the installed torch, or set model.device = "auto".'
+        )
+    return torch.device("cpu")
+
+
+def memory_total(device: torch.device) -> int:
+    """Bytes of the card, or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most GPU memory that was reserved so far, or the most memory of this process where there is no GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

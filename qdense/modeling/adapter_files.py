@@ -1,0 +1,283 @@
+"""The adapter on a base: attached by a recipe, saved in PEFT's format, loaded again, refused where it does not belong.
+
+Full fine-tuning takes the same way; what it saves is a whole model in Transformers' format. Beside the files of either lies
+qdense.json: the base's fingerprint, the prompt template, and what made the adapter. Adapters that PEFT alone has made load
+too; nothing then vouches for their base.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+import qdense.tuners  # noqa: F401  (registers our methods, so that PEFT can load them)
+from qdense.cache import write_atomically
+from qdense.errors import AdapterError
+from qdense.methods import METHODS, Method
+from qdense.modeling.attach import adapter_tensors, trainable_parameters
+from qdense.modeling.fingerprint import Fingerprint
+from qdense.modeling.load import BaseModel
+
+CARD_FILE = "qdense.json"
+_PEFT_TYPES = {
+    "DENSELORA", "NORA", "RED", "LORA", "ADALORA", "VERA", "LOKR", "LOHA", "IA3", "OFT", "BOFT", "HRA", "FOURIERFT", "RANDLORA",
+    "VBLORA", "LN_TUNING", "MISS", "SHIRA", "C3A",
+}  # fmt: skip
+_LARGEST = 1e6  # value of a trained tensor; a flipped bit makes 1e38, whose products are no numbers
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What in a configuration is a size of tensors. Not LoKr's: there a rank beyond the matrix means the whole matrix.
+_SIZES = ("r", "init_r", "r_inner", "n_frequency", "num_vectors", "vector_length")
+
+
+@dataclass(frozen=True)
+class AdapterCard:
+    """What qdense notes beside an adapter.
+
+    Attributes:
+        model: the recipe's model table, as `model.name` etc.: how to load the base.
+        fingerprint: the base's; None for an adapter made without qdense.
+        template: name of the prompt template it was trained with.
+        method: its method's name.
+    """
+
+    model: dict[str, Any]
+    fingerprint: Fingerprint | None
+    template: str
+    method: str
+
+
+def save_adapter(model: Any, folder: Path, card: AdapterCard | None) -> None:
+    """Write the adapter (PEFT's format, safetensors), or the whole model where there is none, and, if given, its card."""
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        # "auto" would ask the hub for the base's vocabulary size; the embeddings are never touched here.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    else:
+        model.save_pretrained(folder)
+    if card is not None:
+        write_atomically(folder / CARD_FILE, json.dumps(asdict(card), indent=2) + "\n")
+
+
+def save_trainable(model: Any, path: Path) -> None:
+    """Write the trainable tensors as they are, by their names in the model."""
+    temporary = path.with_name(f".{path.name}")
+    save_file({name: parameter.detach().contiguous() for name, parameter in trainable_parameters(model)}, temporary)
+    temporary.replace(path)
+
+
+_TRAINABLE_FILE = "trainable.safetensors"
+
+
+def save_state(model: Any, folder: Path, method: Method) -> None:
+    """Write what a run needs to go on: the adapter in PEFT's format; where that is not all (AdaLoRA's is cut to the ranks of
+    the moment), or there is none, the trained tensors as they are."""
+    if method.is_saved_whole_by_peft:
+        save_adapter(model, folder, card=None)
+    else:
+        save_trainable(model, folder / _TRAINABLE_FILE)
+    if method.schedule is not None:
+        method.schedule.save(model, folder)
+
+
+def restore_state(model: Any, folder: Path, method: Method) -> None:
+    """Copy what `save_state` wrote into the model, bit by bit, keeping dtype and identity of its tensors."""
+    from peft import set_peft_model_state_dict
+
+    if method.is_saved_whole_by_peft:
+        set_peft_model_state_dict(model, _read_weights(model, folder))
+    else:
+        saved = load_file(folder / _TRAINABLE_FILE)
+        for name, parameter in trainable_parameters(model):
+            parameter.data.copy_(saved[name])
+    if method.schedule is not None:
+        method.schedule.load(model, folder)
+
+
+def _read_weights(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors saved in `folder`; AdapterError unless they are exactly those of the model's adapter. (PEFT only warns.)"""
+    from peft import get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    try:
+        weights: dict[str, torch.Tensor] = load_peft_weights(str(folder), device="cpu")
+    except (ValueError, OSError, SafetensorError) as error:
+        raise AdapterError(f"{folder}: the adapter's weights cannot be read: {error}") from error
+    _refuse_odd_values(folder, weights)
+    if len(dtypes := {tensor.dtype for tensor in weights.values()}) > 1:
+        raise AdapterError(f"{folder}: its tensors are of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    missing, unexpected = sorted(expected - set(weights)), sorted(set(weights) - expected)
+    if missing or unexpected:
+        raise AdapterError(
+            f"{folder}: its weights are not those its configuration describes: {len(missing)} missing {missing[:2]}, "
+            f"{len(unexpected)} unexpected {unexpected[:2]}"
+        )
+    return weights
+
+
+def _refuse_odd_values(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """AdapterError for what no trained tensor is: not floating point, NaN, infinite or near it."""
+    for name, tensor in weights.items():
+        if tensor.dtype not in _DTYPES:
+            raise AdapterError(
+                f"{folder}: {name} holds {tensor.dtype}; trained tensors are float32, bfloat16 or float16"
+            )
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{folder}: {name} holds NaN or infinite values: the training that made it went wrong")
+        if tensor.numel() and (largest := float(tensor.abs().max())) > _LARGEST:
+            raise AdapterError(
+                f"{folder}: {name} holds values up to {largest:.3g}, as no training makes them: it is damaged"
+            )
+
+
+def find_adapter(path: Path) -> Path:
+    """The adapter's folder, given itself or the run that holds it. Raises AdapterError."""
+    for folder in (path / "adapter", path):
+        if any((folder / name).is_file() for name in (CARD_FILE, "adapter_config.json")):
+            return folder
+    if not path.exists():
+        raise AdapterError(f"{path}: no such run or adapter")
+    hint = (
+        " The run is not finished: `qdense train RECIPE --resume` goes on with it."
+        if (path / "checkpoints").exists()
+        else ""
+    )
+    raise AdapterError(f"{path}: holds no adapter (adapter_config.json or {CARD_FILE}, here or in adapter/).{hint}")
+
+
+def read_card(folder: Path) -> AdapterCard:
+    """The adapter's card; for one without, what PEFT's configuration tells. Raises AdapterError."""
+    path = folder / CARD_FILE
+    if path.is_file():
+        try:
+            card = AdapterCard(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise AdapterError(f"{path}: not a readable adapter card: {error}") from None
+        wrong = [
+            f"{key} must be {what}"
+            for key, kind, what in (
+                ("model", dict, "an object"),
+                ("fingerprint", dict | None, "an object, or null"),
+                ("template", str, "a name"),
+                ("method", str, "a name"),
+            )
+            if not isinstance(getattr(card, key), kind)
+        ]
+        if wrong:
+            raise AdapterError(f"{path}: not a readable adapter card: {'; '.join(wrong)}")
+        return card
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        name, method = config["base_model_name_or_path"], config["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise AdapterError(f"{path}: not a readable adapter configuration: {error!r}") from None
+    if not isinstance(name, str) or not isinstance(method, str):
+        raise AdapterError(f"{path}: base_model_name_or_path and peft_type must be names")
+    return AdapterCard(model={"name": name}, fingerprint=None, template="alpaca", method=method.lower())
+
+
+def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
+    """Put a saved adapter on the base, for inference, in the dtype it was saved in.
+
+    Returns:
+        A PeftModel; for a fully fine-tuned model the base's own, with the saved weights.
+
+    Raises:
+        AdapterError: it was made for another base, or its files do not fit.
+    """
+    from peft import PeftModel
+
+    if card.fingerprint is not None and card.fingerprint != base.fingerprint:
+        differing = ", ".join(part for part, value in base.fingerprint.items() if card.fingerprint.get(part) != value)
+        raise AdapterError(
+            f"{folder}: this adapter was made for another base ({card.model.get('name')}); {base.name} differs from it in: "
+            f"{differing}. Give the right base by --model."
+        )
+    method = METHODS.get(card.method)
+    if method is not None and not method.is_adapter:
+        return _load_whole_model(base, folder)
+    if not (folder / "adapter_model.safetensors").is_file():
+        # PEFT would take the folder's name for a hub id and ask there
+        raise AdapterError(f"{folder}: has no adapter_model.safetensors")
+    peft_type = _check_configuration(folder, base)
+    try:
+        model = PeftModel.from_pretrained(base.model, folder, autocast_adapter_dtype=False)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # PEFT raises whatever a wrong value in adapter_config.json leads it to
+        raise AdapterError(f"{folder}: the adapter does not fit {base.name}: {error}") from error
+    weights = _read_weights(model, folder)
+    config = model.peft_config["default"]
+    if getattr(config, "alora_invocation_tokens", None) is not None:
+        raise AdapterError(f"{folder}: an activated LoRA (alora_invocation_tokens), which qdense does not run")
+    for key, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise AdapterError(f"{folder / 'adapter_config.json'}: {key} = {value}: must be a finite number")
+    # PEFT makes the tensors in the base's dtype; take the saved one, and the saved values again, which were rounded.
+    for name, tensor in adapter_tensors(model):
+        tensor.data = weights[name].to(tensor.device)
+    # What mends PEFT goes by what was loaded, and not by the name that a card gives it.
+    if (loaded := METHODS.get(peft_type.lower())) is not None:
+        loaded.prepare(model)
+    return model
+
+
+def _check_configuration(folder: Path, base: BaseModel) -> str:
+    """Its PEFT type.
+
+    Raises:
+        AdapterError: PEFT would read other files for this type (X-LoRA, prompts), or does not know it; or no tensor has the
+            rank: PEFT would make tensors of it, of any size, before it compares them with the file's.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        found = config["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise AdapterError(f"{path}: not a readable adapter configuration: {error!r}") from None
+    if not isinstance(found, str) or found not in _PEFT_TYPES:
+        raise AdapterError(f"{path}: peft_type = {found!r}: known are {', '.join(sorted(_PEFT_TYPES))}")
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (no dict)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{folder}: the adapter does not fit {base.name}: {error}") from error
+    largest = max((size for shape in shapes for size in shape), default=0)
+    patterns = config.get("rank_pattern")
+    sizes = {key: config.get(key) for key in _SIZES} | (patterns if isinstance(patterns, dict) else {})
+    for key, size in sizes.items() if found != "LOKR" else ():
+        if isinstance(size, int) and size > largest:
+            raise AdapterError(f"{path}: {key} = {size}: no tensor of its adapter_model.safetensors is so large")
+    return found
+
+
+def _load_whole_model(base: BaseModel, folder: Path) -> Any:
+    """The base's own model with the weights that are saved in `folder`."""
+    parameters = dict(base.model.named_parameters())
+    try:
+        saved = {
+            name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()
+        }
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{folder}: the model's weights cannot be read: {error}") from error
+    _refuse_odd_values(folder, saved)
+    unfit = [name for name, tensor in saved.items() if name not in parameters or parameters[name].shape != tensor.shape]
+    missing = [name for name in parameters if name not in saved]
+    if unfit or missing:
+        raise AdapterError(
+            f"{folder}: does not hold the weights of {base.name}: "
+            f"{len(missing)} missing {missing[:2]}, {len(unfit)} unfit {unfit[:2]}"
+        )
+    for name, parameter in parameters.items():
+        parameter.data.copy_(saved[name])
+    return base.model

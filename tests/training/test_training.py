@@ -1,0 +1,394 @@
+"""Runs on a tiny LLaMA: what they write, that they resume exactly, what stops them."""
+
+import json
+import math
+import shutil
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+from qdense.errors import QDenseError, RunError
+from qdense.events import CheckpointSaved, Notice, StepDone, TrainingDone, TrainingStarted, Validated
+from qdense.modeling.load import load_base
+from qdense.ops.denselora import decode
+from qdense.recipe import load_recipe
+from qdense.training import checkpoint as checkpoint_module
+from qdense.training import trainer as trainer_module
+from qdense.training.metrics import read_metrics
+from qdense.training.run import train
+from qdense.tuners.denselora import DenseLoraLinear
+from tests.helpers.runs import adapter_bytes, killed_run, recipe_for, run
+
+
+def test_a_run_writes_what_it_says(tiny_model, tmp_path):
+    recipe = recipe_for(tiny_model, tmp_path / "run")
+    events = run(recipe)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "recipe.toml",
+        "metrics.jsonl",
+        "initial.safetensors",
+        "adapter",
+        "checkpoints",
+        ".lock",
+    }
+    steps = [event for event in events if isinstance(event, StepDone)]
+    assert [event.step for event in steps] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events if isinstance(event, Validated)] == [2, 4, 6]
+    assert isinstance(events[-1], TrainingDone)
+    started = next(event for event in events if isinstance(event, TrainingStarted))
+    assert (started.num_steps, started.first_step) == (6, 0)
+
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [(line["event"], line["step"]) for line in lines] == [
+        ("step", 1),
+        ("step", 2),
+        ("validation", 2),
+        ("step", 3),
+        ("step", 4),
+        ("validation", 4),
+        ("step", 5),
+        ("step", 6),
+        ("validation", 6),
+    ]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+
+    initial = safetensors.torch.load_file(tmp_path / "run" / "initial.safetensors")
+    last = safetensors.torch.load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {name.replace(".default", "") for name in initial} == set(last)
+    for name, value in initial.items():
+        assert not torch.equal(value, last[name.replace(".default", "")]), name
+        assert bool(value.any()) != name.endswith(".decoder"), name  # a zero decoder, all else drawn
+
+    saved = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
+    provenance = saved.pop("provenance")
+    assert saved == recipe.resolved()
+    assert provenance["num_training_rows"] == 59  # 5% of 1,192
+    assert len(provenance["data"]["sha256"]) == 64
+    assert provenance["versions"]["torch"] == version("torch")
+    assert provenance["git_hash"]
+    assert load_recipe(tmp_path / "run" / "recipe.toml").resolved() == recipe.resolved()
+
+    modes = {(tmp_path / "run" / name).stat().st_mode for name in ("adapter", "checkpoints")}
+    assert len(modes) == 1  # no folder is more closed than an ordinary one
+    weights = safetensors.torch.load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    card = json.loads((tmp_path / "run" / "adapter" / "qdense.json").read_text())
+    assert (card["template"], card["method"]) == ("alpaca", "denselora")
+
+
+def test_a_tiny_model_learns(tiny_model, tmp_path):
+    events = run(recipe_for(tiny_model, tmp_path / "run", training__max_steps=30, training__eval_steps=15))
+    losses = [event.loss for event in events if isinstance(event, StepDone)]
+    assert sum(losses[-3:]) < 0.97 * sum(losses[:3])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"training__optimizer": "adamw_torch", "training__recompute": "none"},
+        {"adapter__method": "lora", "training__optimizer": "paged_adamw_32bit"},
+        {"quantization": "none", "adapter__dtype": "float32", "training__keep": "last"},
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(tiny_model, tmp_path, settings, monkeypatch):
+    whole = recipe_for(tiny_model, tmp_path / "whole", **settings)
+    run(whole)
+
+    cut = recipe_for(tiny_model, tmp_path / "cut", **settings)
+
+    class Killed(BaseException):
+        pass
+
+    def emit(event):
+        if isinstance(event, StepDone) and event.step == 5:  # one step behind the checkpoint of step 4
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(cut, resume=False, data_dir=None, emit=emit)
+    assert not (tmp_path / "cut" / "adapter").exists()
+    events = run(cut, resume=True)
+    assert any(isinstance(event, Notice) and "checkpoint-4" in event.text for event in events)
+    assert [event.step for event in events if isinstance(event, StepDone)] == [5, 6]
+
+    starts = [(tmp_path / name / "initial.safetensors").read_bytes() for name in ("cut", "whole")]
+    assert starts[0] == starts[1]
+    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
+    keep = ("event", "step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens", "is_best")
+    metrics = [
+        [{key: line[key] for key in keep if key in line} for line in read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("whole", "cut")
+    ]
+    assert metrics[0] == metrics[1]
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(tiny_model, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run(recipe_for(tiny_model, tmp_path / name, training__seed=seed, training__max_steps=2, training__keep="last"))
+    assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "b")
+    assert adapter_bytes(tmp_path / "a") != adapter_bytes(tmp_path / "c")
+
+
+def test_micro_batches_do_not_change_the_loss(tiny_model, tmp_path):
+    """The step's loss is the mean over its tokens, however it is cut into micro-batches."""
+    losses = []
+    for micro_batch_size in (1, 2, 4):
+        events = run(
+            recipe_for(
+                tiny_model,
+                tmp_path / str(micro_batch_size),
+                quantization="none",
+                adapter__dropout=0.0,
+                model__dtype="float32",
+                adapter__dtype="float32",
+                training__micro_batch_size=micro_batch_size,
+                training__max_steps=3,
+            )
+        )
+        losses.append([event.loss for event in events if isinstance(event, StepDone)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5)
+
+
+def test_the_best_weights_are_kept(tiny_model, tmp_path):
+    # So large a constant learning rate makes the validation loss jump; stop just behind a step where it rose.
+    settings = {
+        "training__learning_rate": 0.9,
+        "training__warmup_steps": 3,
+        "training__eval_steps": 1,
+        "training__schedule": "constant",
+    }
+    trial = [
+        event.loss
+        for event in run(recipe_for(tiny_model, tmp_path / "trial", **settings))
+        if isinstance(event, Validated)
+    ]
+    rise = next(step for step in range(1, len(trial)) if trial[step] > min(trial[:step]))
+    settings["training__max_steps"] = rise + 1
+    done = run(recipe_for(tiny_model, tmp_path / "best", **settings))[-1]
+    assert done.kept_step == min(range(rise + 1), key=trial.__getitem__) + 1 < rise + 1
+    run(recipe_for(tiny_model, tmp_path / "last", training__keep="last", **settings))
+    assert adapter_bytes(tmp_path / "best") != adapter_bytes(tmp_path / "last")
+    saved = read_metrics(tmp_path / "best" / "metrics.jsonl")
+    assert [line["is_best"] for line in saved if line["event"] == "validation"][-1] is False
+
+
+def test_killed_between_the_last_checkpoint_and_the_result(tiny_model, tmp_path):
+    whole, cut = recipe_for(tiny_model, tmp_path / "whole"), recipe_for(tiny_model, tmp_path / "cut")
+    run(whole)
+
+    class Killed(BaseException):
+        pass
+
+    def emit(event):
+        if isinstance(event, CheckpointSaved) and event.step == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(cut, resume=False, data_dir=None, emit=emit)
+    assert not (tmp_path / "cut" / "adapter").exists()
+    events = run(cut, resume=True)
+    assert not any(isinstance(event, StepDone) for event in events)  # Trainer alone would take a step too many
+    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
+    assert len(read_metrics(tmp_path / "cut" / "metrics.jsonl")) == len(
+        read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    )
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "told"),
+    [
+        ("trainer_state.json", _truncate, "trainer_state.json has"),
+        ("adapter_model.safetensors", _flip, "adapter_model.safetensors is not the file that was written"),
+        ("optimizer.pt", _flip, "optimizer.pt is not the file that was written"),
+        ("rng_state.pth", Path.unlink, "rng_state.pth is missing"),
+        ("best.safetensors", _truncate, "best.safetensors has"),
+        ("manifest.json", _truncate, "manifest.json cannot be read"),
+        ("manifest.json", Path.unlink, "it has no manifest.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over(tiny_model, tmp_path, uncut, name, damage, told):
+    cut = recipe_for(tiny_model, tmp_path / "cut")
+    killed_run(cut, step=5)
+    damage(tmp_path / "cut" / "checkpoints" / "checkpoint-4" / name)
+    notices = [event.text for event in run(cut, resume=True) if isinstance(event, Notice)]
+    assert any("checkpoint-4: " + told in text for text in notices), notices
+    assert any(text.endswith("checkpoint-2") for text in notices)
+    assert (tmp_path / "cut" / "checkpoints" / "damaged-checkpoint-4").is_dir()
+    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(uncut)
+
+
+@pytest.fixture(scope="module")
+def uncut(tiny_model, tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("uncut") / "run"
+    run(recipe_for(tiny_model, folder))
+    return folder
+
+
+def test_old_checkpoints_go_only_when_the_new_one_is_verified(tiny_model, tmp_path, monkeypatch):
+    recipe = recipe_for(tiny_model, tmp_path / "run", training__save_steps=1)
+    found = []
+
+    def kept(event):
+        if isinstance(event, CheckpointSaved):
+            found.append(sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()))
+            if event.step == 4:
+                monkeypatch.setattr(checkpoint_module, "fault_of", lambda folder: "a bad sector")
+
+    with pytest.raises(
+        RunError, match=r"step 5: the checkpoint cannot be written: .*a bad sector.*checkpoint-4; --resume"
+    ):
+        train(recipe, resume=False, data_dir=None, emit=kept)
+    assert found[-1] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == found[-1]
+
+
+def test_resuming_with_other_rows_or_another_base_is_refused(tiny_model, other_tiny_model, tmp_path):
+    import shutil
+
+    rows = [{"instruction": f"Add {n} and 1.", "output": f"It is {n + 1}."} for n in range(40)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    shutil.copytree(tiny_model, tmp_path / "model")
+    recipe = recipe_for(
+        tmp_path / "model", tmp_path / "run", data__path=str(tmp_path / "rows.json"), data__fraction=1.0
+    )
+    killed_run(recipe, step=3)
+    (tmp_path / "rows.json").write_text(json.dumps(rows[::-1]))
+    with pytest.raises(RunError, match=r"changed since the run began:\n  the rows of .*rows.json\n"):
+        run(recipe, resume=True)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    shutil.rmtree(tmp_path / "model")
+    shutil.copytree(other_tiny_model, tmp_path / "model")
+    with pytest.raises(RunError, match=r"changed since the run began:\n  the base"):
+        run(recipe, resume=True)
+
+
+def test_a_disk_that_fills_up_in_a_checkpoint_is_told(tiny_model, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer_module, "save_state", full)
+    with pytest.raises(RunError, match=r"step 2: the checkpoint cannot be written: .*No space left"):
+        run(recipe_for(tiny_model, tmp_path / "run"))
+
+
+def test_training_needs_no_git(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run(recipe_for(tiny_model, tmp_path / "run", training__max_steps=1))
+    assert tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())["provenance"]["git_hash"] == "unknown"
+
+
+def test_folders_that_are_not_empty(tiny_model, tmp_path):
+    recipe = recipe_for(tiny_model, tmp_path / "run", training__max_steps=2)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(RunError, match="is not empty"):
+        run(recipe)
+    with pytest.raises(RunError, match="no run of qdense"):
+        run(recipe, resume=True)
+    (tmp_path / "run" / "thesis.txt").unlink()
+    events = run(recipe, resume=True)
+    assert any(isinstance(event, Notice) and "starting afresh" in event.text for event in events)
+    with pytest.raises(RunError, match="is finished"):
+        run(recipe, resume=True)
+    other = recipe_for(tiny_model, tmp_path / "run", training__max_steps=3)
+    with pytest.raises(RunError, match=r"is finished.* differ from its own: training.max_steps"):
+        run(other, resume=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="is a file"):
+        run(recipe_for(tiny_model, tmp_path / "file"))
+
+
+def test_a_checkpoint_of_another_version_is_refused(tiny_model, tmp_path):
+    recipe = recipe_for(tiny_model, tmp_path / "run", training__max_steps=4)
+    run(recipe)
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-4")
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    (checkpoint / "qdense.json").unlink()
+    (checkpoint / "manifest.json").unlink()
+    checkpoint_module._seal(checkpoint)
+    with pytest.raises(RunError, match=r"checkpoint-2: has no qdense\.json: another version"):
+        run(recipe, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_rows(tiny_model, tmp_path, monkeypatch):
+    original = trainer_module.AdapterTrainer._loss
+
+    def poisoned(self, model, batch, num_labels):
+        loss = original(self, model, batch, num_labels)
+        is_second = self.state.global_step == 2 and len(self.progress.micro_batches) == 1
+        return loss * float("nan") if model.training and is_second else loss
+
+    monkeypatch.setattr(trainer_module.AdapterTrainer, "_loss", poisoned)
+    with pytest.raises(RunError, match=r"step 3: the loss is not finite; data rows \[\d+, \d+\]"):
+        run(recipe_for(tiny_model, tmp_path / "run"))
+
+
+def test_dead_parameters_stop_the_run(tiny_model, tmp_path, monkeypatch):
+    from qdense.tuners.denselora.layer import DenseLoraLinear
+
+    # An adapter whose output is thrown away has no gradients at all.
+    monkeypatch.setattr(
+        DenseLoraLinear,
+        "forward",
+        lambda self, x, *args, **kwargs: (
+            self.base_layer(x)
+            + 0 * sum(p.sum() for p in (self.denselora_m["default"], *self.shared["default"].parameters()))
+        ),
+    )
+    with pytest.raises(RunError, match=r"step 1: 5 of 20 trainable tensors have no gradient.*decoder"):
+        run(recipe_for(tiny_model, tmp_path / "run"))
+
+
+def test_tensors_that_stay_dead_stop_at_step_3(tiny_model, tmp_path, monkeypatch):
+    def without_m(self, adapter, taken, output):
+        mixed = F.linear(taken, self.denselora_m[adapter].detach())
+        return decode(output, mixed, self.shared[adapter].decoder, scaling=self.scaling[adapter])
+
+    monkeypatch.setattr(DenseLoraLinear, "adapt", without_m)
+    with pytest.raises(RunError, match=r"step 3: 10 of 20 trainable tensors have no gradient.*denselora_m"):
+        run(recipe_for(tiny_model, tmp_path / "run"))
+
+
+def test_a_base_without_the_modules_is_named(tiny_model, tmp_path):
+    with pytest.raises(QDenseError, match=r"has no module w_proj"):
+        run(recipe_for(tiny_model, tmp_path / "run", adapter__target_modules=["q_proj", "w_proj"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_cuda_that_is_not_there_is_named(tiny_model, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(QDenseError, match=r'model.device = "cuda"'):
+        run(recipe_for(tiny_model, tmp_path / "run", model__device="cuda"))
+
+
+def test_a_full_disk_is_told_before_the_start(tiny_model, tmp_path, monkeypatch):
+    recipe = recipe_for(tiny_model, tmp_path / "run")
+    load_base(recipe.model)  # its cache is there
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(QDenseError, match=r"not enough disk space for the run's checkpoints"):
+        run(recipe)
+
+
+def test_truncated_rows_are_reported(tiny_model, tmp_path):
+    events = run(recipe_for(tiny_model, tmp_path / "run", data__max_length=200, training__max_steps=1))
+    warning = next(event for event in events if isinstance(event, Notice) and event.level == "warning")
+    assert "59 of 59 training rows are longer than data.max_length = 200" in warning.text

@@ -1,0 +1,303 @@
+"""DenseLoRA through PEFT's own interface, on float, NF4 and 8-bit bases."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors import safe_open
+
+from qdense import DenseLoraConfig
+from qdense.ops.denselora import denselora_delta
+from qdense.tuners.denselora import DenseLoraLinear
+from tests.helpers.models import make_tiny_model, tiny_config
+from tests.helpers.tuners import TOKENS, fresh_base, logits
+
+
+def adapted(tiny_model, quantization="none", dtype="float32", **settings):
+    torch.manual_seed(7)
+    settings = {
+        "r": 4,
+        "init_weights": False,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
+    } | settings
+    return get_peft_model(fresh_base(tiny_model, quantization, dtype), DenseLoraConfig(**settings))
+
+
+def test_layer_computes_the_equation(tiny_model):
+    model = adapted(tiny_model, alpha=6.0).eval()
+    layer = model.base_model.model.model.layers[1].mlp.down_proj
+    assert isinstance(layer, DenseLoraLinear)
+    pair = model.base_model.denselora_shared["default"]["down_proj"]
+    x = torch.randn(3, 128)
+    expected = layer.base_layer(x) + denselora_delta(
+        x, pair.encoder, layer.denselora_m["default"], pair.decoder, scaling=6.0 / 4
+    )
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+
+
+def test_shared_tensors_are_one_object_and_saved_once(tiny_model, tmp_path):
+    model = adapted(tiny_model)
+    layers = model.base_model.model.model.layers
+    assert layers[0].self_attn.q_proj.shared["default"] is layers[1].self_attn.q_proj.shared["default"]
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False) if "encoder" in name]
+    assert len(names) == 5  # one for each module kind
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as saved:
+        keys = set(saved.keys())
+        num_saved = sum(saved.get_tensor(key).numel() for key in keys)
+    assert len(keys) == 5 * 2 + 5 * 2  # pairs, and M for each kind and layer
+    assert not any("default" in key for key in keys)
+    assert num_saved == model.get_nb_trainable_parameters()[0]
+    # (d_in + d_out + l r) r for each kind: q 64+64, k and v 64+32, up and down 64+128, l = 2, r = 4
+    assert num_saved == (128 + 96 + 96 + 192 + 192 + 5 * 2 * 4) * 4
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_save_and_load_give_the_same_logits(tiny_model, tmp_path, quantization, low_cpu_mem_usage):
+    dtype = "float32" if quantization == "none" else "bfloat16"
+    model = adapted(tiny_model, quantization, dtype)
+    base_logits = logits(fresh_base(tiny_model, quantization, dtype))
+    expected = logits(model)
+    assert not torch.equal(expected, base_logits)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        fresh_base(tiny_model, quantization, dtype), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert torch.equal(logits(loaded), expected)
+    assert [name for name, parameter in loaded.named_parameters() if parameter.requires_grad] == []
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded), base_logits)
+    assert torch.equal(logits(loaded), expected)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_every_kind_learns(tiny_model, quantization):
+    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    dtype = "float32" if quantization == "none" else "bfloat16"
+    model = adapted(tiny_model, quantization, dtype, target_modules=kinds)
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 7 * 2 + 7 * 2
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+        else:
+            assert parameter.grad is None, name
+
+
+def test_gradients_sum_over_the_layers_that_share(tiny_model):
+    model = adapted(tiny_model, target_modules=["v_proj"])
+    pair = model.base_model.denselora_shared["default"]["v_proj"]
+    layers = model.base_model.model.model.layers
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    together = pair.encoder.grad.clone()
+    parts = []
+    for active in range(2):
+        model.zero_grad()
+        # the other layer gets a copy of the pair, so that its gradient goes elsewhere
+        layers[1 - active].self_attn.v_proj.shared["default"] = copy.deepcopy(pair)
+        layers[active].self_attn.v_proj.shared["default"] = pair
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        parts.append(pair.encoder.grad.clone())
+    torch.testing.assert_close(parts[0] + parts[1], together)
+
+
+def test_fresh_adapter_adds_nothing(tiny_model):
+    model = adapted(tiny_model, init_weights=True)
+    assert torch.equal(logits(model), logits(fresh_base(tiny_model)))
+
+
+def test_several_adapters_switch_and_go(tiny_model, tmp_path):
+    model = adapted(tiny_model)
+    first = logits(model)
+    model.add_adapter("second", DenseLoraConfig(r=2, init_weights=False, target_modules=["q_proj", "o_proj"]))
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    second = logits(model)
+    assert not torch.equal(second, first)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all("second" in name for name in trainable)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh_base(tiny_model), tmp_path / "second")
+    assert torch.equal(logits(loaded), second)
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), second)
+    assert not any("default" in name for name, _ in model.named_parameters())
+    unloaded = model.unload()
+    assert torch.equal(logits(unloaded), logits(fresh_base(tiny_model)))
+
+
+def test_adding_an_adapter_leaves_a_frozen_one_frozen(tiny_model, tmp_path):
+    adapted(tiny_model).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(fresh_base(tiny_model), tmp_path)
+    model.add_adapter("second", DenseLoraConfig(r=2, target_modules=["q_proj"]))
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "default" in name)
+
+
+def test_disabling_restores_what_was_trainable(tiny_model):
+    model = adapted(tiny_model)
+    before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with model.disable_adapter():
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == before
+
+
+def test_autocast_makes_bf16_adapters_fp32_and_can_be_switched_off(tiny_model):
+    base = fresh_base(tiny_model, dtype="bfloat16")
+    config = DenseLoraConfig(r=4, target_modules=["q_proj"])
+    kept = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
+    cast = get_peft_model(copy.deepcopy(base), config)
+    assert {p.dtype for p in kept.parameters() if p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in cast.parameters() if p.requires_grad} == {torch.float32}
+    assert logits(cast).dtype == torch.bfloat16
+
+
+def test_deepcopy_shares_within_itself_only(tiny_model):
+    model = adapted(tiny_model)
+    twin = copy.deepcopy(model)
+    layers = twin.base_model.model.model.layers
+    pair = twin.base_model.denselora_shared["default"]["q_proj"]
+    assert layers[0].self_attn.q_proj.shared["default"] is pair
+    assert pair is not model.base_model.denselora_shared["default"]["q_proj"]
+    assert torch.equal(logits(twin), logits(model))
+
+
+def test_merging_is_refused_with_activations(tiny_model):
+    with pytest.raises(ValueError, match=r"cannot be merged.*gelu.*no matrix"):
+        adapted(tiny_model).merge_and_unload()
+
+
+def test_only_matrix_merges_and_unmerges(tiny_model):
+    model = adapted(tiny_model, activation="none")
+    expected = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert not any(isinstance(module, DenseLoraLinear) for module in merged.modules())
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_what_is_merged_must_be_a_matrix(tiny_model):
+    model = adapted(tiny_model, activation="none")
+    model.add_adapter("bent", DenseLoraConfig(r=2, init_weights=False, target_modules=["q_proj"]))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for merge in (lambda: model.merge_and_unload(adapter_names=["bent"]), lambda: model.merge_adapter(["bent"])):
+        with pytest.raises(ValueError, match=r'cannot be merged: "bent" \(gelu\)'):
+            merge()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.merge_adapter(["default"])
+
+
+def test_disabling_a_merged_adapter_gives_the_base(tiny_model):
+    model = adapted(tiny_model, activation="none")
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), logits(fresh_base(tiny_model)), rtol=1e-4, atol=1e-5)
+
+
+def test_deleting_another_adapter_leaves_a_frozen_one_frozen(tiny_model, tmp_path):
+    adapted(tiny_model).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(fresh_base(tiny_model), tmp_path)
+    model.load_adapter(tmp_path, "second")
+    model.delete_adapter("second")
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == []
+
+
+def test_merging_into_nf4_is_refused(tiny_model):
+    with pytest.raises(ValueError, match=r"quantized base.*Load the base unquantized"):
+        adapted(tiny_model, "nf4", "bfloat16", activation="none").merge_and_unload()
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3", "Gemma"])
+def test_other_decoders_with_these_module_names(family):
+    import transformers
+
+    settings = {**tiny_config().to_dict(), "head_dim": 16}
+    settings = {
+        key: settings[key]
+        for key in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "vocab_size",
+            "head_dim",
+            "eos_token_id",
+            "pad_token_id",
+        )
+    }
+    base = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**settings))
+    model = get_peft_model(base, DenseLoraConfig(r=4))  # target modules by the model's type
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    shared = model.base_model.denselora_shared["default"]
+    assert set(shared) == {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
+    assert all(pair.decoder.grad.abs().sum() > 0 for pair in shared.values())
+
+
+def test_layers_of_unlike_shape_cannot_share(tiny_model):
+    base = fresh_base(tiny_model)
+    base.model.layers[1].mlp.up_proj = torch.nn.Linear(64, 96)
+    with pytest.raises(
+        ValueError, match=r"one shape: the first maps 64 -> 128, model.layers.1.mlp.up_proj maps 64 -> 96"
+    ):
+        get_peft_model(base, DenseLoraConfig(r=4, target_modules=["up_proj"]))
+
+
+def test_other_modules_than_linear_are_refused(tiny_model):
+    with pytest.raises(ValueError, match=r"adapts linear layers; model.embed_tokens is a Embedding"):
+        get_peft_model(fresh_base(tiny_model), DenseLoraConfig(r=4, target_modules=["embed_tokens"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 0}, "r = 0: must be a positive integer"),
+        ({"alpha": -1.0}, "alpha = -1.0: must be positive"),
+        ({"dropout": 1.0}, "dropout = 1.0: must be at least 0 and below 1"),
+        ({"activation": "relu"}, "relu.*zero slope at 0"),
+        ({"activation": "swish"}, "must be one of gelu, silu, tanh, relu, none"),
+        ({"layers_pattern": "layers"}, "without layers_to_transform"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DenseLoraConfig(**settings)
+
+
+def test_alpha_is_twice_r_by_default():
+    assert DenseLoraConfig(r=12).alpha == 24
+
+
+def test_registered_with_peft():
+    assert "DENSELORA" in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_train_evaluate_train_gives_the_gradients_it_gave(tmp_path, quantization):
+    """An eval forward must not repack 4-bit weights for a kernel without autograd (bitsandbytes on AVX512-BF16)."""
+    model = adapted(make_tiny_model(tmp_path / "m"), quantization, "bfloat16")
+
+    def gradients():
+        model.train()
+        model.zero_grad()
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    before = gradients()
+    logits(model)
+    model.generate(
+        input_ids=TOKENS, max_new_tokens=3, do_sample=False, use_cache=True, attention_mask=torch.ones_like(TOKENS)
+    )
+    after = gradients()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)

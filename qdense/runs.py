@@ -1,0 +1,211 @@
+"""A run's folder: every name in it, who may write there, what is finished. Nothing else in the package spells these names.
+
+recipe.toml          the resolved recipe, with [provenance]: versions, device, data checksum, base fingerprint, git hash and
+                     the plan's choice, which a resumed run keeps
+metrics.jsonl        a line for each step and each validation
+initial.safetensors  the trained tensors before the first step (not of full fine-tuning: they are the base's)
+adapter/             the result: PEFT's files and qdense.json
+checkpoints/         what --resume continues from
+eval/DIGEST/         what `qdense evaluate` found, a folder for each way of evaluating
+analysis/            what `qdense analyze` drew
+logs/                what trackers wrote
+.lock, .running      held, and left behind, by the process that trains here
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qdense.cache import LOCK_FILE, locked, write_atomically
+from qdense.errors import AdapterError, RunError
+
+CARD_FILE = "qdense.json"  # beside an adapter's own files: what made it
+PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's own names
+_ADAPTER, _EVALUATIONS = "adapter", "eval"
+
+
+@dataclass(frozen=True)
+class EvaluationFolder:
+    """RUN/eval/DIGEST: one way of evaluating a model."""
+
+    path: Path
+
+    @property
+    def settings(self) -> Path:
+        """All that could change a completion; their checksum is the folder's name."""
+        return self.path / "settings.json"
+
+    @property
+    def sessions(self) -> Path:
+        """What held for one start and not for another: batch sizes, retries, commit."""
+        return self.path / "sessions.json"
+
+    @property
+    def items(self) -> Path:
+        """Whether each item was right, by each rule."""
+        return self.path / "items.json"
+
+    @property
+    def summary(self) -> Path:
+        """Accuracies with their intervals; written last."""
+        return self.path / "summary.json"
+
+    def completions(self, task: str) -> Path:
+        """A task's completions, one a line."""
+        return self.path / f"{task}.jsonl"
+
+    @property
+    def run(self) -> RunFolder | None:
+        """The run that it belongs to; None where the folder was moved."""
+        return RunFolder(self.path.parent.parent) if self.path.parent.name == _EVALUATIONS else None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.summary.is_file() and self.items.is_file()
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run; it need not exist yet."""
+
+    path: Path
+
+    @classmethod
+    def of_adapter(cls, adapter: Path) -> RunFolder:
+        """The run whose adapter lies in this folder; an adapter from elsewhere counts as a run of its own."""
+        return cls(adapter.parent if adapter.name == _ADAPTER else adapter)
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.toml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def initial(self) -> Path:
+        return self.path / "initial.safetensors"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / _ADAPTER
+
+    @property
+    def card(self) -> Path:
+        return self.adapter / CARD_FILE
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def analysis(self) -> Path:
+        return self.path / "analysis"
+
+    @property
+    def _running(self) -> Path:
+        return self.path / ".running"
+
+    def evaluation(self, digest: str) -> EvaluationFolder:
+        return EvaluationFolder(self.path / _EVALUATIONS / digest)
+
+    def evaluations(self) -> list[EvaluationFolder]:
+        """Finished or not, in no order."""
+        return [EvaluationFolder(path) for path in (self.path / _EVALUATIONS).glob("*") if path.is_dir()]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing lies here but a lock."""
+        return not any(path.name != LOCK_FILE for path in self.path.iterdir())
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the adapter is saved: it appears whole, as the run's last act."""
+        return self.card.is_file()
+
+    def provenance(self) -> dict[str, Any]:
+        """The [provenance] table of recipe.toml: empty where another program wrote the file."""
+        tables = tomllib.loads(self.recipe.read_text(encoding="utf-8"))
+        found: dict[str, Any] = tables.get("provenance", {})
+        return found
+
+    # --- who may write ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def sole_writer(self) -> Iterator[None]:
+        """Make the folder and keep other training processes out of it. Raises RunError if one is at work there."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path}: is a file; output.dir (or --output) must be a folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        if os.environ.get("RANK", "0") != "0":  # torchrun's other processes belong to the first
+            yield
+            return
+
+        def in_use() -> RunError:
+            owner = self.left_behind().get("pid")
+            who = f" (process {owner})" if owner else ""
+            return RunError(
+                f"{self.path}: another process is training in this folder{who}. Wait until it ends, or name another folder with "
+                "--output."
+            )
+
+        try:
+            with locked(self.path, in_use):
+                yield
+        finally:
+            with suppress(OSError):
+                if self.is_empty:  # nothing came of it
+                    shutil.rmtree(self.path)
+
+    @contextmanager
+    def running(self, facts: dict[str, Any]) -> Iterator[None]:
+        """While a process trains here, leave `facts` for the one that comes after it, should it be killed."""
+        write_atomically(self._running, json.dumps({"pid": os.getpid()} | facts))
+        try:
+            yield
+        finally:
+            self._running.unlink(missing_ok=True)
+
+    def left_behind(self) -> dict[str, Any]:
+        """The facts of a process that trains here, or that was killed while it did; else empty."""
+        try:
+            facts = json.loads(self._running.read_text())
+        except (OSError, ValueError):
+            return {}
+        return facts if isinstance(facts, dict) else {}
+
+
+def newest_finished_run(folder: Path) -> RunFolder:
+    """The run at most two levels below `folder` whose adapter was saved last. Raises AdapterError."""
+    patterns = (f"*/{_ADAPTER}/{CARD_FILE}", f"*/*/{_ADAPTER}/{CARD_FILE}")
+    cards = [path for pattern in patterns for path in folder.glob(pattern)]
+    if not cards:
+        raise AdapterError(
+            f"no finished run under {folder}/: name one with --adapter RUN, or score a bare base with --model NAME"
+        )
+    return RunFolder(max(cards, key=lambda path: path.stat().st_mtime_ns).parent.parent)
+
+
+def find_adapter(path: Path) -> Path:
+    """The adapter's folder, given itself or the run that holds it. Raises AdapterError."""
+    run = RunFolder(path)
+    for folder in (run.adapter, path):
+        if any((folder / name).is_file() for name in (CARD_FILE, PEFT_CONFIG_FILE)):
+            return folder
+    if not path.exists():
+        raise AdapterError(f"{path}: no such run or adapter")
+    hint = " The run is not finished: `qdense train RECIPE --resume` continues it." if run.checkpoints.exists() else ""
+    raise AdapterError(f"{path}: holds no adapter ({PEFT_CONFIG_FILE} or {CARD_FILE}, here or in {_ADAPTER}/).{hint}")

@@ -26,6 +26,8 @@ TemplateName = Literal["alpaca", "llm-adapters"]
 Quantization = Literal["nf4", "int8", "none"]
 DType = Literal["bfloat16", "float32"]
 Device = Literal["auto", "cuda", "cpu"]
+# Those that accelerate drives.
+Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 
 
 class _RefusedError(ValueError):
@@ -196,6 +198,9 @@ class TrainingRecipe(_Table):
         "auto",
         description="auto (fused on CUDA), torch or triton: what computes the adapter, and with triton the rest by Liger's",
     )
+    trackers: Annotated[tuple[Tracker, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = Field(
+        (), description=f"a list of experiment trackers: {', '.join(get_args(Tracker))}"
+    )
     save_steps: int = Field(80, ge=1, description="a positive whole number of steps")
     eval_steps: int = Field(80, ge=1, description="a positive whole number of steps")
     keep: Literal["best", "last"] = Field("best", description="best (lowest validation loss) or last")
@@ -222,6 +227,18 @@ class Recipe(_Table):
         for name in _OWN_TABLES.keys() - {self.adapter.method}:
             del tables["adapter"][name]
         return tables
+
+    def flattened(self) -> dict[str, Any]:
+        """The resolved recipe as {"table.key": value}."""
+        return flattened(self.resolved())
+
+
+def flattened(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as {"table.key": value}."""
+    values: dict[str, Any] = {}
+    for key, value in tables.items():
+        values |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return values
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

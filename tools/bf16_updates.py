@@ -23,7 +23,7 @@ import torch
 from qdense.events import StepDone, Validated
 from qdense.provenance import git_hash, package_versions
 from qdense.recipe import recipe_from_tables
-from qdense.training import trainer as trainer_module
+from qdense.training import loop as loop_module
 from qdense.training.run import train
 
 WAYS = {
@@ -99,12 +99,12 @@ def run(data: Path, way: dict[str, Any], rate: float, seed: int, steps: int) -> 
         elif isinstance(event, Validated):
             validation.append(event.loss)
 
-    build = trainer_module.build_optimizer
-    trainer_module.build_optimizer = counter.building(build)
+    build = loop_module.build_optimizer
+    loop_module.build_optimizer = counter.building(build)
     try:
         train(recipe_from_tables(tables, source="bf16_updates"), resume=False, data_dir=None, emit=emit)
     finally:
-        trainer_module.build_optimizer = build
+        loop_module.build_optimizer = build
         shutil.rmtree(folder)
     last = statistics.mean(losses[-max(1, steps // 4) :])
     return last, validation[-1], counter.num_vanished / counter.num_updates, counter.share_never_moved()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qdense.errors import AdapterError
 from qdense.modeling.adapter_files import find_adapter, read_card
-from qdense.training.run import INITIAL_FILE
+from qdense.runs import RunFolder
 
 NEAR_ZERO = 0.1  # of the slice's own root mean square; 8.0% of a normal distribution lies within
 _FACTORS = {
@@ -141,10 +141,10 @@ def load_updates(run: Path) -> RunUpdates:
     if card.method == "full":
         initial, final = _whole_model(folder, card.model)
     else:
-        path = folder.parent / INITIAL_FILE
+        path = RunFolder.of_adapter(folder).initial
         if not path.is_file():
             raise AdapterError(
-                f"{run}: has no {INITIAL_FILE}, from which updates are measured. `qdense train` writes it when a run begins; "
+                f"{run}: has no {path.name}, from which updates are measured. `qdense train` writes it when a run begins; "
                 "an adapter alone, or a run of an older qdense, has none: train it again by its own recipe.toml."
             )
         initial, final = _named_alike(_read(path)), _named_alike(_read(folder / "adapter_model.safetensors"))
@@ -160,12 +160,12 @@ def load_updates(run: Path) -> RunUpdates:
                 start = start[:, chosen] if name.endswith("lora_B") else start[chosen]
         if start.shape != end.shape:
             raise AdapterError(
-                f"{run}: {name} is {list(start.shape)} in {INITIAL_FILE} and {list(end.shape)} in the adapter"
+                f"{run}: {name} is {list(start.shape)} in {path.name} and {list(end.shape)} in the adapter"
             )
         layer, module, factor = _place(name)
         found.append(Update(layer, module, factor, start.float().squeeze(), end.float().squeeze()))
     if not found:
-        raise AdapterError(f"{run}: none of the adapter's tensors is in {INITIAL_FILE}; they are not of one run")
+        raise AdapterError(f"{run}: none of the adapter's tensors is among its initial ones; they are not of one run")
     found.sort(key=lambda update: (update.layer is None, update.layer or 0))
     return RunUpdates(run.resolve().name if run.resolve().name != "adapter" else folder.parent.name, card.method, found)
 

@@ -6,15 +6,16 @@ to run it: `RankSchedule.step` does.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from qdense.methods.method import AdapterSettings, LinearShapes, Method, MethodSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class AdaLoraSettings(MethodSettings):
@@ -84,27 +85,20 @@ class _Schedule:
     def step(self, model: Any, step: int) -> None:
         model.base_model.update_and_allocate(step)
 
-    def save(self, model: Any, folder: Path) -> None:
-        from safetensors.torch import save_file
-
+    def state(self, model: Any) -> tuple[dict[str, Tensor], Any]:
         allocator, config = model.base_model.rankallocator, model.peft_config["default"]
         averages = {
-            f"{name}/{key}": value.contiguous()
-            for name in self._AVERAGES
-            for key, value in getattr(allocator, name).items()
+            f"{name}/{key}": value for name in self._AVERAGES for key, value in getattr(allocator, name).items()
         }
-        save_file(averages, folder / "adalora.safetensors")
-        (folder / "adalora.json").write_text(json.dumps(config.rank_pattern))
+        return averages, config.rank_pattern
 
-    def load(self, model: Any, folder: Path) -> None:
-        from safetensors.torch import load_file
-
+    def restore(self, model: Any, tensors: Mapping[str, Tensor], values: Any) -> None:
         allocator = model.base_model.rankallocator
-        model.peft_config["default"].rank_pattern = json.loads((folder / "adalora.json").read_text())
+        model.peft_config["default"].rank_pattern = values
         parameters = dict(model.base_model.model.named_parameters())
         for name in self._AVERAGES:
             setattr(allocator, name, {})
-        for place, value in load_file(folder / "adalora.safetensors").items():
+        for place, value in tensors.items():
             name, _, key = place.partition("/")
             getattr(allocator, name)[key] = value.to(parameters[key].device)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:  # importing the methods imports no torch
+    from torch import Tensor
 
 # Module kind -> (d_in, d_out) of one decoder layer's linear modules.
 LinearShapes = Mapping[str, tuple[int, int]]
@@ -51,10 +53,10 @@ class RankSchedule(Protocol):
     def step(self, model: Any, step: int) -> None:
         """After the optimizer's step number `step` (1, 2, ...), gradients still there."""
 
-    def save(self, model: Any, folder: Path) -> None:
-        """Write its state beside a checkpoint's weights."""
+    def state(self, model: Any) -> tuple[dict[str, Tensor], Any]:
+        """What a resumed run needs beside the weights: tensors by name, and whatever JSON can hold."""
 
-    def load(self, model: Any, folder: Path) -> None:
+    def restore(self, model: Any, tensors: Mapping[str, Tensor], values: Any) -> None:
         """Take the state back."""
 
     def has_settled(self, model: Any, step: int) -> bool:
@@ -104,8 +106,3 @@ class Method:
     def is_adapter(self) -> bool:
         """Whether it adds tensors of its own, by PEFT; full fine-tuning trains the base's."""
         return self.build_config is not None
-
-    @property
-    def is_saved_whole_by_peft(self) -> bool:
-        """Whether PEFT's files hold all that a resumed run needs of the weights."""
-        return self.is_adapter and self.schedule is None

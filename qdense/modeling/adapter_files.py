@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import qdense.tuners  # noqa: F401  (registers our methods, so that PEFT can load them)
 from qdense.cache import write_atomically
 from qdense.errors import AdapterError
-from qdense.methods import METHODS, Method
+from qdense.methods import METHODS
 from qdense.modeling.attach import adapter_tensors, trainable_parameters
 from qdense.modeling.fingerprint import Fingerprint
 from qdense.modeling.load import BaseModel
@@ -72,34 +72,6 @@ def save_trainable(model: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.name}")
     save_file({name: parameter.detach().contiguous() for name, parameter in trainable_parameters(model)}, temporary)
     temporary.replace(path)
-
-
-_TRAINABLE_FILE = "trainable.safetensors"
-
-
-def save_state(model: Any, folder: Path, method: Method) -> None:
-    """Write what a run needs to go on: the adapter in PEFT's format; where that is not all (AdaLoRA's is cut to the ranks of
-    the moment), or there is none, the trained tensors as they are."""
-    if method.is_saved_whole_by_peft:
-        save_adapter(model, folder, card=None)
-    else:
-        save_trainable(model, folder / _TRAINABLE_FILE)
-    if method.schedule is not None:
-        method.schedule.save(model, folder)
-
-
-def restore_state(model: Any, folder: Path, method: Method) -> None:
-    """Copy what `save_state` wrote into the model, bit by bit, keeping dtype and identity of its tensors."""
-    from peft import set_peft_model_state_dict
-
-    if method.is_saved_whole_by_peft:
-        set_peft_model_state_dict(model, _read_weights(model, folder))
-    else:
-        saved = load_file(folder / _TRAINABLE_FILE)
-        for name, parameter in trainable_parameters(model):
-            parameter.data.copy_(saved[name])
-    if method.schedule is not None:
-        method.schedule.load(model, folder)
 
 
 def _read_weights(model: Any, folder: Path) -> dict[str, torch.Tensor]:

@@ -90,3 +90,12 @@ def adapter_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Name and tensor of each trainable parameter, shared ones once, in a fixed order."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def run_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """By name in the model, all that a run must save of it to continue: what it trains, and the adapter's frozen parts."""
+    from peft import PeftModel
+
+    kept = {tensor.data_ptr() for _, tensor in adapter_tensors(model)} if isinstance(model, PeftModel) else set()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor for name, tensor in named if tensor.requires_grad or tensor.data_ptr() in kept}

@@ -1,1 +1,1 @@
-"""A recipe becomes a run: optimizer, Trainer, checkpoints, metrics."""
+"""A recipe becomes a run: the loop, its optimizer, checkpoints, metrics, trackers."""

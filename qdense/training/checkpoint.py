@@ -1,7 +1,16 @@
-"""Checkpoints on disk: written beside and renamed, with a manifest of checksums; checked before they are trusted.
+"""Checkpoints on disk: written beside, verified, renamed; checked before they are trusted. Tensors and numbers only.
 
-A run's checkpoints/ holds `checkpoint-<step>` folders. Each has all that a run needs to go on, and manifest.json: size and
-SHA-256 of every other file in it. While one is being written it lies in a hidden folder, which a killed run may leave behind.
+A run's checkpoints/ holds `checkpoint-<step>` folders, each with the same files:
+
+    weights.safetensors    the adapter's tensors by their names in the model, frozen ones included; the best ones apart:
+    best.safetensors       those of the lowest validation loss so far; empty before the first validation
+    optimizer.safetensors  masters and moments
+    schedule.safetensors   what the method's own schedule remembers (AdaLoRA's averages); empty for others
+    state.json             numbers: the best step and its loss, how steps are cut up, scalars of optimizer and schedules
+    manifest.json          the format, and size and SHA-256 of every other file
+
+No random state: what is random in a step follows from the seed and the step's number (`qdense/training/batches.py`). While a
+checkpoint is being written it lies in a hidden folder, which a killed run may leave behind.
 """
 
 from __future__ import annotations
@@ -10,20 +19,70 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from qdense.cache import write_atomically
+from qdense.errors import RunError
 
 CHECKPOINTS_TO_KEEP = 3  # as the authors'
-_MANIFEST = "manifest.json"
-_UNFINISHED = ".unfinished"
+FORMAT = 2
+_TENSORS = ("weights", "best", "optimizer", "schedule")
+_STATE, _MANIFEST, _UNFINISHED = "state.json", "manifest.json", ".unfinished"
+_FILES = {_STATE, *(f"{name}.safetensors" for name in _TENSORS)}
 
 
-def checkpoint_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies among those in `folder`."""
+@dataclass
+class Checkpoint:
+    """All that a run needs to continue at `step`; see the module's docstring for its parts."""
+
+    step: int
+    weights: dict[str, Tensor]
+    best: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    schedule: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> Path:
+        """Write checkpoint-<step> into `folder`; the oldest ones go only when it is on the disk and reads back as written.
+
+        Raises:
+            OSError, SafetensorError: it cannot be written; the checkpoints before it are intact.
+        """
+        with _appearing(folder, self.step) as building:
+            for name in _TENSORS:
+                save_file(_unshared(getattr(self, name)), building / f"{name}.safetensors")
+            (building / _STATE).write_text(json.dumps({"step": self.step} | self.values), encoding="utf-8")
+        for old in checkpoints(folder)[CHECKPOINTS_TO_KEEP:]:
+            shutil.rmtree(old)
+        return _place(folder, self.step)
+
+    @classmethod
+    def load(cls, path: Path) -> Checkpoint:
+        """Read a checkpoint that `fault_of` has passed. Raises SafetensorError, ValueError or KeyError for what no run wrote."""
+        values = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        tensors = {name: load_file(path / f"{name}.safetensors") for name in _TENSORS}
+        return cls(step=values.pop("step"), values=values, **tensors)
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As safetensors wants them: contiguous, and none in the memory of another (8-bit AdamW's maps are one tensor for all)."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        found[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return found
+
+
+def _place(folder: Path, step: int) -> Path:
     return folder / f"checkpoint-{step}"
 
 
@@ -38,29 +97,31 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=checkpoint_step, reverse=True)
 
 
-@contextmanager
-def appearing_checkpoint(folder: Path, step: int) -> Iterator[Path]:
-    """The folder in which to make `checkpoint-<step>`: it takes its place when all is on the disk and reads back as written.
+def last_good_checkpoint(folder: Path) -> str:
+    """A sentence on where a run that stops now can continue."""
+    found = checkpoints(folder)
+    if not found:
+        return "There is no checkpoint yet: the run must start over."
+    return f"The last good checkpoint is {found[0]}; continue from it with --resume."
 
-    Only then do the oldest ones go. Raises OSError, with the ones before intact.
-    """
-    building, target = folder / _UNFINISHED, checkpoint_folder(folder, step)
-    made = checkpoint_folder(building, step)
+
+@contextmanager
+def _appearing(folder: Path, step: int) -> Iterator[Path]:
+    """The folder in which to make `checkpoint-<step>`: it takes its place when all is on the disk and reads back as written."""
+    building, target = folder / _UNFINISHED, _place(folder, step)
     remove_unfinished(folder)
-    made.mkdir(parents=True)
+    building.mkdir(parents=True)
     try:
         yield building
-        _seal(made)
-        if fault := fault_of(made):
+        _seal(building)
+        if fault := fault_of(building):
             raise OSError(f"{target}: was not written as it should be: {fault}")
         if target.exists():
             shutil.rmtree(target)  # of this step, from before a resume
-        os.replace(made, target)
+        os.replace(building, target)
         _sync(folder)
     finally:
         remove_unfinished(folder)
-    for old in checkpoints(folder)[CHECKPOINTS_TO_KEEP:]:
-        shutil.rmtree(old)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -70,16 +131,28 @@ def remove_unfinished(folder: Path) -> None:
 
 def _seal(checkpoint: Path) -> None:
     files = {path.name: _facts(path, sync=True) for path in sorted(checkpoint.iterdir())}
-    write_atomically(checkpoint / _MANIFEST, json.dumps({"files": files}, indent=1))
+    write_atomically(checkpoint / _MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
     _sync(checkpoint)
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint: None if every file is as its manifest says."""
+    """What is wrong with a checkpoint: None if it has every file, each as its manifest says.
+
+    Raises:
+        RunError: it is whole, and in the format of another version of qdense.
+    """
     try:
-        files: dict[str, Any] = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, facts in files.items():
-            path = checkpoint / Path(name).name
+        manifest: dict[str, Any] = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest.get("format", 1) != FORMAT:
+            raise RunError(
+                f"{checkpoint}: another version of qdense wrote it (format {manifest.get('format', 1)}, not {FORMAT}). Continue "
+                "with that version, or start a new run with another --output."
+            )
+        files: dict[str, Any] = manifest["files"]
+        if unlisted := sorted(_FILES - files.keys()):
+            return f"{_MANIFEST} does not list {unlisted[0]}"
+        for name in sorted(_FILES):
+            path, facts = checkpoint / name, files[name]
             if not path.is_file():
                 return f"{name} is missing"
             found = _facts(path)

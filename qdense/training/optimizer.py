@@ -8,11 +8,11 @@ just as they would on the parameters; the masters themselves are not paged (4 by
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Optimizer name in a recipe -> (class, its further arguments).
 _BITSANDBYTES = {
@@ -49,7 +49,7 @@ def build_optimizer(
 def _with_masters(base: Any) -> Any:
     """A subclass of an optimizer class that steps fp32 masters of the parameters it is given.
 
-    A subclass, not a wrapper: learning-rate schedulers, accelerate and Trainer take it for the optimizer that it is.
+    A subclass, not a wrapper: learning-rate schedulers take it for the optimizer that it is.
     """
 
     class MasterWeights(base):
@@ -74,8 +74,8 @@ def _with_masters(base: Any) -> Any:
             return outcome
 
         @torch.no_grad()
-        def adopt(self) -> None:
-            """Take over values that were changed beside `step`: where a parameter is not its master, rounded."""
+        def take_over_changes(self) -> None:
+            """Of parameters that something else than `step` has changed: where one is not its master, rounded."""
             for parameter, master in zip(self._parameters, self._masters, strict=True):
                 changed = parameter != master.to(parameter.dtype)
                 master.copy_(torch.where(changed, parameter.to(master.dtype), master))
@@ -101,3 +101,52 @@ def _with_masters(base: Any) -> Any:
 
     MasterWeights.__name__ = f"MasterWeights{base.__name__}"
     return MasterWeights
+
+
+def take_over_changes(optimizer: torch.optim.Optimizer) -> None:
+    """Tell the optimizer that parameters were changed beside its own step, as AdaLoRA does; only masters need to know."""
+    if hasattr(optimizer, "take_over_changes"):
+        optimizer.take_over_changes()
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """What the optimizer has come to, as tensors and as numbers, both by parameter; its settings are the recipe's.
+
+    Returns:
+        ("masters.3", "3.exp_avg", ...) -> tensor; and "3" -> {"step": 41, ...}.
+    """
+    state = optimizer.state_dict()
+    tensors = {f"masters.{index}": master for index, master in enumerate(state.get("masters", ()))}
+    numbers: dict[str, dict[str, Any]] = {}
+    for index, values in state["state"].items():
+        for key, value in _flat(values):
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value
+            else:
+                numbers.setdefault(str(index), {})[key] = value
+    return tensors, numbers
+
+
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """bitsandbytes keeps its quantized moments in a table of their own, which loading takes flat too."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value)
+        else:
+            yield key, value
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, dict[str, Any]]
+) -> None:
+    """Take back what `optimizer_state` gave. Raises ValueError or KeyError where it is not of this optimizer."""
+    state = optimizer.state_dict()
+    values: dict[int, dict[str, Any]] = {int(index): dict(own) for index, own in numbers.items()}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        if index != "masters":
+            values.setdefault(int(index), {})[key] = tensor
+    state["state"] = values
+    if "masters" in state:
+        state["masters"] = [tensors[f"masters.{index}"] for index in range(len(state["masters"]))]
+    optimizer.load_state_dict(state)

@@ -1,35 +1,27 @@
-"""One training run, from a validated recipe to a saved adapter.
-
-A run's folder:
-    recipe.toml     the resolved recipe, with [provenance]: versions, device, data checksum, base fingerprint, git hash
-                    and the plan's choice, which a resumed run keeps
-    metrics.jsonl   a line for each step and each validation
-    initial.safetensors  the trained tensors before the first step (not of full fine-tuning: they are the base's)
-    adapter/        the result: PEFT's files and qdense.json
-    checkpoints/    what --resume goes on from
-    eval/           what `qdense evaluate` found
-"""
+"""One training run, from a validated recipe to a saved adapter: what comes before and after the loop (`loop.py`)."""
 
 from __future__ import annotations
 
 import math
 import os
-import pickle
 import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
-from transformers import set_seed
 
 from qdense.benchmarks.tasks import TASKS
 from qdense.cache import appearing_folder, require_free_space, write_atomically
 from qdense.catalogs.datasets import TRAINING_SETS
 from qdense.data.contamination import overlaps
-from qdense.data.examples import Encoded, collate, encode_rows, split_rows
+from qdense.data.examples import Encoded, Example, collate, encode_rows, split_rows
 from qdense.data.sources import DataSet, load_training_set, local_test_set
 from qdense.device import device_name, memory_total, peak_memory
 from qdense.errors import QDenseError, RunError, RunStopped
@@ -45,29 +37,20 @@ from qdense.planning.memory import Choice
 from qdense.planning.plan import Plan, make_plan
 from qdense.provenance import git_hash, package_versions
 from qdense.recipe import Recipe
-from qdense.training.checkpoint import CHECKPOINTS_TO_KEEP, checkpoint_step
+from qdense.runs import RunFolder
+from qdense.training.checkpoint import CHECKPOINTS_TO_KEEP, Checkpoint, last_good_checkpoint
+from qdense.training.loop import Job, TrainingLoop, checkpoint_bytes
 from qdense.training.metrics import MetricsFile
-from qdense.training.resume import (
-    ADAPTER_DIR,
-    CHECKPOINT_DIR,
-    INITIAL_FILE,
-    METRICS_FILE,
-    RECIPE_FILE,
-    Resumed,
-    checkpoint_to_resume,
-    refuse_other_inputs,
-    running,
-    sole_owner,
-)
+from qdense.training.resume import Resumed, checkpoint_to_resume, refuse_other_inputs
 from qdense.training.signals import StopSignals
-from qdense.training.trainer import AdapterTrainer, checkpoint_bytes
+from qdense.training.trackers import Trackers, require_trackers
 
 
 def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, accept_changes: bool = False) -> Path:
     """Train the adapter that `recipe` describes and save it.
 
     Args:
-        resume: go on from the last checkpoint in `output.dir`; without one, start afresh and say so.
+        resume: continue from the last checkpoint in `output.dir`; without one, start afresh and say so.
         data_dir: a folder in LLM-Adapters' layout, for data sets known by name.
         emit: is given the events of `qdense.events`.
         accept_changes: resume although recipe, data, base or versions are not those that the run began with.
@@ -78,20 +61,51 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, ac
     Raises:
         QDenseError: whatever keeps the run from starting, or must stop it; RunStopped when a signal has.
     """
-    run_dir = Path(recipe.output.dir)
-    with sole_owner(run_dir):
-        resumed = checkpoint_to_resume(recipe, run_dir, emit, resume=resume, accept_changes=accept_changes)
-        _train(recipe, run_dir, resumed, data_dir, emit, accept_changes)
-    return run_dir
+    require_trackers(recipe)
+    run = RunFolder(Path(recipe.output.dir))
+    with run.sole_writer():
+        resumed = checkpoint_to_resume(recipe, run, emit, resume=resume, accept_changes=accept_changes)
+        prepared = _prepare(recipe, resumed, data_dir, emit)
+        if resumed is not None:
+            refuse_other_inputs(
+                run,
+                data_checksum=prepared.data.checksum,
+                data=prepared.data.origin,
+                fingerprint=prepared.base.fingerprint,
+                base=prepared.base.name,
+                accept_changes=accept_changes,
+                emit=emit,
+            )
+        _record(run, prepared, is_new=resumed is None)
+        done = _run(run, prepared, resumed, emit)
+        card = AdapterCard(
+            model=recipe.model.model_dump(exclude_none=True, exclude={"device"}) | {"name": prepared.base.reference},
+            fingerprint=prepared.base.fingerprint,
+            template=recipe.data.template,
+            method=recipe.adapter.method,
+        )
+        with appearing_folder(run.adapter) as building:
+            save_adapter(prepared.model, building, card)
+        emit(done)
+    return run.path
 
 
-def _train(
-    recipe: Recipe, run_dir: Path, resumed: Resumed | None, data_dir: Path | None, emit: Emit, accept_changes: bool
-) -> None:
+@dataclass(frozen=True)
+class _Prepared:
+    """All that exists before the first step; the adapter is as drawn."""
 
-    def notice(text: str) -> None:
-        emit(Notice(text))
+    recipe: Recipe
+    plan: Plan
+    base: BaseModel
+    model: Any
+    data: DataSet
+    training: Encoded
+    validation: Sequence[Example]
+    num_steps: int
+    facts: tuple[tuple[str, str], ...]
 
+
+def _prepare(recipe: Recipe, resumed: Resumed | None, data_dir: Path | None, emit: Emit) -> _Prepared:
     # Data before the model: its faults are the commonest, and found in a second.
     data = load_training_set(recipe.data, data_dir, emit)
     split = split_rows(
@@ -104,148 +118,167 @@ def _train(
         _warn_of_test_items(recipe.data.name, data, data_dir, emit)
     if recipe.adapter.unused:
         keys = ", ".join(f"adapter.{key}" for key in recipe.adapter.unused)
-        notice(f"not read by method {recipe.adapter.method}: {keys}")
+        emit(Notice(f"not read by method {recipe.adapter.method}: {keys}"))
     plan = _plan(recipe, resumed.choice if resumed else None, emit)
-    base = load_base(recipe.model, notice)
+    base = load_base(recipe.model, lambda text: emit(Notice(text)))
     use_kernels(recipe.training.kernels)
     if plan.machine.kernels.has_liger:
         use_liger(base.model)
     training = encode_rows(data.rows, split.training, base.tokenizer, recipe.data)
     validation = encode_rows(data.rows, split.validation, base.tokenizer, recipe.data) if split.validation else None
     _report_truncation(training, recipe, emit)
-    num_steps = _num_steps(recipe, len(training.examples))
+    num_steps = _num_steps(recipe, len(training.examples), emit)
 
-    if recipe.training.warmup_steps >= num_steps:
-        emit(
-            Notice(
-                f"the warm-up (training.warmup_steps = {recipe.training.warmup_steps}) is as long as the run ({num_steps} steps) "
-                "or longer: the learning rate never reaches training.learning_rate",
-                "warning",
-            )
-        )
-
-    set_seed(recipe.training.seed)
-    method = METHODS[recipe.adapter.method]
-    num_rows = method.num_calibration_rows(recipe.adapter)
+    torch.manual_seed(recipe.training.seed)
+    num_rows = METHODS[recipe.adapter.method].num_calibration_rows(recipe.adapter)
     calibration = [collate([example], base.pad_token_id) for example in training.examples[:num_rows]]
     model = attach_adapter(base, recipe.adapter, num_steps, calibration)
-    num_trainable = sum(parameter.numel() for _, parameter in trainable_parameters(model))
-    # One more than are kept: the oldest goes only once the newest is written. And room for the result and the metrics.
-    require_free_space(
-        run_dir, (CHECKPOINTS_TO_KEEP + 1) * checkpoint_bytes(model) + 64 * 2**20, "the run's checkpoints"
+    facts = _facts(recipe, base, model, data, training, len(split.validation), plan)
+    return _Prepared(
+        recipe, plan, base, model, data, training, validation.examples if validation else [], num_steps, facts
     )
-    facts = _facts(recipe, base, data, training, len(split.validation), num_trainable, plan)
-    if resumed is not None:
-        refuse_other_inputs(
-            run_dir,
-            data_checksum=data.checksum,
-            data=data.origin,
-            fingerprint=base.fingerprint,
-            base=base.name,
-            accept_changes=accept_changes,
-            emit=emit,
-        )
+
+
+def _record(run: RunFolder, prepared: _Prepared, *, is_new: bool) -> None:
+    """Write the resolved recipe with its provenance, and the adapter as drawn; refuse where the disk is too full for the run."""
+    recipe, data, base = prepared.recipe, prepared.data, prepared.base
+    # One checkpoint more than are kept: the oldest goes only once the newest is written. And room for the result and metrics.
+    needed_bytes = (CHECKPOINTS_TO_KEEP + 1) * checkpoint_bytes(prepared.model) + 64 * 2**20
+    require_free_space(run.path, needed_bytes, "the run's checkpoints")
     provenance = {
-        **_provenance(data, base),
-        "num_steps": num_steps,
-        "num_training_rows": len(training.examples),
-        "num_validation_rows": len(split.validation),
-        "plan": plan.record(),
-        "summary": dict(facts),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device_name(base.device),
+        "git_hash": git_hash(),
+        "versions": package_versions(),
+        "data": {"origin": data.origin, "sha256": data.checksum, "num_rows": len(data.rows)},
+        "base_fingerprint": base.fingerprint,
+        "num_steps": prepared.num_steps,
+        "num_training_rows": len(prepared.training.examples),
+        "num_validation_rows": len(prepared.validation),
+        "plan": prepared.plan.record(),
+        "summary": dict(prepared.facts),
     }
-    write_atomically(run_dir / RECIPE_FILE, tomli_w.dumps({**recipe.resolved(), "provenance": provenance}))
-    if resumed is None and method.is_adapter:
-        save_trainable(model, run_dir / INITIAL_FILE)
-    first_step = checkpoint_step(resumed.checkpoint) if resumed else 0
-    metrics = MetricsFile(run_dir / METRICS_FILE, resume_step=first_step)
+    write_atomically(run.recipe, tomli_w.dumps({**recipe.resolved(), "provenance": provenance}))
+    if is_new and METHODS[recipe.adapter.method].is_adapter:
+        save_trainable(prepared.model, run.initial)
 
-    def emit_all(event: Any) -> None:
-        metrics(event)
-        emit(event)
 
-    with running(run_dir, plan, memory_total(base.device)), StopSignals(emit) as signals:
-        trainer = AdapterTrainer(
+def _run(run: RunFolder, prepared: _Prepared, resumed: Resumed | None, emit: Emit) -> TrainingDone:
+    """Train; the model then has the weights that are to be kept. Raises RunStopped where a signal came before the last step."""
+    recipe, plan, base = prepared.recipe, prepared.plan, prepared.base
+    checkpoint = _load(resumed.checkpoint) if resumed else None
+    first_step = checkpoint.step if checkpoint else 0
+    accelerator = Accelerator(
+        cpu=base.device.type == "cpu",
+        mixed_precision="no",  # base and adapter have their dtypes
+        log_with=list(recipe.training.trackers) or None,
+        project_dir=run.logs,
+    )
+    total_bytes = memory_total(base.device)
+    running = {
+        "planned_bytes": plan.predicted_memory_bytes,
+        "memory_total_bytes": total_bytes,
+        "micro_batch_size": plan.choice.micro_batch_size,
+        "recompute_layers": plan.choice.recompute_layers,
+    }
+    with (
+        run.running(running),
+        StopSignals(emit) as signals,
+        _listeners(run, recipe, accelerator, first_step, emit) as told,
+    ):
+        metrics, emit_all = told
+        job = Job(
             recipe=recipe,
             base=base,
-            model=model,
-            method=method,
+            model=prepared.model,
+            method=METHODS[recipe.adapter.method],
+            training=prepared.training.examples,
+            validation=prepared.validation,
+            num_steps=prepared.num_steps,
             choice=plan.choice,
             keeps_choice=resumed is None or resumed.choice is not None,
-            training=training.examples,
-            validation=validation.examples if validation else [],
-            checkpoint_dir=run_dir / CHECKPOINT_DIR,
-            emit=emit_all,
+            folder=run,
+            metrics=metrics,
             signals=signals,
-            sync_metrics=metrics.sync,
-            seconds_before=metrics.seconds,
+            emit=emit_all,
         )
+        loop = TrainingLoop(job, accelerator)
+        if checkpoint is not None:
+            loop.restore(checkpoint)
         emit(
             TrainingStarted(
                 title=f"{recipe.adapter.method} on {recipe.model.name}",
-                facts=facts,
-                num_steps=num_steps,
+                facts=prepared.facts,
+                num_steps=prepared.num_steps,
                 first_step=first_step,
-                memory_total_bytes=memory_total(base.device),
+                memory_total_bytes=total_bytes,
                 memory_name="GPU" if base.device.type == "cuda" else "process",
             )
         )
         try:
-            if resumed and first_step >= num_steps:
-                # Killed between the last checkpoint and the result. Trainer would train one step too many.
-                trainer.restore(resumed.checkpoint)
-            else:
-                trainer.train(resume_from_checkpoint=str(resumed.checkpoint) if resumed else None)
+            loop.run()
         except (torch.OutOfMemoryError, MemoryError) as error:
-            raise _out_of_memory(error, trainer, plan, base.device) from error
-        except (
-            pickle.UnpicklingError,
-            EOFError,
-            SafetensorError,
-        ) as error:  # while it is read; its checksums are right
-            raise RunError(
-                f"{resumed.checkpoint if resumed else run_dir}: holds what no run of qdense has written, and is not read: "
-                f"{str(error).splitlines()[0]} Remove it to go on from the checkpoint before, or start a new run."
-            ) from None
-        finally:
-            metrics.close()
-        if signals.received is not None and trainer.state.global_step < num_steps:
+            raise _out_of_memory(error, loop, plan) from error
+        if signals.received is not None and loop.step < prepared.num_steps:
             raise RunStopped(
-                f"stopped by {signals.received.name} behind step {trainer.state.global_step} of {num_steps}. "
-                f"{trainer.last_good_checkpoint}",
+                f"stopped by {signals.received.name} after step {loop.step} of {prepared.num_steps}. "
+                f"{last_good_checkpoint(run.checkpoints)}",
                 signals.received,
             )
-    # Trainer validates after the last step too, so there always is a best.
-    kept_step = trainer.use_best() if recipe.training.keep == "best" else num_steps
-    card = AdapterCard(
-        model=recipe.model.model_dump(exclude_none=True, exclude={"device"}) | {"name": base.reference},
-        fingerprint=base.fingerprint,
-        template=recipe.data.template,
-        method=recipe.adapter.method,
-    )
-    with appearing_folder(run_dir / ADAPTER_DIR) as building:
-        save_adapter(model, building, card)
-    emit(
-        TrainingDone(
-            adapter_dir=str(run_dir / ADAPTER_DIR),
-            num_steps=num_steps,
-            kept_step=kept_step,
-            seconds=trainer.progress.seconds,
-            peak_memory_bytes=trainer.progress.peak_memory_bytes,
-            predicted_memory_bytes=plan.predicted_memory_bytes,
-        )
+    return TrainingDone(
+        adapter_dir=str(run.adapter),
+        num_steps=prepared.num_steps,
+        # The loop validates after the last step too, so there is always a best.
+        kept_step=loop.use_best() if recipe.training.keep == "best" else prepared.num_steps,
+        seconds=loop.seconds,
+        peak_memory_bytes=loop.peak_memory_bytes,
+        predicted_memory_bytes=plan.predicted_memory_bytes,
     )
 
 
-def _out_of_memory(error: BaseException, trainer: AdapterTrainer, plan: Plan, device: torch.device) -> RunError:
+@contextmanager
+def _listeners(
+    run: RunFolder, recipe: Recipe, accelerator: Accelerator, first_step: int, emit: Emit
+) -> Iterator[tuple[MetricsFile, Emit]]:
+    """The metrics file, and what tells it, the trackers and the display of each event; closed at the end, whatever it is."""
+    metrics, trackers = MetricsFile(run.metrics, resume_step=first_step), None
+    try:
+        trackers = Trackers(accelerator, recipe, run, emit)
+
+        def emit_all(event: Any) -> None:
+            for listener in (metrics, trackers, emit):
+                listener(event)
+
+        yield metrics, emit_all
+    finally:
+        metrics.close()
+        if trackers is not None:
+            trackers.close()
+
+
+def _load(path: Path) -> Checkpoint:
+    """A checkpoint whose checksums are right. Raises RunError where it holds what no run writes."""
+    try:
+        return Checkpoint.load(path)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path}: holds what no run of qdense has written, and is not read: {str(error).splitlines()[0]} Remove it to "
+            "continue from the one before, or start a new run."
+        ) from None
+
+
+def _out_of_memory(error: BaseException, loop: TrainingLoop, plan: Plan) -> RunError:
     """What was planned, what was used, what to lower."""
-    choice, gib = trainer.choice, 2**30
+    choice, device, gib = loop.choice, loop.job.base.device, 2**30
     what = str(error).splitlines()[0] if str(error) else type(error).__name__
     return RunError(
-        f"step {trainer.state.global_step + 1}: out of memory, one row at a time: {what}. "
+        f"step {loop.step + 1}: out of memory, one row at a time: {what}. "
         f"Planned: {plan.predicted_memory_bytes / gib:.1f} GiB for {plan.summary}; used at most: "
         f"{peak_memory(device) / gib:.1f} GiB of {memory_total(device) / gib:.1f} GiB. Close what else uses the memory, set "
         f'training.recompute = "all" ({choice.recompute_layers} layers now) or lower data.max_length (a changed recipe needs '
-        f"--accept-changes). {trainer.last_good_checkpoint}"
+        f"--accept-changes). {last_good_checkpoint(loop.job.folder.checkpoints)}"
     )
 
 
@@ -270,11 +303,18 @@ def _plan(recipe: Recipe, settled: Choice | None, emit: Emit) -> Plan:
     return plan
 
 
-def _num_steps(recipe: Recipe, num_examples: int) -> int:
+def _num_steps(recipe: Recipe, num_examples: int, emit: Emit) -> int:
     settings = recipe.training
-    if settings.max_steps is not None:
-        return settings.max_steps
-    return math.ceil(settings.epochs * math.ceil(num_examples / settings.batch_size))
+    num_steps = settings.max_steps or math.ceil(settings.epochs * math.ceil(num_examples / settings.batch_size))
+    if settings.warmup_steps >= num_steps:
+        emit(
+            Notice(
+                f"the warm-up (training.warmup_steps = {settings.warmup_steps}) is as long as the run ({num_steps} steps) "
+                "or longer: the learning rate never reaches training.learning_rate",
+                "warning",
+            )
+        )
+    return num_steps
 
 
 def _warn_of_test_items(name: str, data: DataSet, data_dir: Path | None, emit: Emit) -> None:
@@ -328,13 +368,14 @@ def _report_truncation(encoded: Encoded, recipe: Recipe, emit: Emit) -> None:
 def _facts(
     recipe: Recipe,
     base: BaseModel,
+    model: Any,
     data: DataSet,
     training: Encoded,
     num_validation: int,
-    num_trainable: int,
     plan: Plan,
 ) -> tuple[tuple[str, str], ...]:
     adapter, settings = recipe.adapter, recipe.training
+    num_trainable = sum(parameter.numel() for _, parameter in trainable_parameters(model))
     share = (
         100
         * num_trainable
@@ -361,17 +402,3 @@ def _facts(
 def _num_elements(parameter: torch.nn.Parameter) -> int:
     """Elements of a base tensor; two of NF4 lie in one byte."""
     return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
-
-
-def _provenance(data: DataSet, base: BaseModel) -> dict[str, Any]:
-    """What made a run, for recipe.toml."""
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": device_name(base.device),
-        "git_hash": git_hash(),
-        "versions": package_versions(),
-        "data": {"origin": data.origin, "sha256": data.checksum, "num_rows": len(data.rows)},
-        "base_fingerprint": base.fingerprint,
-    }

@@ -8,6 +8,7 @@ import pytest
 
 from qdense.events import StepDone
 from qdense.recipe import recipe_from_tables
+from qdense.training.loop import TrainingLoop
 from qdense.training.run import train
 
 BASICS = {
@@ -57,3 +58,17 @@ def killed_run(recipe, step):
 
     with pytest.raises(Killed):
         train(recipe, resume=False, data_dir=None, emit=emit)
+
+
+def change_losses(monkeypatch, change):
+    """Have each micro-batch of training lose what `change(loop, loss, number)` says; the step's micro-batches count from 0."""
+    original, seen = TrainingLoop.token_loss, {}
+
+    def token_loss(self, model, batch, num_labels):
+        loss = original(self, model, batch, num_labels)
+        if not model.training:
+            return loss
+        number = seen[self.step] = seen.get(self.step, -1) + 1
+        return change(self, loss, number)
+
+    monkeypatch.setattr(TrainingLoop, "token_loss", token_loss)

@@ -17,7 +17,8 @@ from qdense.modeling.loss import without_logits
 from qdense.modeling.packing import packed_attention, why_not_packed
 from qdense.ops.cross_entropy import IGNORED
 from qdense.recipe import ModelRecipe
-from qdense.training import trainer as trainer_module
+from qdense.training import loop as loop_module
+from qdense.training.loop import TrainingLoop
 from tests.helpers.packed import arguments, example, examples_of
 from tests.helpers.runs import adapter_bytes, recipe_for, run
 
@@ -120,19 +121,19 @@ def test_packing_does_not_change_training(tiny_model, tmp_path, checkpointing):
 
 
 def test_models_that_cannot_be_packed_are_padded_and_say_so(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "why_not_packed", lambda model: "for a reason")
+    monkeypatch.setattr(loop_module, "why_not_packed", lambda model: "for a reason")
     events = run(recipe_for(tiny_model, tmp_path / "run", training__max_steps=1))
     assert any(isinstance(event, Notice) and "for a reason; rows are padded" in event.text for event in events)
 
 
 def test_memory_that_runs_out_halves_the_micro_batches_and_nothing_else(tiny_model, tmp_path, monkeypatch):
     """The run ends as one that had the smaller micro-batches from the start; a resumed one keeps them."""
-    original = trainer_module.AdapterTrainer._loss
+    original = TrainingLoop.token_loss
     failures = []
 
     def starved(self, model, batch, num_labels):
         if model.training and len(batch["rows"]) > 2:
-            failures.append(self.state.global_step)
+            failures.append(self.step)
             torch.rand(3)  # part of a forward: dropout masks were drawn
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, model, batch, num_labels)
@@ -140,7 +141,7 @@ def test_memory_that_runs_out_halves_the_micro_batches_and_nothing_else(tiny_mod
     settings = {"training__micro_batch_size": 4, "training__packing": False, "training__max_steps": 4}
     small = {**settings, "training__micro_batch_size": 2}
     expected = run(recipe_for(tiny_model, tmp_path / "small", **small))
-    monkeypatch.setattr(trainer_module.AdapterTrainer, "_loss", starved)
+    monkeypatch.setattr(TrainingLoop, "token_loss", starved)
     events = run(recipe_for(tiny_model, tmp_path / "starved", **settings))
     assert failures == [0]
     told = [event.text for event in events if isinstance(event, Notice) and "out of memory" in event.text]
@@ -158,7 +159,7 @@ def test_memory_that_runs_out_halves_the_micro_batches_and_nothing_else(tiny_mod
 
 
 def test_memory_that_runs_out_with_single_rows_has_all_layers_recomputed(tiny_model, tmp_path, monkeypatch):
-    original = trainer_module.AdapterTrainer._loss
+    original = TrainingLoop.token_loss
 
     def starved(self, model, batch, num_labels):
         if model.training and self.choice.recompute_layers < 2:
@@ -167,7 +168,7 @@ def test_memory_that_runs_out_with_single_rows_has_all_layers_recomputed(tiny_mo
 
     settings = {"training__micro_batch_size": 1, "training__max_steps": 2}
     expected = run(recipe_for(tiny_model, tmp_path / "expected", **settings))
-    monkeypatch.setattr(trainer_module.AdapterTrainer, "_loss", starved)
+    monkeypatch.setattr(TrainingLoop, "token_loss", starved)
     events = run(recipe_for(tiny_model, tmp_path / "starved", **settings, training__recompute="auto"))
     (told,) = [event.text for event in events if isinstance(event, Notice) and "out of memory" in event.text]
     assert 'training.recompute = "all"' in told
@@ -179,7 +180,7 @@ def test_memory_that_runs_out_with_single_rows_stops_the_run(tiny_model, tmp_pat
     def starved(self, model, batch, num_labels):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trainer_module.AdapterTrainer, "_loss", starved)
+    monkeypatch.setattr(TrainingLoop, "token_loss", starved)
     told = r"step 1: out of memory, one row at a time.*Planned: .* GiB.*used at most: .* GiB of .* GiB.*data.max_length"
     with pytest.raises(RunError, match=told):
         run(recipe_for(tiny_model, tmp_path / "run"))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from qdense.training.optimizer import build_optimizer
+from qdense.training.checkpoint import Checkpoint
+from qdense.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state
 
 NAMES = ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"]
 
@@ -75,10 +76,12 @@ def test_state_goes_through_a_file_and_training_goes_on_exactly(name, tmp_path):
     first = parameter()
     optimizer = optimizer_for(first, name)
     run(first, optimizer, gradients[:10])
-    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    tensors, numbers = optimizer_state(optimizer)
+    Checkpoint(10, {}, optimizer=tensors, values={"optimizer": numbers}).save(tmp_path)
     second = nn.Parameter(first.detach().clone())
     optimizer = optimizer_for(second, name)
-    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    saved = Checkpoint.load(tmp_path / "checkpoint-10")
+    load_optimizer_state(optimizer, saved.optimizer, saved.values["optimizer"])
     run(second, optimizer, gradients[10:])
     assert torch.equal(second, whole)
 

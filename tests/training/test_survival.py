@@ -7,27 +7,28 @@ import signal
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 import tomli_w
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
 from qdense.benchmarks.generation import DECODINGS
 from qdense.benchmarks.tasks import TASKS
 from qdense.errors import EvaluationError, RunError, RunStopped
-from qdense.events import EvaluationProgress, Notice, StepDone, TrainingStarted
+from qdense.events import CheckpointSaved, EvaluationProgress, Notice, StepDone, TrainingStarted
 from qdense.modeling.load import load_base
 from qdense.recipe import ModelRecipe, load_recipe
+from qdense.runs import RunFolder
 from qdense.training import resume as resume_module
-from qdense.training import trainer as trainer_module
 from qdense.training.metrics import read_metrics
-from qdense.training.resume import sole_owner
 from qdense.training.run import train
 from qdense.ui import TrainingDisplay
 from tests.helpers import ROOT
-from tests.helpers.runs import adapter_bytes, killed_run, recipe_for, run
+from tests.helpers.runs import adapter_bytes, change_losses, killed_run, recipe_for, run
 
 
 def notices(events, level="warning"):
@@ -73,7 +74,7 @@ def test_a_signal_stops_behind_the_step_with_a_checkpoint(tiny_model, tmp_path, 
 
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with pytest.raises(
-        RunStopped, match=rf"stopped by {number.name} behind step \d of 6.*checkpoint-\d; --resume"
+        RunStopped, match=rf"stopped by {number.name} after step \d of 6.*checkpoint-\d; continue"
     ) as stop:
         train(recipe, resume=False, data_dir=None, emit=emit)
     assert stop.value.signal_number == number
@@ -144,12 +145,12 @@ def test_a_second_process_in_a_folder_is_refused_and_changes_nothing(tiny_model,
 def test_the_lock_of_a_dead_process_is_none(tmp_path):
     folder = tmp_path / "run"
     script = (
-        "import os, sys\nfrom pathlib import Path\nfrom qdense.training.resume import sole_owner\n"
-        "with sole_owner(Path(sys.argv[1])):\n    Path(sys.argv[1], 'recipe.toml').touch()\n    os._exit(9)"
+        "import os, sys\nfrom pathlib import Path\nfrom qdense.runs import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).sole_writer():\n    Path(sys.argv[1], 'recipe.toml').touch()\n    os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", script, str(folder)], check=False)
     assert (folder / ".lock").exists()
-    with sole_owner(folder):
+    with RunFolder(folder).sole_writer():
         assert (folder / "recipe.toml").exists()
 
 
@@ -173,7 +174,7 @@ def test_changes_are_refused_with_a_list_or_accepted_by_a_flag(tiny_model, tmp_p
     events = []
     train(other, resume=True, data_dir=None, emit=events.append, accept_changes=True)
     assert [event.step for event in events if isinstance(event, StepDone)] == [3, 4, 5]
-    assert any("going on with other recipe" in text and "now 0.02" in text for text in notices(events))
+    assert any("continuing with another recipe" in text and "now 0.02" in text for text in notices(events))
     assert load_recipe(tmp_path / "run" / "recipe.toml").training.learning_rate == 2e-2
 
 
@@ -186,7 +187,7 @@ def test_other_versions_are_refused(tiny_model, tmp_path, monkeypatch):
         run(recipe, resume=True)
     events = []
     train(recipe, resume=True, data_dir=None, emit=events.append, accept_changes=True)
-    assert any("other versions" in text for text in notices(events))
+    assert any("another versions" in text for text in notices(events))
 
 
 def test_a_smaller_micro_batch_is_taken_on_resume(tiny_model, tmp_path):
@@ -196,7 +197,7 @@ def test_a_smaller_micro_batch_is_taken_on_resume(tiny_model, tmp_path):
     train(smaller, resume=True, data_dir=None, emit=lambda event: None, accept_changes=True)
     choice = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())["provenance"]["plan"]["choice"]
     assert (choice["micro_batch_size"], choice["recompute_layers"]) == (1, 0)
-    saved = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-6" / "qdense.json").read_text())
+    saved = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-6" / "state.json").read_text())
     assert saved["choice"]["micro_batch_size"] == 1
 
 
@@ -212,7 +213,7 @@ def test_a_killed_process_is_told_of_with_its_memory(tiny_model, tmp_path):
     }
     (tmp_path / "run" / ".running").write_text(json.dumps(facts))
     (told,) = [text for text in notices(run(recipe, resume=True)) if "was killed" in text]
-    for part in ("3.0 GiB", "behind step 3", "of 8.0 GiB", "training.micro_batch_size (2)", "--accept-changes"):
+    for part in ("3.0 GiB", "after step 3", "of 8.0 GiB", "training.micro_batch_size (2)", "--accept-changes"):
         assert part in told
     assert not (tmp_path / "run" / ".running").exists()
 
@@ -221,18 +222,12 @@ def test_a_killed_process_is_told_of_with_its_memory(tiny_model, tmp_path):
 
 
 def poisoned_at(monkeypatch, *steps, factor=float("nan")):
-    original = trainer_module.AdapterTrainer._loss
-
-    def loss(self, model, batch, num_labels):
-        value = original(self, model, batch, num_labels)
-        return value * factor if model.training and self.state.global_step + 1 in steps else value
-
-    monkeypatch.setattr(trainer_module.AdapterTrainer, "_loss", loss)
+    change_losses(monkeypatch, lambda loop, loss, number: loss * factor if loop.step + 1 in steps else loss)
 
 
 def test_a_stopped_run_names_its_last_good_checkpoint(tiny_model, tmp_path, monkeypatch):
     poisoned_at(monkeypatch, 5)
-    with pytest.raises(RunError, match=r"step 5: the loss is not finite; data rows \[.*checkpoint-4; --resume goes on"):
+    with pytest.raises(RunError, match=r"step 5: the loss is not finite; data rows \[.*checkpoint-4; continue"):
         run(recipe_for(tiny_model, tmp_path / "run"))
 
 
@@ -240,15 +235,17 @@ def test_a_stopped_run_names_its_last_good_checkpoint(tiny_model, tmp_path, monk
 def test_a_step_may_be_skipped(tiny_model, tmp_path, monkeypatch, method):
     poisoned_at(monkeypatch, 3)
     weights = {}
-    original = trainer_module._Stop.on_step_end
+    recipe = recipe_for(
+        tiny_model, tmp_path / "run", training__on_nonfinite="skip", adapter__method=method, training__save_steps=1
+    )
+    events = []
 
-    def keep(self, args, state, control, **kwargs):
-        weights[state.global_step] = [p.detach().clone() for p in self.trainer.adapted.parameters() if p.requires_grad]
-        return original(self, args, state, control, **kwargs)
+    def emit(event):
+        events.append(event)
+        if isinstance(event, CheckpointSaved):
+            weights[event.step] = list(load_file(Path(event.path) / "weights.safetensors").values())
 
-    monkeypatch.setattr(trainer_module._Stop, "on_step_end", keep)
-    recipe = recipe_for(tiny_model, tmp_path / "run", training__on_nonfinite="skip", adapter__method=method)
-    events = run(recipe)
+    train(recipe, resume=False, data_dir=None, emit=emit)
     (told,) = [text for text in notices(events) if "This step changes nothing" in text]
     assert told.startswith("step 3: the loss is not finite; data rows [")
     assert all(torch.equal(a, b) for a, b in zip(weights[2], weights[3], strict=True))

@@ -18,11 +18,10 @@ from qdense.modeling.load import load_base
 from qdense.ops.denselora import decode
 from qdense.recipe import load_recipe
 from qdense.training import checkpoint as checkpoint_module
-from qdense.training import trainer as trainer_module
 from qdense.training.metrics import read_metrics
 from qdense.training.run import train
 from qdense.tuners.denselora import DenseLoraLinear
-from tests.helpers.runs import adapter_bytes, killed_run, recipe_for, run
+from tests.helpers.runs import adapter_bytes, change_losses, killed_run, recipe_for, run
 
 
 def test_a_run_writes_what_it_says(tiny_model, tmp_path):
@@ -193,11 +192,19 @@ def test_killed_between_the_last_checkpoint_and_the_result(tiny_model, tmp_path)
         train(cut, resume=False, data_dir=None, emit=emit)
     assert not (tmp_path / "cut" / "adapter").exists()
     events = run(cut, resume=True)
-    assert not any(isinstance(event, StepDone) for event in events)  # Trainer alone would take a step too many
+    assert not any(isinstance(event, StepDone) for event in events)
     assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
     assert len(read_metrics(tmp_path / "cut" / "metrics.jsonl")) == len(
         read_metrics(tmp_path / "whole" / "metrics.jsonl")
     )
+
+
+def _unlist(path):
+    """Remove a file together with its line in the manifest."""
+    path.unlink()
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    del manifest["files"][path.name]
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
 
 
 def _truncate(path):
@@ -213,10 +220,12 @@ def _flip(path):
 @pytest.mark.parametrize(
     ("name", "damage", "told"),
     [
-        ("trainer_state.json", _truncate, "trainer_state.json has"),
-        ("adapter_model.safetensors", _flip, "adapter_model.safetensors is not the file that was written"),
-        ("optimizer.pt", _flip, "optimizer.pt is not the file that was written"),
-        ("rng_state.pth", Path.unlink, "rng_state.pth is missing"),
+        ("state.json", _truncate, "state.json has"),
+        ("weights.safetensors", _flip, "weights.safetensors is not the file that was written"),
+        ("optimizer.safetensors", _flip, "optimizer.safetensors is not the file that was written"),
+        ("schedule.safetensors", Path.unlink, "schedule.safetensors is missing"),
+        ("optimizer.safetensors", _unlist, "manifest.json does not list optimizer.safetensors"),
+        ("state.json", _unlist, "manifest.json does not list state.json"),
         ("best.safetensors", _truncate, "best.safetensors has"),
         ("manifest.json", _truncate, "manifest.json cannot be read"),
         ("manifest.json", Path.unlink, "it has no manifest.json"),
@@ -252,7 +261,7 @@ def test_old_checkpoints_go_only_when_the_new_one_is_verified(tiny_model, tmp_pa
                 monkeypatch.setattr(checkpoint_module, "fault_of", lambda folder: "a bad sector")
 
     with pytest.raises(
-        RunError, match=r"step 5: the checkpoint cannot be written: .*a bad sector.*checkpoint-4; --resume"
+        RunError, match=r"step 5: the checkpoint cannot be written: .*a bad sector.*checkpoint-4; continue"
     ):
         train(recipe, resume=False, data_dir=None, emit=kept)
     assert found[-1] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
@@ -283,7 +292,7 @@ def test_a_disk_that_fills_up_in_a_checkpoint_is_told(tiny_model, tmp_path, monk
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer_module, "save_state", full)
+    monkeypatch.setattr(checkpoint_module.Checkpoint, "save", full)
     with pytest.raises(RunError, match=r"step 2: the checkpoint cannot be written: .*No space left"):
         run(recipe_for(tiny_model, tmp_path / "run"))
 
@@ -321,22 +330,15 @@ def test_a_checkpoint_of_another_version_is_refused(tiny_model, tmp_path):
     shutil.rmtree(tmp_path / "run" / "adapter")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-4")
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-2"
-    (checkpoint / "qdense.json").unlink()
-    (checkpoint / "manifest.json").unlink()
-    checkpoint_module._seal(checkpoint)
-    with pytest.raises(RunError, match=r"checkpoint-2: has no qdense\.json: another version"):
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    del manifest["format"]  # the first version had none
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match=r"checkpoint-2: another version of qdense wrote it \(format 1, not 2\)"):
         run(recipe, resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows(tiny_model, tmp_path, monkeypatch):
-    original = trainer_module.AdapterTrainer._loss
-
-    def poisoned(self, model, batch, num_labels):
-        loss = original(self, model, batch, num_labels)
-        is_second = self.state.global_step == 2 and len(self.progress.micro_batches) == 1
-        return loss * float("nan") if model.training and is_second else loss
-
-    monkeypatch.setattr(trainer_module.AdapterTrainer, "_loss", poisoned)
+    change_losses(monkeypatch, lambda loop, loss, number: loss * math.nan if (loop.step, number) == (2, 1) else loss)
     with pytest.raises(RunError, match=r"step 3: the loss is not finite; data rows \[\d+, \d+\]"):
         run(recipe_for(tiny_model, tmp_path / "run"))
 

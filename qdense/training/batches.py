@@ -1,0 +1,69 @@
+"""Which rows a step has, in what order, cut into which micro-batches; and what is random in it. All by the step's number.
+
+So a run needs no random state to resume: step 41 is the same step whether or not the process took step 40.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from qdense.data.examples import Example, collate, join, pack
+from qdense.ops.cross_entropy import IGNORED
+
+
+class Batches:
+    """The rows of each optimizer step.
+
+    Every epoch takes all rows once, in an order drawn from the seed and the epoch; its last step may have fewer.
+    """
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int) -> None:
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.steps_per_epoch = math.ceil(len(examples) / batch_size)
+        self._order = lru_cache(maxsize=1)(self._draw_order)
+
+    def _draw_order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        order: list[int] = torch.randperm(len(self.examples), generator=generator).tolist()
+        return order
+
+    def of_step(self, step: int) -> list[Example]:
+        """The rows of step 1, 2, ..."""
+        epoch, number = divmod(step - 1, self.steps_per_epoch)
+        chosen = self._order(epoch)[number * self.batch_size : (number + 1) * self.batch_size]
+        return [self.examples[index] for index in chosen]
+
+    def epochs_after(self, step: int) -> float:
+        """Epochs done when `step` is."""
+        return step / self.steps_per_epoch
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed torch's generators for one step's dropout, on every device."""
+    digest = hashlib.blake2b(f"{seed} {step}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest) >> 1)
+
+
+def micro_batches(
+    examples: Sequence[Example], size: int, *, max_length: int | None, pad_token_id: int
+) -> list[dict[str, Any]]:
+    """Examples as the model takes them, with what a step must know of each: rows, num_tokens, num_labels.
+
+    Args:
+        size: rows of the greatest length that one forward pass may hold.
+        max_length: that length, for packed rows; None pads each micro-batch to its longest row.
+    """
+    if max_length is not None:
+        batches = [join(group) for group in pack(examples, size * max_length)]
+    else:
+        groups = [examples[start : start + size] for start in range(0, len(examples), size)]
+        batches = [collate(group, pad_token_id) for group in groups]
+    for batch in batches:
+        batch["num_labels"] = int((batch["labels"][:, 1:] != IGNORED).sum())
+    return batches

@@ -1,0 +1,357 @@
+"""The training of an adapter, top to bottom.
+
+    for each step:  its rows, packed into micro-batches;  forward and backward of each;  clip;  optimizer;  schedule;
+                    tell;  validate;  save
+
+What is peculiar to training a small adapter on a frozen 4-bit base is at hand elsewhere: fp32 masters in `optimizer.py`, what
+a layer recomputes in `qdense/modeling/recompute.py`, the loss without logits in `qdense/modeling/loss.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import get_scheduler
+
+from qdense.cache import require_free_space
+from qdense.data.examples import Example
+from qdense.device import peak_memory
+from qdense.errors import RunError
+from qdense.events import CheckpointSaved, Emit, Notice, StepDone, Validated, ValidationProgress
+from qdense.methods import Method
+from qdense.modeling.attach import run_tensors, trainable_parameters
+from qdense.modeling.load import BaseModel
+from qdense.modeling.loss import without_logits
+from qdense.modeling.packing import packed_attention, why_not_packed
+from qdense.modeling.recompute import Recompute, apply_recompute
+from qdense.planning.memory import Choice
+from qdense.recipe import Recipe
+from qdense.runs import RunFolder
+from qdense.training.batches import Batches, micro_batches, seed_step
+from qdense.training.checkpoint import Checkpoint, last_good_checkpoint
+from qdense.training.metrics import MetricsFile
+from qdense.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state, take_over_changes
+from qdense.training.signals import StopSignals
+from qdense.training.watch import REMEDY, Watch
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training run is made of.
+
+    Attributes:
+        model: the base with its adapter attached; what it trains requires gradients.
+        choice: how steps are cut up; a checkpoint's own is taken instead if `keeps_choice`.
+        training, validation: tokenized rows.
+        metrics: is told every event, as `emit` is, and is on the disk before each checkpoint.
+    """
+
+    recipe: Recipe
+    base: BaseModel
+    model: Any
+    method: Method
+    training: Sequence[Example]
+    validation: Sequence[Example]
+    num_steps: int
+    choice: Choice
+    keeps_choice: bool
+    folder: RunFolder
+    metrics: MetricsFile
+    signals: StopSignals
+    emit: Emit
+
+
+class TrainingLoop:
+    """Trains `job.model`; `run` is the loop.
+
+    Attributes:
+        step: the last one done.
+        choice: how steps are cut up now; memory that runs out changes it.
+        best_step, best_loss, best_weights: of the lowest validation loss so far.
+        seconds: trained so far, pauses between resumed parts and validation left out.
+    """
+
+    def __init__(self, job: Job, accelerator: Accelerator) -> None:
+        settings = job.recipe.training
+        self.job, self.accelerator, self.emit = job, accelerator, job.emit
+        self.is_packed = settings.packing
+        if self.is_packed and (reason := why_not_packed(job.base.model)):
+            self.emit(Notice(f"training.packing: {reason}; rows are padded instead", "warning"))
+            self.is_packed = False
+        self.follow(job.choice)
+        self.batches = Batches(job.training, settings.batch_size, settings.seed)
+        self.parameters = dict(trainable_parameters(job.model))
+        self.optimizer = build_optimizer(
+            settings.optimizer,
+            self.parameters.values(),
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            master_weights=job.recipe.adapter.master_weights and job.recipe.adapter.dtype == "bfloat16",
+        )
+        self.scheduler = get_scheduler(
+            settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
+            self.optimizer,
+            num_warmup_steps=settings.warmup_steps,
+            num_training_steps=job.num_steps,
+        )
+        self.watch = Watch(
+            self.parameters,
+            job.method.awake_at_start,
+            skips=settings.on_nonfinite == "skip",
+            emit=self.emit,
+            last_good=lambda: last_good_checkpoint(job.folder.checkpoints),
+        )
+        # Gradients of several processes are averaged here; one process keeps its model as it is.
+        self.model = accelerator.prepare_model(job.model, device_placement=False)
+        self.step = 0
+        self.best_step, self.best_loss = 0, math.inf
+        self.best_weights: dict[str, Tensor] = {}
+        self.seconds, self.peak_memory_bytes = job.metrics.seconds, 0
+
+    def run(self) -> None:
+        """Train up to the last step, or to the end of the step in which a signal comes; a checkpoint is written at either.
+
+        Raises:
+            RunError: a loss or gradient is not finite, a parameter cannot learn, or a checkpoint cannot be written.
+            OutOfMemoryError: even one row at a time does not fit.
+        """
+        settings, num_steps = self.job.recipe.training, self.job.num_steps
+        while self.step < num_steps and self.job.signals.received is None:
+            started, step = time.monotonic(), self.step + 1
+            self.model.train()
+            batches, losses = self.forward_and_backward(step, self.batches.of_step(step))
+            grad_norm = self.accelerator.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm or math.inf)
+            if self.watch.allows(step, losses, [batch["rows"] for batch in batches]):
+                self.optimizer.step()
+                if self.job.method.schedule is not None:
+                    self.job.method.schedule.step(self.job.model, step)
+                    take_over_changes(self.optimizer)
+            learning_rate = self.scheduler.get_last_lr()[0]
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+            self.step = step
+
+            took = time.monotonic() - started
+            self.seconds += took
+            self.peak_memory_bytes = peak_memory(self.job.base.device)
+            num_tokens = sum(batch["num_tokens"] for batch in batches)
+            self.emit(
+                StepDone(
+                    step=step,
+                    epoch=self.batches.epochs_after(step),
+                    loss=sum(map(float, losses)),
+                    learning_rate=learning_rate,
+                    grad_norm=float(grad_norm),
+                    num_tokens=num_tokens,
+                    tokens_per_second=num_tokens / took,
+                    memory_bytes=self.peak_memory_bytes,
+                    seconds=self.seconds,
+                )
+            )
+            is_last = step == num_steps
+            if self.job.validation and (step % settings.eval_steps == 0 or is_last):
+                self.validate()
+            if step % settings.save_steps == 0 or is_last or self.job.signals.received is not None:
+                self.save()
+
+    # --- forward and backward ---------------------------------------------------------------------------------------------
+
+    def forward_and_backward(self, step: int, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], list[Tensor]]:
+        """Gradients of one step's rows. Memory that runs out repeats the step in smaller pieces; the batch stays what it is.
+
+        Returns:
+            The micro-batches, and the loss of each: token losses summed, over the labels of the whole step.
+        """
+        while True:
+            seed_step(self.job.recipe.training.seed, step)
+            try:
+                return self._try_forward_and_backward(examples)
+            except (torch.OutOfMemoryError, MemoryError):
+                smaller = self._smaller_choice()
+                if smaller is None:
+                    raise
+            # Out of the handler: what the failed pass still held is free by now.
+            if smaller.micro_batch_size < self.choice.micro_batch_size:
+                what = f"micro-batches half as large, as with training.micro_batch_size = {smaller.micro_batch_size}"
+            else:
+                what = 'all layers recomputed, as with training.recompute = "all"'
+            self.follow(smaller)
+            self.emit(
+                Notice(
+                    f"step {step}: out of memory; the step is repeated with {what}. The batch stays {len(examples)}.",
+                    "warning",
+                )
+            )
+            self.optimizer.zero_grad()
+            if self.job.base.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _try_forward_and_backward(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], list[Tensor]]:
+        batches = self.micro_batches(examples)
+        num_labels = torch.tensor(max(1, sum(batch["num_labels"] for batch in batches)), device=self.job.base.device)
+        # Several processes average their gradients; the loss is a mean over the labels of all.
+        num_labels, num_processes = self.accelerator.reduce(num_labels, "sum"), self.accelerator.num_processes
+        losses = []
+        for number, batch in enumerate(batches, start=1):
+            gathering = nullcontext() if number == len(batches) else self.accelerator.no_sync(self.model)
+            with self.passes(1 / len(batches)), gathering:
+                loss = self.token_loss(self.model, batch, num_labels) * num_processes
+                self.accelerator.backward(loss)
+            losses.append(loss.detach())
+            del loss  # its graph holds the first checkpoint, which the next pass needs the room of
+        return batches, losses
+
+    def micro_batches(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        """A step's rows (or some to validate on) as the model takes them: packed, or padded."""
+        return micro_batches(
+            examples,
+            self.choice.micro_batch_size,
+            max_length=self.job.recipe.data.max_length if self.is_packed else None,
+            pad_token_id=self.job.base.pad_token_id,
+        )
+
+    @contextmanager
+    def passes(self, share: float) -> Iterator[None]:
+        """What surrounds each forward, and its backward, which may recompute it; `share`: see RankSchedule.weighing."""
+        with ExitStack() as stack:
+            stack.enter_context(without_logits(self.job.model))
+            if self.is_packed:
+                stack.enter_context(packed_attention(self.job.model))
+            if self.job.method.schedule is not None:
+                stack.enter_context(self.job.method.schedule.weighing(self.job.model, share))
+            yield
+
+    def token_loss(self, model: Any, batch: dict[str, Any], num_labels: Tensor) -> Tensor:
+        """The losses of a micro-batch's tokens, summed, over `num_labels`: a scalar."""
+        arguments = {
+            key: value.to(self.job.base.device) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+            if key not in ("rows", "num_tokens", "num_labels")
+        }
+        loss: Tensor = model(**arguments, use_cache=False, num_items_in_batch=num_labels).loss
+        return loss
+
+    def follow(self, choice: Choice) -> None:
+        """Cut up steps, and recompute, as `choice` says from now on."""
+        self.choice = choice
+        try:
+            apply_recompute(self.job.model, Recompute(choice.recompute_layers, choice.offload, choice.mlp_tile_tokens))
+        except ValueError as error:
+            raise RunError(f"training.recompute: {error}") from error
+
+    def _smaller_choice(self) -> Choice | None:
+        """What needs less memory than the choice now; None if that is all that may be done."""
+        if self.choice.micro_batch_size > 1:
+            return replace(self.choice, micro_batch_size=(self.choice.micro_batch_size + 1) // 2)
+        num_layers = int(self.job.model.config.num_hidden_layers)
+        if self.job.recipe.training.recompute == "auto" and self.choice.recompute_layers < num_layers:
+            return replace(self.choice, recompute_layers=num_layers)
+        return None
+
+    # --- validation -------------------------------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Validation loss: the mean over all loss tokens of the validation rows. The best weights so far are kept."""
+        rows, size = self.job.validation, self.job.recipe.training.batch_size
+        starts = range(0, len(rows), size)
+        self.model.eval()
+        total, count = 0.0, 0
+        one = torch.ones((), device=self.job.base.device)
+        for number, start in enumerate(starts, start=1):
+            for batch in self.micro_batches(rows[start : start + size]):
+                with torch.no_grad(), self.passes(0.0):
+                    total += float(self.token_loss(self.model, batch, one))
+                count += batch["num_labels"]
+            self.emit(ValidationProgress(number, len(starts)))
+        loss = total / count
+        if not math.isfinite(loss):
+            raise RunError(f"step {self.step}: the validation loss is {loss}. {REMEDY}")
+        schedule = self.job.method.schedule
+        has_settled = schedule is None or schedule.has_settled(self.job.model, self.step)
+        is_best = has_settled and loss < self.best_loss
+        if is_best:
+            self.best_step, self.best_loss = self.step, loss
+            self.best_weights = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
+        self.emit(Validated(self.step, loss, is_best))
+
+    @torch.no_grad()
+    def use_best(self) -> int:
+        """Put the weights of the lowest validation loss into the model; returns their step."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.best_weights[name])
+        return self.best_step
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint. Raises RunError with what is left to resume from."""
+        if not self.accelerator.is_main_process:
+            return
+        folder, needed_bytes = self.job.folder.checkpoints, checkpoint_bytes(self.job.model)
+        require_free_space(folder, needed_bytes, f"checkpoint {self.step}")
+        self.job.metrics.sync()  # a checkpoint without the metrics of its steps would leave a gap after a power cut
+        try:
+            path = self._checkpoint().save(folder)
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"step {self.step}: the checkpoint cannot be written: {error}. It needs up to {needed_bytes / 2**20:,.0f} MiB: "
+                f"check the space and permissions of {folder}. {last_good_checkpoint(folder)}"
+            ) from error
+        self.emit(CheckpointSaved(self.step, str(path)))
+
+    def _checkpoint(self) -> Checkpoint:
+        schedule = self.job.method.schedule
+        averages, ranks = schedule.state(self.job.model) if schedule is not None else ({}, None)
+        tensors, numbers = optimizer_state(self.optimizer)
+        values = {
+            "choice": asdict(self.choice),
+            "best_step": self.best_step,
+            "best_loss": self.best_loss if self.best_weights else None,  # JSON has no infinity
+            "optimizer": numbers,
+            "scheduler": self.scheduler.state_dict(),
+            "schedule": ranks,
+        }
+        return Checkpoint(self.step, run_tensors(self.job.model), self.best_weights, tensors, averages, values)
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue where a checkpoint was written. Raises RunError where it does not fit this run."""
+        values, tensors = checkpoint.values, run_tensors(self.job.model)
+        try:
+            if tensors.keys() != checkpoint.weights.keys():
+                odd = sorted(tensors.keys() ^ checkpoint.weights.keys())
+                raise KeyError(f"{len(odd)} tensors are missing or unknown: {odd[0]}")
+            for name, tensor in tensors.items():
+                tensor.copy_(checkpoint.weights[name])
+            load_optimizer_state(self.optimizer, checkpoint.optimizer, values["optimizer"])
+            self.scheduler.load_state_dict(values["scheduler"])
+            for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
+            if self.job.method.schedule is not None:
+                self.job.method.schedule.restore(self.job.model, checkpoint.schedule, values["schedule"])
+            if self.job.keeps_choice:
+                self.follow(Choice(**values["choice"]))
+            if values["best_loss"] is not None:
+                self.best_step, self.best_loss = values["best_step"], values["best_loss"]
+                self.best_weights = {name: checkpoint.best[name] for name in self.parameters}
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise RunError(
+                f"checkpoint {checkpoint.step} of {self.job.folder.path} does not fit this run: {error}. Remove it to continue "
+                "from the one before, or start a new run."
+            ) from error
+        self.step = checkpoint.step
+
+
+def checkpoint_bytes(model: Any) -> int:
+    """An upper bound: weights, fp32 masters, two moments and the best weights are at most 16 bytes a parameter."""
+    frozen = sum(tensor.numel() for tensor in run_tensors(model).values() if not tensor.requires_grad)
+    return 16 * sum(parameter.numel() for _, parameter in trainable_parameters(model)) + 4 * frozen + 2**20

@@ -1,0 +1,79 @@
+"""Experiment trackers (TensorBoard, trackio, wandb, MLflow, ...): accelerate drives them, the run's events feed them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+
+from qdense.errors import RunError
+from qdense.events import Emit, Notice, StepDone, Validated
+from qdense.recipe import Recipe
+from qdense.runs import RunFolder
+
+PROJECT = "qdense"
+_NAMED = {
+    "wandb": "name",
+    "trackio": "name",
+    "mlflow": "run_name",
+    "swanlab": "experiment_name",
+}  # a run's own name there
+
+
+def require_trackers(recipe: Recipe) -> None:
+    """Raise RunError for a tracker whose package is not installed: accelerate would leave it out without a word."""
+    available = {str(tracker.value) for tracker in get_available_trackers()}
+    for name in recipe.training.trackers:
+        if name not in available:
+            raise RunError(
+                f'training.trackers: "{name}" needs a package that is not installed: pip install {name}. Or leave it out.'
+            )
+
+
+class Trackers:
+    """Told a run's events, passes its steps and validations on. A tracker that fails later on ends no run."""
+
+    def __init__(self, accelerator: Accelerator, recipe: Recipe, folder: RunFolder, emit: Emit) -> None:
+        self.accelerator, self.emit = accelerator, emit
+        self.is_on = bool(recipe.training.trackers)
+        if not self.is_on:
+            return
+        config = {key: _plain(value) for key, value in recipe.flattened().items()}
+        options = {name: {_NAMED[name]: folder.path.name} for name in recipe.training.trackers if name in _NAMED}
+        try:
+            accelerator.init_trackers(PROJECT, config, options)
+        except Exception as error:  # theirs: no network, no login, a folder that cannot be written
+            raise RunError(
+                f"training.trackers = {list(recipe.training.trackers)}: cannot be started: {error}. Set them up, or leave out "
+                "training.trackers."
+            ) from error
+
+    def __call__(self, event: Any) -> None:
+        if not self.is_on or not isinstance(event, StepDone | Validated):
+            return
+        table = "train" if isinstance(event, StepDone) else "validation"
+        values = {
+            f"{table}/{key}": value
+            for key, value in asdict(event).items()
+            if key != "step" and not (isinstance(value, float) and not math.isfinite(value))
+        }
+        self._try(lambda: self.accelerator.log(values, step=event.step))
+
+    def close(self) -> None:
+        if self.is_on:
+            self._try(self.accelerator.end_training)
+
+    def _try(self, action: Any) -> None:
+        try:
+            action()
+        except Exception as error:  # a run that trains well does not end because nobody keeps its curves
+            self.is_on = False
+            self.emit(Notice(f"training.trackers: {error}; metrics.jsonl goes on, the trackers do not", "warning"))
+
+
+def _plain(value: Any) -> bool | int | float | str:
+    """What every tracker takes for a setting."""
+    return value if isinstance(value, bool | int | float | str) else str(value)

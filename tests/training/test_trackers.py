@@ -1,0 +1,109 @@
+"""Experiment trackers: TensorBoard and trackio for real, the others by what accelerate says of them; a missing package; a failure."""
+
+import json
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoardTracker
+
+from qdense.errors import RecipeError, RunError
+from qdense.events import Notice, StepDone, Validated
+from qdense.recipe import Tracker
+from qdense.training import trackers as trackers_module
+from qdense.training.metrics import read_metrics
+from tests.helpers.runs import adapter_bytes, killed_run, recipe_for, run
+
+
+def of_run(events):
+    """(step, loss) of training and validation, as a run told them."""
+    return [[(e.step, pytest.approx(e.loss)) for e in events if isinstance(e, kind)] for kind in (StepDone, Validated)]
+
+
+def test_tensorboard_has_the_recipe_and_every_metric(tiny_model, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = recipe_for(tiny_model, tmp_path / "run", training__trackers=["tensorboard"], training__max_steps=4)
+    steps, validations = of_run(run(recipe))
+    found = EventAccumulator(str(tmp_path / "run" / "logs" / "qdense")).Reload()
+    assert {f"train/{key}" for key in ("loss", "learning_rate", "grad_norm", "tokens_per_second")} <= set(
+        found.Tags()["scalars"]
+    )
+    assert [(event.step, event.value) for event in found.Scalars("train/loss")] == steps
+    assert [(event.step, event.value) for event in found.Scalars("validation/loss")] == validations
+    (settings,) = (tmp_path / "run" / "logs" / "qdense").glob("*/hparams.yml")
+    text = settings.read_text()
+    for line in ("adapter.r: 8", "training.learning_rate: 0.01", "data.name: wordproblems", "training.packing: true"):
+        assert line in text
+
+
+def test_trackio_has_the_recipe_and_every_metric(tiny_model, tmp_path, monkeypatch):
+    """In processes of its own: trackio reads its folder's name when it is imported."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+
+    def printed(*command):
+        outcome = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+        assert outcome.returncode == 0, outcome.stderr
+        return outcome.stdout
+
+    script = (
+        "import sys\nfrom tests.helpers.runs import recipe_for, run\n"
+        "run(recipe_for(sys.argv[1], sys.argv[2], training__trackers=['trackio'], training__max_steps=3))\n"
+        "import json, trackio\n(found,) = trackio.Api().runs('qdense')\nprint(json.dumps(found.config))"
+    )
+    config = json.loads(printed("-c", script, str(tiny_model), str(tmp_path / "my-run")).splitlines()[-1])
+    assert (config["adapter.r"], config["training.learning_rate"], config["data.name"]) == (8, 0.01, "wordproblems")
+    kept = [(line["event"], line["step"], line["loss"]) for line in read_metrics(tmp_path / "my-run" / "metrics.jsonl")]
+    for metric, event in (("train/loss", "step"), ("validation/loss", "validation")):
+        query = ["get", "metric", "--project", "qdense", "--run", "my-run", "--metric", metric, "--json"]
+        logged = json.loads(printed("-m", "trackio.cli", *query))["values"]
+        assert [(event, value["step"], value["value"]) for value in logged] == [k for k in kept if k[0] == event]
+
+
+@pytest.mark.parametrize("name", get_args(Tracker))
+def test_accelerate_drives_every_tracker_that_a_recipe_may_name(name):
+    tracker = LOGGER_TYPE_TO_CLASS[name]
+    assert issubclass(tracker, GeneralTracker)
+    for method in ("start", "store_init_configuration", "log", "finish"):
+        assert callable(getattr(tracker, method))
+
+
+def test_accelerate_has_no_tracker_that_a_recipe_may_not_name():
+    assert set(get_args(Tracker)) == set(LOGGER_TYPE_TO_CLASS)
+
+
+def test_a_missing_package_is_named_before_anything_is_done(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers_module, "get_available_trackers", lambda: [])
+    with pytest.raises(RunError, match=r'training.trackers: "wandb" needs a package .*pip install wandb'):
+        run(recipe_for(tiny_model, tmp_path / "run", training__trackers=["wandb"], data__path="none.json"))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(RecipeError, match=r"training.trackers .* a list of experiment trackers: aim, .*tensorboard"):
+        recipe_for(tiny_model, tmp_path / "run", training__trackers=["tensorbord"])
+
+
+def test_a_tracker_that_fails_ends_no_run_and_is_told_once(tiny_model, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(TensorBoardTracker, "log", fails)
+    events = run(recipe_for(tiny_model, tmp_path / "run", training__trackers=["tensorboard"]))
+    told = [event.text for event in events if isinstance(event, Notice) and "no route to host" in event.text]
+    assert len(told) == 1
+    run(recipe_for(tiny_model, tmp_path / "plain"))
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "plain")
+
+
+def test_a_tracker_that_cannot_start_stops_the_run_and_says_so(tiny_model, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("not logged in")
+
+    monkeypatch.setattr(TensorBoardTracker, "start", fails)
+    with pytest.raises(RunError, match=r"training.trackers = \['tensorboard'\]: cannot be started: not logged in"):
+        run(recipe_for(tiny_model, tmp_path / "run", training__trackers=["tensorboard"]))
+
+
+def test_trackers_may_change_at_a_resume(tiny_model, tmp_path):
+    killed_run(recipe_for(tiny_model, tmp_path / "run"), step=3)
+    run(recipe_for(tiny_model, tmp_path / "run", training__trackers=["tensorboard"]), resume=True)
+    assert (tmp_path / "run" / "logs").is_dir()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from qdense.modeling.load import BaseModel
 from qdense.modeling.loss import without_logits
 from qdense.modeling.packing import packed_attention, why_not_packed
 from qdense.modeling.recompute import Recompute, apply_recompute
+from qdense.ops.cross_entropy import IGNORED
 from qdense.planning.memory import Choice
 from qdense.recipe import Recipe
 from qdense.runs import RunFolder
@@ -52,7 +53,8 @@ class Job:
         model: the base with its adapter attached; what it trains requires gradients.
         choice: how steps are cut up; a checkpoint's own is taken instead if `keeps_choice`.
         training, validation: tokenized rows.
-        metrics: is told every event, as `emit` is, and is on the disk before each checkpoint.
+        metrics: is told every event, and is on the disk before each checkpoint; of several processes the first alone
+            has it, and writes.
     """
 
     recipe: Recipe
@@ -65,7 +67,7 @@ class Job:
     choice: Choice
     keeps_choice: bool
     folder: RunFolder
-    metrics: MetricsFile
+    metrics: MetricsFile | None
     signals: StopSignals
     emit: Emit
 
@@ -110,12 +112,10 @@ class TrainingLoop:
             emit=self.emit,
             last_good=lambda: last_good_checkpoint(job.folder.checkpoints),
         )
-        # Gradients of several processes are averaged here; one process keeps its model as it is.
-        self.model = accelerator.prepare_model(job.model, device_placement=False)
         self.step = 0
         self.best_step, self.best_loss = 0, math.inf
         self.best_weights: dict[str, Tensor] = {}
-        self.seconds, self.peak_memory_bytes = job.metrics.seconds, 0
+        self.seconds, self.peak_memory_bytes = job.metrics.seconds if job.metrics else 0.0, 0
 
     def run(self) -> None:
         """Train up to the last step, or to the end of the step in which a signal comes; a checkpoint is written at either.
@@ -125,10 +125,12 @@ class TrainingLoop:
             OutOfMemoryError: even one row at a time does not fit.
         """
         settings, num_steps = self.job.recipe.training, self.job.num_steps
-        while self.step < num_steps and self.job.signals.received is None:
+        is_stopped = self._is_stopped()
+        while self.step < num_steps and not is_stopped:
             started, step = time.monotonic(), self.step + 1
-            self.model.train()
+            self.job.model.train()
             batches, losses = self.forward_and_backward(step, self.batches.of_step(step))
+            self._sum_gradients()
             grad_norm = self.accelerator.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm or math.inf)
             if self.watch.allows(step, losses, [batch["rows"] for batch in batches]):
                 self.optimizer.step()
@@ -143,38 +145,42 @@ class TrainingLoop:
             took = time.monotonic() - started
             self.seconds += took
             self.peak_memory_bytes = peak_memory(self.job.base.device)
-            num_tokens = sum(batch["num_tokens"] for batch in batches)
+            loss, num_tokens = self._summed(sum(map(float, losses)), sum(batch["num_tokens"] for batch in batches))
             self.emit(
                 StepDone(
                     step=step,
                     epoch=self.batches.epochs_after(step),
-                    loss=sum(map(float, losses)),
+                    loss=loss,
                     learning_rate=learning_rate,
                     grad_norm=float(grad_norm),
-                    num_tokens=num_tokens,
+                    num_tokens=int(num_tokens),
                     tokens_per_second=num_tokens / took,
                     memory_bytes=self.peak_memory_bytes,
                     seconds=self.seconds,
                 )
             )
-            is_last = step == num_steps
+            is_last, is_stopped = step == num_steps, self._is_stopped()
             if self.job.validation and (step % settings.eval_steps == 0 or is_last):
                 self.validate()
-            if step % settings.save_steps == 0 or is_last or self.job.signals.received is not None:
+            if step % settings.save_steps == 0 or is_last or is_stopped:
                 self.save()
 
     # --- forward and backward ---------------------------------------------------------------------------------------------
 
     def forward_and_backward(self, step: int, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], list[Tensor]]:
-        """Gradients of one step's rows. Memory that runs out repeats the step in smaller pieces; the batch stays what it is.
+        """Gradients of this process's share of one step's rows. Memory that runs out repeats the step in smaller pieces; the
+        batch stays what it is.
 
         Returns:
             The micro-batches, and the loss of each: token losses summed, over the labels of the whole step.
         """
+        # The loss is a mean over the labels of the whole step, whatever it is cut into.
+        num_labels = sum(int((example.labels[1:] != IGNORED).sum()) for example in examples)
+        mine = examples[self.accelerator.process_index :: self.accelerator.num_processes]
         while True:
             seed_step(self.job.recipe.training.seed, step)
             try:
-                return self._try_forward_and_backward(examples)
+                return self._try_forward_and_backward(mine, max(1, num_labels))
             except (torch.OutOfMemoryError, MemoryError):
                 smaller = self._smaller_choice()
                 if smaller is None:
@@ -195,20 +201,37 @@ class TrainingLoop:
             if self.job.base.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _try_forward_and_backward(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], list[Tensor]]:
+    def _try_forward_and_backward(
+        self, examples: Sequence[Example], num_labels: int
+    ) -> tuple[list[dict[str, Any]], list[Tensor]]:
         batches = self.micro_batches(examples)
-        num_labels = torch.tensor(max(1, sum(batch["num_labels"] for batch in batches)), device=self.job.base.device)
-        # Several processes average their gradients; the loss is a mean over the labels of all.
-        num_labels, num_processes = self.accelerator.reduce(num_labels, "sum"), self.accelerator.num_processes
+        divisor = torch.tensor(num_labels, device=self.job.base.device)
         losses = []
-        for number, batch in enumerate(batches, start=1):
-            gathering = nullcontext() if number == len(batches) else self.accelerator.no_sync(self.model)
-            with self.passes(1 / len(batches)), gathering:
-                loss = self.token_loss(self.model, batch, num_labels) * num_processes
+        for batch in batches:
+            with self.passes(1 / (len(batches) * self.accelerator.num_processes)):
+                loss = self.token_loss(self.job.model, batch, divisor)
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
             del loss  # its graph holds the first checkpoint, which the next pass needs the room of
-        return batches, losses
+        return batches, losses or [torch.zeros((), device=self.job.base.device)]
+
+    def _sum_gradients(self) -> None:
+        """Over all processes, once a step: so each may cut up its own rows as its memory wants."""
+        if self.accelerator.num_processes > 1:
+            for parameter in self.parameters.values():
+                gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+                parameter.grad = self.accelerator.reduce(gradient.to(parameter.grad_dtype), "sum")
+
+    def _summed(self, *values: float) -> list[float]:
+        """Numbers of this process, summed over all."""
+        total: Tensor = self.accelerator.reduce(
+            torch.tensor(values, dtype=torch.float64, device=self.job.base.device), "sum"
+        )
+        return total.tolist()
+
+    def _is_stopped(self) -> bool:
+        """Whether a signal has come, to whichever process."""
+        return self._summed(float(self.job.signals.received is not None))[0] > 0
 
     def micro_batches(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """A step's rows (or some to validate on) as the model takes them: packed, or padded."""
@@ -263,13 +286,13 @@ class TrainingLoop:
         """Validation loss: the mean over all loss tokens of the validation rows. The best weights so far are kept."""
         rows, size = self.job.validation, self.job.recipe.training.batch_size
         starts = range(0, len(rows), size)
-        self.model.eval()
+        self.job.model.eval()
         total, count = 0.0, 0
         one = torch.ones((), device=self.job.base.device)
         for number, start in enumerate(starts, start=1):
             for batch in self.micro_batches(rows[start : start + size]):
                 with torch.no_grad(), self.passes(0.0):
-                    total += float(self.token_loss(self.model, batch, one))
+                    total += float(self.token_loss(self.job.model, batch, one))
                 count += batch["num_labels"]
             self.emit(ValidationProgress(number, len(starts)))
         loss = total / count
@@ -294,7 +317,7 @@ class TrainingLoop:
 
     def save(self) -> None:
         """Write a checkpoint. Raises RunError with what is left to resume from."""
-        if not self.accelerator.is_main_process:
+        if self.job.metrics is None:
             return
         folder, needed_bytes = self.job.folder.checkpoints, checkpoint_bytes(self.job.model)
         require_free_space(folder, needed_bytes, f"checkpoint {self.step}")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import tomli_w
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from qdense.benchmarks.tasks import TASKS
@@ -23,9 +23,9 @@ from qdense.catalogs.datasets import TRAINING_SETS
 from qdense.data.contamination import overlaps
 from qdense.data.examples import Encoded, Example, collate, encode_rows, split_rows
 from qdense.data.sources import DataSet, load_training_set, local_test_set
-from qdense.device import device_name, memory_total, peak_memory
+from qdense.device import choose_device, device_name, memory_total, peak_memory
 from qdense.errors import QDenseError, RunError, RunStopped
-from qdense.events import Emit, Notice, TrainingDone, TrainingStarted
+from qdense.events import Emit, Notice, TrainingDone, TrainingStarted, ignore
 from qdense.methods import METHODS
 from qdense.modeling.adapter_files import AdapterCard, save_adapter, save_trainable
 from qdense.modeling.attach import attach_adapter, trainable_parameters
@@ -63,10 +63,22 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, ac
     """
     require_trackers(recipe)
     run = RunFolder(Path(recipe.output.dir))
+    accelerator = Accelerator(
+        cpu=choose_device(recipe.model.device).type == "cpu",
+        mixed_precision="no",  # base and adapter have their dtypes
+        log_with=list(recipe.training.trackers) or None,
+        project_dir=run.logs,
+    )
+    is_first = accelerator.is_main_process
+    if not is_first:  # of several processes, one decides, tells and writes
+        emit = ignore
     with run.sole_writer():
-        resumed = checkpoint_to_resume(recipe, run, emit, resume=resume, accept_changes=accept_changes)
+        found = [
+            checkpoint_to_resume(recipe, run, emit, resume=resume, accept_changes=accept_changes) if is_first else None
+        ]
+        (resumed,) = broadcast_object_list(found)
         prepared = _prepare(recipe, resumed, data_dir, emit)
-        if resumed is not None:
+        if resumed is not None and is_first:
             refuse_other_inputs(
                 run,
                 data_checksum=prepared.data.checksum,
@@ -76,8 +88,11 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, ac
                 accept_changes=accept_changes,
                 emit=emit,
             )
-        _record(run, prepared, is_new=resumed is None)
-        done = _run(run, prepared, resumed, emit)
+        if is_first:
+            _record(run, prepared, is_new=resumed is None)
+        done = _run(run, prepared, resumed, accelerator, emit)
+        if not is_first:
+            return run.path
         card = AdapterCard(
             model=recipe.model.model_dump(exclude_none=True, exclude={"device"}) | {"name": prepared.base.reference},
             fingerprint=prepared.base.fingerprint,
@@ -165,17 +180,13 @@ def _record(run: RunFolder, prepared: _Prepared, *, is_new: bool) -> None:
         save_trainable(prepared.model, run.initial)
 
 
-def _run(run: RunFolder, prepared: _Prepared, resumed: Resumed | None, emit: Emit) -> TrainingDone:
+def _run(
+    run: RunFolder, prepared: _Prepared, resumed: Resumed | None, accelerator: Accelerator, emit: Emit
+) -> TrainingDone:
     """Train; the model then has the weights that are to be kept. Raises RunStopped where a signal came before the last step."""
     recipe, plan, base = prepared.recipe, prepared.plan, prepared.base
     checkpoint = _load(resumed.checkpoint) if resumed else None
     first_step = checkpoint.step if checkpoint else 0
-    accelerator = Accelerator(
-        cpu=base.device.type == "cpu",
-        mixed_precision="no",  # base and adapter have their dtypes
-        log_with=list(recipe.training.trackers) or None,
-        project_dir=run.logs,
-    )
     total_bytes = memory_total(base.device)
     running = {
         "planned_bytes": plan.predicted_memory_bytes,
@@ -184,7 +195,7 @@ def _run(run: RunFolder, prepared: _Prepared, resumed: Resumed | None, emit: Emi
         "recompute_layers": plan.choice.recompute_layers,
     }
     with (
-        run.running(running),
+        run.running(running) if accelerator.is_main_process else nullcontext(),
         StopSignals(emit) as signals,
         _listeners(run, recipe, accelerator, first_step, emit) as told,
     ):
@@ -241,8 +252,12 @@ def _run(run: RunFolder, prepared: _Prepared, resumed: Resumed | None, emit: Emi
 @contextmanager
 def _listeners(
     run: RunFolder, recipe: Recipe, accelerator: Accelerator, first_step: int, emit: Emit
-) -> Iterator[tuple[MetricsFile, Emit]]:
-    """The metrics file, and what tells it, the trackers and the display of each event; closed at the end, whatever it is."""
+) -> Iterator[tuple[MetricsFile | None, Emit]]:
+    """The metrics file, and what tells it, the trackers and the display of each event; closed at the end, whatever it is.
+    Of several processes the first alone has them."""
+    if not accelerator.is_main_process:
+        yield None, emit
+        return
     metrics, trackers = MetricsFile(run.metrics, resume_step=first_step), None
     try:
         trackers = Trackers(accelerator, recipe, run, emit)
@@ -319,8 +334,6 @@ def _num_steps(recipe: Recipe, num_examples: int, emit: Emit) -> int:
 
 def _warn_of_test_items(name: str, data: DataSet, data_dir: Path | None, emit: Emit) -> None:
     """Say which benchmarks the training set holds items of, as far as their test files are here: nothing is downloaded."""
-    if os.environ.get("RANK", "0") != "0":  # torchrun's other processes would all say the same
-        return
     tests, faults = {}, []
     for task in TASKS.values():
         try:

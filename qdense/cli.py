@@ -497,15 +497,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         show.status = "loading libraries"
         _quiet_libraries()
         from qdense.benchmarks.endpoint import Endpoint
-        from qdense.benchmarks.evaluate import EvaluationRequest, evaluate, newest_run
+        from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
         from qdense.benchmarks.generation import DECODINGS
         from qdense.events import Notice
+        from qdense.runs import newest_finished_run
 
         adapter, endpoint = arguments.adapter, None
         if arguments.endpoint is not None:
             endpoint = Endpoint(arguments.endpoint, arguments.model, arguments.concurrency or Endpoint.concurrency)
         elif adapter is None and arguments.model is None:
-            adapter = newest_run(Path("runs"))
+            adapter = newest_finished_run(Path("runs")).path
             show(Notice(f"scoring the newest finished run, {adapter}"))
         sampling = {
             "num_samples": arguments.samples,

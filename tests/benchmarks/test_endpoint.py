@@ -116,7 +116,7 @@ def test_what_came_before_a_fault_is_kept(workplace, capsys, monkeypatch):
         assert evaluate(url, "mortal", "--limit", "12", "--concurrency", "1") == 2
     error = capsys.readouterr().err
     assert "cannot be reached" in error
-    assert "the same command goes on" in error
+    assert "the same command continues" in error
     on_file = next(workplace.glob("runs/*/eval/*/wordproblems.jsonl")).read_text().splitlines()
     assert [json.loads(line)["index"] for line in on_file] == [0, 1, 2, 3, 4]
 

@@ -603,7 +603,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     if not arguments.runs and arguments.published is None:
         raise QDenseError("nothing to compare: name evaluated runs, or published rows by --published llama3-8b")
     from qdense.cache import write_atomically
-    from qdense.comparison.compare import compare, load_evaluation
+    from qdense.comparison.compare import compare
+    from qdense.comparison.evaluations import load_evaluation
     from qdense.comparison.tables import as_csv, as_markdown
     from qdense.ui import drawn, make_console, show_comparison
 

@@ -271,6 +271,17 @@ def recipe_from_tables(tables: Mapping[str, Any], source: str) -> Recipe:
     raise RecipeError("\n".join([f"{source}: {count}", *lines]))
 
 
+def flattened(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted key: {"adapter": {"r": 16}} as {"adapter.r": 16}."""
+    values: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            values |= {f"{key}.{inner}": found for inner, found in flattened(value).items()}
+        else:
+            values[key] = value
+    return values
+
+
 def _apply_override(tables: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")

@@ -1,8 +1,8 @@
 """The adapter on a base: attached by a recipe, saved in PEFT's format, loaded again, refused where it does not belong.
 
-Full fine-tuning takes the same way; what it saves is a whole model in Transformers' format. Beside the files of either lies
-qdense.json: the base's fingerprint, the prompt template, and what made the adapter. Adapters that PEFT alone has made load
-too; nothing then vouches for their base.
+Full fine-tuning goes the same way; what it saves is a whole model in Transformers' format. Beside the files of either is
+qdense.json: the base's fingerprint, the prompt template, and what made the adapter. Adapters made by PEFT alone load too; then
+nothing vouches for their base.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PEFT_TYPES = {
     "DENSELORA", "NORA", "RED", "LORA", "ADALORA", "VERA", "LOKR", "LOHA", "IA3", "OFT", "BOFT", "HRA", "FOURIERFT", "RANDLORA",
     "VBLORA", "LN_TUNING", "MISS", "SHIRA", "C3A",
 }  # fmt: skip
-_LARGEST = 1e6  # value of a trained tensor; a flipped bit makes 1e38, whose products are no numbers
+_LARGEST = 1e6  # value of a trained tensor; a flipped bit makes 1e38, whose products overflow
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Which values of a configuration are sizes of tensors. Not LoKr's: there a rank beyond the matrix means the whole matrix.
 _SIZES = ("r", "init_r", "r_inner", "n_frequency", "num_vectors", "vector_length")
@@ -55,7 +55,7 @@ class AdapterCard:
 
 
 def save_adapter(model: Any, folder: Path, card: AdapterCard | None) -> None:
-    """Write the adapter (PEFT's format, safetensors), or the whole model where there is none, and, if given, its card."""
+    """Write the adapter (PEFT's format, safetensors), or the whole model where there is none, and its card if given."""
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
@@ -78,7 +78,7 @@ _TRAINABLE_FILE = "trainable.safetensors"
 
 
 def save_state(model: Any, folder: Path, method: Method) -> None:
-    """Write what a run needs to go on: the adapter in PEFT's format; where that is not all (AdaLoRA's is cut to the ranks of
+    """Write what a run needs to continue: the adapter in PEFT's format; where that is not all (AdaLoRA's is cut to the ranks of
     the moment), or there is none, the trained tensors as they are."""
     if method.is_saved_whole_by_peft:
         save_adapter(model, folder, card=None)
@@ -140,7 +140,7 @@ def _refuse_odd_values(folder: Path, weights: Mapping[str, torch.Tensor]) -> Non
 
 
 def read_card(folder: Path) -> AdapterCard:
-    """The adapter's card; for one without, what PEFT's configuration tells. Raises AdapterError."""
+    """The adapter's card; for one without, what PEFT's configuration says. Raises AdapterError."""
     path = folder / CARD_FILE
     if path.is_file():
         try:

@@ -136,9 +136,8 @@ def _grouped(evaluations: Sequence[Evaluation], tasks: Sequence[str]) -> list[li
         earlier = by_folder.setdefault(folder, evaluation)
         if earlier is not evaluation:
             raise EvaluationError(f"{evaluation.run}: named twice ({earlier.run} is the same evaluation, {folder})")
-        recipe = evaluation.recipe_without_seed() or str(
-            folder
-        )  # where there is none, nothing tells whose seed it would be
+        # Without a recipe, nothing tells whose seed it would be.
+        recipe = evaluation.recipe_without_seed() or str(folder)
         parts = [evaluation.settings["base_fingerprint"], evaluation.how(tasks), recipe]
         group = groups.setdefault(json.dumps(parts, sort_keys=True, default=str), [])
         for other in group:

@@ -50,7 +50,7 @@ class Evaluation:
         return how | {"max_new_tokens": {task: self.settings["max_new_tokens"][task] for task in tasks}}
 
     def recipe_without_seed(self) -> dict[str, Any] | None:
-        """All that decided the adapter but its seed, its training rows included, by key ("adapter.r"); None for a base."""
+        """All that decided the adapter but its seed, its training rows included, by key ("adapter.r"); None if unknown."""
         if self.recipe is None or self.is_base:
             return None
         tables = {key: value for key, value in self.recipe.items() if key not in ("output", "provenance")}

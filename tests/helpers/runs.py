@@ -8,6 +8,7 @@ import pytest
 
 from qdense.events import StepDone
 from qdense.recipe import recipe_from_tables
+from qdense.runs import PEFT_WEIGHTS_FILE, RunFolder
 from qdense.training.run import train
 
 BASICS = {
@@ -44,7 +45,7 @@ def run(recipe, resume=False):
 
 
 def adapter_bytes(folder):
-    return (Path(folder) / "adapter" / "adapter_model.safetensors").read_bytes()
+    return (RunFolder(Path(folder)).adapter / PEFT_WEIGHTS_FILE).read_bytes()
 
 
 def killed_run(recipe, step):

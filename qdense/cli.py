@@ -497,15 +497,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         show.status = "loading libraries"
         _quiet_libraries()
         from qdense.benchmarks.endpoint import Endpoint
-        from qdense.benchmarks.evaluate import EvaluationRequest, evaluate, newest_run
+        from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
         from qdense.benchmarks.generation import DECODINGS
         from qdense.events import Notice
+        from qdense.runs import newest_finished_run
 
         adapter, endpoint = arguments.adapter, None
         if arguments.endpoint is not None:
             endpoint = Endpoint(arguments.endpoint, arguments.model, arguments.concurrency or Endpoint.concurrency)
         elif adapter is None and arguments.model is None:
-            adapter = newest_run(Path("runs"))
+            adapter = newest_finished_run(Path("runs")).path
             show(Notice(f"scoring the newest finished run, {adapter}"))
         sampling = {
             "num_samples": arguments.samples,
@@ -602,7 +603,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     if not arguments.runs and arguments.published is None:
         raise QDenseError("nothing to compare: name evaluated runs, or published rows by --published llama3-8b")
     from qdense.cache import write_atomically
-    from qdense.comparison.compare import compare, load_evaluation
+    from qdense.comparison.compare import compare
+    from qdense.comparison.evaluations import load_evaluation
     from qdense.comparison.tables import as_csv, as_markdown
     from qdense.ui import drawn, make_console, show_comparison
 

@@ -233,14 +233,6 @@ class Recipe(_Table):
         return flattened(self.resolved())
 
 
-def flattened(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as {"table.key": value}."""
-    values: dict[str, Any] = {}
-    for key, value in tables.items():
-        values |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return values
-
-
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
@@ -286,6 +278,17 @@ def recipe_from_tables(tables: Mapping[str, Any], source: str) -> Recipe:
     lines = [f"  {shown:<{width}}   {message}" for shown, message in problems.values()]
     count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
     raise RecipeError("\n".join([f"{source}: {count}", *lines]))
+
+
+def flattened(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted key: {"adapter": {"r": 16}} as {"adapter.r": 16}."""
+    values: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            values |= {f"{key}.{inner}": found for inner, found in flattened(value).items()}
+        else:
+            values[key] = value
+    return values
 
 
 def _apply_override(tables: dict[str, Any], override: str) -> None:

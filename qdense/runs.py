@@ -1,15 +1,29 @@
 """A run's folder: every name in it, who may write there, what is finished. Nothing else in the package spells these names.
 
-recipe.toml          the resolved recipe, with [provenance]: versions, device, data checksum, base fingerprint, git hash and
-                     the plan's choice, which a resumed run keeps
-metrics.jsonl        a line for each step and each validation
-initial.safetensors  the trained tensors before the first step (not of full fine-tuning: they are the base's)
-adapter/             the result: PEFT's files and qdense.json
-checkpoints/         what --resume continues from
-eval/DIGEST/         what `qdense evaluate` found, a folder for each way of evaluating
-analysis/            what `qdense analyze` drew
-logs/                what trackers wrote
-.lock, .running      held, and left behind, by the process that trains here
+RUN/:
+
+    recipe.toml          the resolved recipe, with [provenance]: versions, device, data checksum, base fingerprint, git hash and
+                         the plan's choice, which a resumed run keeps
+    metrics.jsonl        a line for each step and each validation
+    initial.safetensors  the trained tensors before the first step (not of full fine-tuning: they are the base's)
+    adapter/             the result: PEFT's files and qdense.json
+    checkpoints/         what --resume continues from
+    eval/DIGEST/         what `qdense evaluate` found, a folder for each way of evaluating
+    analysis/            what `qdense analyze` drew
+    logs/                what trackers wrote
+    .lock, .running      held, and left behind, by the process that trains here
+
+A model that was not trained here has evaluations only: in runs/base-MODEL/ those of a bare base, in runs/endpoint-MODEL/ those
+of a model behind an endpoint.
+
+eval/DIGEST/:
+    settings.json        all that could change a completion (decoding, template, dtype, base, adapter, data, versions, ...);
+                         DIGEST is their checksum, so results never mix
+    TASK.jsonl           a task's completions, one a line
+    sessions.json        each start that completed something: when, by which commit, with which batch sizes, by which server
+    items.json           which items are right by which rule: what `qdense compare` pairs runs by
+    summary.json         accuracies with their intervals; written last
+    .lock                held by the process that evaluates here
 """
 
 from __future__ import annotations
@@ -25,11 +39,35 @@ from pathlib import Path
 from typing import Any
 
 from qdense.cache import LOCK_FILE, locked, write_atomically
-from qdense.errors import AdapterError, RunError
+from qdense.errors import AdapterError, EvaluationError, RunError
 
 CARD_FILE = "qdense.json"  # beside an adapter's own files: what made it
 PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's own names
 _ADAPTER, _EVALUATIONS = "adapter", "eval"
+_RUNS = Path("runs")  # where models that were not trained here are evaluated
+
+
+@dataclass(frozen=True)
+class AnalysisFolder:
+    """RUN/analysis, or wherever else `qdense analyze` writes."""
+
+    path: Path
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def heat_maps(self) -> Path:
+        return self.path / "heatmaps.png"
+
+    @property
+    def layers(self) -> Path:
+        return self.path / "layers.png"
+
+    @property
+    def histograms(self) -> Path:
+        return self.path / "histograms.png"
 
 
 @dataclass(frozen=True)
@@ -40,26 +78,21 @@ class EvaluationFolder:
 
     @property
     def settings(self) -> Path:
-        """All that could change a completion; their checksum is the folder's name."""
         return self.path / "settings.json"
 
     @property
     def sessions(self) -> Path:
-        """What held for one start and not for another: batch sizes, retries, commit."""
         return self.path / "sessions.json"
 
     @property
     def items(self) -> Path:
-        """Whether each item was right, by each rule."""
         return self.path / "items.json"
 
     @property
     def summary(self) -> Path:
-        """Accuracies with their intervals; written last."""
         return self.path / "summary.json"
 
     def completions(self, task: str) -> Path:
-        """A task's completions, one a line."""
         return self.path / f"{task}.jsonl"
 
     @property
@@ -70,6 +103,17 @@ class EvaluationFolder:
     @property
     def is_finished(self) -> bool:
         return self.summary.is_file() and self.items.is_file()
+
+    @contextmanager
+    def sole_writer(self) -> Iterator[None]:
+        """Make the folder and keep other processes out of it. Raises EvaluationError if one is evaluating there."""
+        self.path.mkdir(parents=True, exist_ok=True)
+
+        def in_use() -> EvaluationError:
+            return EvaluationError(f"{self.path}: another process is running this evaluation. Wait until it ends.")
+
+        with locked(self.path, in_use):
+            yield
 
 
 @dataclass(frozen=True)
@@ -82,6 +126,17 @@ class RunFolder:
     def of_adapter(cls, adapter: Path) -> RunFolder:
         """The run whose adapter lies in this folder; an adapter from elsewhere counts as a run of its own."""
         return cls(adapter.parent if adapter.name == _ADAPTER else adapter)
+
+    @classmethod
+    def of_base(cls, model: str) -> RunFolder:
+        """Where the evaluations of a bare base lie."""
+        return cls(_RUNS / f"base-{Path(model).name}")
+
+    @classmethod
+    def of_endpoint(cls, model: str) -> RunFolder:
+        """Where the evaluations of an endpoint's model lie."""
+        safe_name = "".join(c if c.isalnum() or c in "-_." else "-" for c in model).strip(".") or "model"
+        return cls(_RUNS / f"endpoint-{safe_name}")
 
     @property
     def recipe(self) -> Path:
@@ -112,8 +167,8 @@ class RunFolder:
         return self.path / "logs"
 
     @property
-    def analysis(self) -> Path:
-        return self.path / "analysis"
+    def analysis(self) -> AnalysisFolder:
+        return AnalysisFolder(self.path / "analysis")
 
     @property
     def _running(self) -> Path:
@@ -162,13 +217,14 @@ class RunFolder:
                 "--output."
             )
 
-        try:
-            with locked(self.path, in_use):
+        with locked(self.path, in_use):
+            try:
                 yield
-        finally:
-            with suppress(OSError):
-                if self.is_empty:  # nothing came of it
-                    shutil.rmtree(self.path)
+            finally:
+                # While the lock is held: a process that was refused must not remove what another has only just begun.
+                with suppress(OSError):
+                    if self.is_empty:  # nothing came of it
+                        shutil.rmtree(self.path)
 
     @contextmanager
     def running(self, facts: dict[str, Any]) -> Iterator[None]:
@@ -183,7 +239,7 @@ class RunFolder:
         """The facts of a process that trains here, or that was killed while it did; else empty."""
         try:
             facts = json.loads(self._running.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return facts if isinstance(facts, dict) else {}
 
@@ -209,3 +265,31 @@ def find_adapter(path: Path) -> Path:
         raise AdapterError(f"{path}: no such run or adapter")
     hint = " The run is not finished: `qdense train RECIPE --resume` continues it." if run.checkpoints.exists() else ""
     raise AdapterError(f"{path}: holds no adapter ({PEFT_CONFIG_FILE} or {CARD_FILE}, here or in {_ADAPTER}/).{hint}")
+
+
+def find_evaluation(path: Path) -> EvaluationFolder:
+    """An evaluation's folder, given itself, or its run, RUN/adapter or RUN/eval: of several, the one that was finished last.
+
+    It need not be finished: that is for the caller to say.
+
+    Raises:
+        EvaluationError: there is none.
+    """
+    if not path.is_dir():
+        raise EvaluationError(f"{path}: no such folder. Name a run, its RUN/{_EVALUATIONS}/DIGEST, or runs/base-MODEL.")
+    if path.name in (_ADAPTER, _EVALUATIONS):
+        path = path.parent
+    named = EvaluationFolder(path)
+    if named.settings.is_file() or named.run is not None:
+        return named
+    found = RunFolder(path).evaluations()
+    if not found:
+        raise EvaluationError(
+            f"{path}: not evaluated yet; run `qdense evaluate TASKS --adapter {path}`, or with --model NAME for a bare base"
+        )
+
+    def rank(evaluation: EvaluationFolder) -> tuple[bool, int]:
+        has_summary = evaluation.summary.is_file()
+        return evaluation.is_finished, evaluation.summary.stat().st_mtime_ns if has_summary else -1
+
+    return max(found, key=rank)

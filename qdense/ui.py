@@ -613,7 +613,7 @@ def show_methods(console: Console, counts: Sequence[ParameterCount]) -> None:
 
 def show_merge(console: Console, report: MergeReport) -> None:
     """What `qdense merge` wrote, and what it cost."""
-    console.print(clean(f"wrote {report.folder}: the adapter on {report.onto} weights, rounded to {report.held_in}"))
+    console.print(clean(f"wrote {report.folder}: the adapter on {report.onto} weights, rounded to {report.rounded_to}"))
     console.print(
         f"lost to rounding: {100 * report.lost_median:.2g}% of an update in the median of {report.num_layers} layers, at most "
         f"{100 * report.lost_worst:.2g}% ({clean(report.worst_layer)})"

@@ -6,7 +6,7 @@ import pytest
 import tomli_w
 
 from qdense.errors import RecipeError
-from qdense.recipe import load_recipe, recipe_from_tables
+from qdense.recipe import flattened, load_recipe, recipe_from_tables
 from tests.helpers import ROOT
 
 RECIPES = ROOT / "recipes"
@@ -179,3 +179,8 @@ def test_alternatives_are_told_in_one_line(value):
 def test_the_name_of_others_for_recomputation_is_understood():
     text = problems_of(MINIMAL | {"training": {"gradient_checkpointing": True}})
     assert "training.gradient_checkpointing   is called training.recompute here" in text
+
+
+def test_values_by_dotted_key():
+    tables = {"adapter": {"r": 16, "adalora": {"cut_every": 1}}, "data": {}, "x": [{"y": 1}]}
+    assert flattened(tables) == {"adapter.r": 16, "adapter.adalora.cut_every": 1, "x": [{"y": 1}]}

@@ -31,10 +31,11 @@ from qdense.benchmarks.generation import DECODINGS, Prompt, generate, longest_fi
 from qdense.benchmarks.tasks import load_items, task_named
 from qdense.cli import _quiet_libraries
 from qdense.data.templates import template_named
-from qdense.modeling.adapter_files import find_adapter, load_adapter, read_card
+from qdense.modeling.adapter_files import load_adapter, read_card
 from qdense.modeling.load import BaseModel, load_base
 from qdense.provenance import git_hash, package_versions
 from qdense.recipe import ModelRecipe
+from qdense.runs import find_adapter
 
 # What one way of completing gives: item -> number of tokens that it generated (EOS is one), and the text.
 Texts = dict[int, tuple[int, str]]
@@ -197,7 +198,7 @@ def main() -> None:
     parts = [
         f"## {subject}, {recipe.quantization} computed in {arguments.dtype}\n\n{device}; "
         + ", ".join(f"{name} {version}" for name, version in package_versions().items())
-        + f"; commit {git_hash()}; held in memory as: {base.held_in}"
+        + f"; commit {git_hash()}; stored in memory as: {base.stored_as}"
     ]
     if beams:
         ways = {

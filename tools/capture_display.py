@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import io
-import tomllib
 from pathlib import Path
 
 from rich.console import Console
 
 from qdense.events import StepDone, TrainingStarted, Validated
 from qdense.recipe import load_recipe
+from qdense.runs import RunFolder
 from qdense.training.metrics import read_metrics
 from qdense.ui import TrainingDisplay
 
@@ -33,8 +33,8 @@ def main() -> None:
 
     import psutil
 
-    recipe = load_recipe(arguments.run / "recipe.toml")
-    provenance = tomllib.loads((arguments.run / "recipe.toml").read_text())["provenance"]
+    run = RunFolder(arguments.run)
+    recipe, provenance = load_recipe(run.recipe), run.provenance()
     console = Console(
         record=True, width=arguments.width, force_terminal=True, file=io.StringIO(), color_system="truecolor"
     )
@@ -49,7 +49,7 @@ def main() -> None:
             memory_name="process" if "CPU" in provenance["device"] else "GPU",
         )
     )
-    for line in read_metrics(arguments.run / "metrics.jsonl"):
+    for line in read_metrics(run.metrics):
         kind = line.pop("event")
         if line["step"] <= arguments.step:
             display.update(StepDone(**line) if kind == "step" else Validated(**line))

@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 
-from qdense.comparison.compare import compare, load_evaluation
+from qdense.comparison.compare import compare
+from qdense.comparison.evaluations import load_evaluation
 from qdense.data.examples import collate, encode_rows
 from qdense.data.sources import load_training_set
 from qdense.methods import METHODS
@@ -36,6 +37,7 @@ from qdense.modeling.load import load_base
 from qdense.modeling.loss import without_logits
 from qdense.provenance import git_hash, package_versions
 from qdense.recipe import load_recipe
+from qdense.runs import RunFolder
 from qdense.training.metrics import read_metrics
 from qdense.training.optimizer import build_optimizer
 
@@ -87,7 +89,7 @@ class Found:
 def train(plan: Plan, variant: str, rate: float, seed: int, steps: int) -> tuple[Path, float]:
     """One run: its folder, and its validation loss; infinity if it failed, for a learning rate can be too high."""
     folder = plan.output / f"{variant}-{rate:g}-{steps}-{seed}"
-    if not (folder / "adapter" / "qdense.json").is_file():
+    if not RunFolder(folder).is_finished:
         command = [sys.executable, "-m", "qdense", "train", str(plan.recipe), "--output", str(folder), "--quiet"]
         if folder.exists():
             command.append("--resume")
@@ -97,7 +99,7 @@ def train(plan: Plan, variant: str, rate: float, seed: int, steps: int) -> tuple
         if outcome.returncode:
             print(f"  {folder.name}: {outcome.stderr.strip()[-300:]}", flush=True)
             return folder, math.inf
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["event"] == "validation"]
+    lines = [line for line in read_metrics(RunFolder(folder).metrics) if line["event"] == "validation"]
     loss = float(lines[-1]["loss"])
     print(f"  {folder.name}: validation loss {loss:.4f}", flush=True)
     return folder, loss
@@ -287,7 +289,7 @@ def report(plan: Plan, found: dict[str, Found], base: Path, seconds: dict[str, l
             continue
         count, accuracies = _accuracies(outcome.scored)
         at_edge = outcome.best in (RATES[0], RATES[-1])
-        losses = [read_metrics(run / "metrics.jsonl") for run in outcome.runs]
+        losses = [read_metrics(RunFolder(run).metrics) for run in outcome.runs]
         cells = [
             variant,
             f"{count:,}",

@@ -32,6 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from qdense.cli import main as qdense
+from qdense.runs import PEFT_WEIGHTS_FILE, RunFolder
 from qdense.training.checkpoint import checkpoint_step, checkpoints, fault_of
 from qdense.training.metrics import read_metrics
 
@@ -123,7 +124,7 @@ class Faults:
         os.environ["QDENSE_CACHE"] = str(folder / "cache")
         maker = os.fork()
         if maker == 0:
-            importlib.import_module("tests.conftest").make_tiny_model(folder / "tiny")
+            importlib.import_module("tests.helpers.models").make_tiny_model(folder / "tiny")
             os._exit(0)
         os.waitpid(maker, 0)
         (folder / "recipe.toml").write_text(_RECIPE.format(model=folder / "tiny"))
@@ -141,14 +142,13 @@ class Faults:
 
     def differs(self, run_dir: Path) -> str:
         """What of a finished run is not as in the undisturbed one; empty if nothing."""
-        name = Path("adapter", "adapter_model.safetensors")
-        if not (run_dir / name).is_file():
+        run, whole = RunFolder(run_dir), RunFolder(self.whole)
+        if not (run.adapter / PEFT_WEIGHTS_FILE).is_file():
             return "no adapter"
-        if (run_dir / name).read_bytes() != (self.whole / name).read_bytes():
+        if (run.adapter / PEFT_WEIGHTS_FILE).read_bytes() != (whole.adapter / PEFT_WEIGHTS_FILE).read_bytes():
             return "another adapter"
         ours, theirs = (
-            [{key: line.get(key) for key in _SAME} for line in read_metrics(folder / "metrics.jsonl")]
-            for folder in (run_dir, self.whole)
+            [{key: line.get(key) for key in _SAME} for line in read_metrics(folder.metrics)] for folder in (run, whole)
         )
         return "" if ours == theirs else "other metrics"
 
@@ -169,7 +169,7 @@ class Faults:
                 moment = self.random.uniform(0, self.seconds)
                 waits_for_checkpoint = self.random.random() < 0.5
                 skipped = self.random.randrange(6)  # checkpoints
-                unfinished = run_dir / "checkpoints" / ".unfinished"
+                unfinished = RunFolder(run_dir).checkpoints / ".unfinished"
                 was_there = False
                 while child.is_running():
                     is_there = unfinished.exists()
@@ -215,7 +215,7 @@ class Faults:
                 fault = fault or f"said {child.text[-200:]!r}"
             if child.text.count("\x1b[?25l") > child.text.count("\x1b[?25h"):
                 fault = fault or "the cursor stays hidden"
-            newest = [checkpoint_step(path) for path in checkpoints(run_dir / "checkpoints")[:1]]
+            newest = [checkpoint_step(path) for path in checkpoints(RunFolder(run_dir).checkpoints)[:1]]
             if newest < [before] and not name.endswith("twice"):
                 fault = fault or f"checkpoint of {newest}, not {before}"
             fault = fault or self.finish(run_dir)
@@ -231,13 +231,13 @@ class Faults:
             time.sleep(0.002)
         child.kill(signal.SIGKILL)
         child.wait()
-        names = sorted(path.name for path in checkpoints(start / "checkpoints")[0].iterdir())
+        names = sorted(path.name for path in checkpoints(RunFolder(start).checkpoints)[0].iterdir())
         cases = [(name, how) for name in names for how in ("truncate", "flip", "remove")]
         self.random.shuffle(cases)
         for name, how in cases[:times]:
             run_dir = self.new_run()
             shutil.copytree(start, run_dir)
-            newest = checkpoints(run_dir / "checkpoints")[0]
+            newest = checkpoints(RunFolder(run_dir).checkpoints)[0]
             path = newest / name
             content = bytearray(path.read_bytes())
             if how == "flip":
@@ -270,7 +270,7 @@ class Faults:
                     _fill(filler, disk, leaving=int(10 ** self.random.uniform(0, 6)))
                 if number % 4 > 1:  # while one is being written: there is room for it when it begins
                     _fill(filler, disk, leaving=3_000_000)
-                    while child.is_running() and not (run_dir / "checkpoints" / ".unfinished").exists():
+                    while child.is_running() and not (RunFolder(run_dir).checkpoints / ".unfinished").exists():
                         time.sleep(0.0002)
                     _fill(disk / "more", disk, leaving=int(10 ** self.random.uniform(0, 5)))
                 status = child.wait()
@@ -280,7 +280,7 @@ class Faults:
                     told += 1
                     if "space" not in said.lower():
                         fault = fault or f"not told: {said[-200:]}"
-                bad = [str(path) for path in checkpoints(run_dir / "checkpoints") if fault_of(path)]
+                bad = [str(path) for path in checkpoints(RunFolder(run_dir).checkpoints) if fault_of(path)]
                 fault = fault or ", ".join(bad)
                 for path in (filler, disk / "more"):
                     path.unlink(missing_ok=True)
@@ -313,17 +313,17 @@ class Faults:
                      "--max-new-tokens", "24", "--batch-size", "4"]  # fmt: skip
 
         def lines() -> list[str]:
-            return [
-                line
-                for path in self.whole.glob("eval/*/wordproblems.jsonl")
-                for line in path.read_text().split("\n")
-                if line
-            ]
+            files = [evaluation.completions("wordproblems") for evaluation in RunFolder(self.whole).evaluations()]
+            return [line for path in files if path.exists() for line in path.read_text().split("\n") if line]
+
+        def start_over() -> None:
+            for evaluation in RunFolder(self.whole).evaluations():
+                shutil.rmtree(evaluation.path)
 
         started = time.monotonic()
         assert Child(self.folder, *arguments).wait() == 0
         seconds, expected = time.monotonic() - started, lines()
-        shutil.rmtree(self.whole / "eval")
+        start_over()
         lost, times_with_lines = [], 0
         on_file: list[str] = []
         for _ in range(times):
@@ -338,7 +338,7 @@ class Faults:
             times_with_lines += len(now) > len(on_file)
             on_file = now
             if len(on_file) == len(expected):
-                shutil.rmtree(self.whole / "eval")
+                start_over()
                 on_file = []
         status = Child(self.folder, *arguments).wait()
         indices = [json.loads(line)["index"] for line in lines()]
@@ -360,7 +360,7 @@ def _is_json(line: str) -> bool:
 
 
 def _steps(run_dir: Path) -> int:
-    path = run_dir / "metrics.jsonl"
+    path = RunFolder(run_dir).metrics
     return (
         sum('"step"' in line for line in path.read_text().splitlines() if '"event": "step"' in line)
         if path.exists()
@@ -398,7 +398,7 @@ def main() -> int:
         "qdense.training.run",
         "qdense.benchmarks.evaluate",
         "qdense.ui",
-        "tests.conftest",
+        "tests.helpers.models",
     ):  # here, so that children need not
         importlib.import_module(name)
     rows, num_lost = [], 0

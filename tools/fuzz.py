@@ -48,7 +48,8 @@ import tomli_w
 import torch
 from safetensors.torch import load_file, save_file
 
-from qdense.benchmarks import evaluate
+from qdense.benchmarks import local_model
+from qdense.benchmarks.request import EvaluationRequest
 from qdense.benchmarks.results import read_completions, score_task
 from qdense.benchmarks.tasks import TASKS
 from qdense.cli import _quiet_libraries
@@ -60,6 +61,7 @@ from qdense.modeling.adapter_files import AdapterCard, save_adapter
 from qdense.modeling.attach import attach_adapter
 from qdense.modeling.load import BaseModel, load_base
 from qdense.recipe import AdapterRecipe, ModelRecipe, load_recipe
+from qdense.runs import CARD_FILE, PEFT_CONFIG_FILE
 
 _SECONDS, _BYTES = 10, 2**30
 _LIMIT_BYTES = 6 * 2**30  # no case gets more, whatever it asks for: the machine is shared
@@ -317,7 +319,7 @@ class Adapters:
 
     def __init__(self, folder: Path) -> None:
         os.environ["QDENSE_CACHE"] = str(folder / "cache")
-        importlib.import_module("tests.conftest").make_tiny_model(folder / "tiny")
+        importlib.import_module("tests.helpers.models").make_tiny_model(folder / "tiny")
         self.folder, self.sound = folder / "adapter", []
         self.bases = {
             name: load_base(ModelRecipe(name=str(folder / "tiny"), quantization=name, device="cpu"))
@@ -345,7 +347,7 @@ class Adapters:
         sound = mutator.random.choice(self.sound)
         shutil.copytree(sound, self.folder)
         weights = next(self.folder.glob("*.safetensors")).name
-        name = mutator.random.choice(["qdense.json", "adapter_config.json", weights, "tensors"])
+        name = mutator.random.choice([CARD_FILE, PEFT_CONFIG_FILE, weights, "tensors"])
         if name == "tensors" or not (self.folder / name).exists():
             self._change_tensors(mutator)
         else:
@@ -356,12 +358,12 @@ class Adapters:
             )
 
         def check() -> None:
-            request = evaluate.EvaluationRequest([TASKS["gsm8k"]], self.folder, {}, with_base=False)
+            request = EvaluationRequest([TASKS["gsm8k"]], self.folder, {}, with_base=False)
             # `qdense evaluate` gets the base that is at hand, whatever a mutated card names.
-            with mock.patch.object(evaluate, "load_base", lambda recipe, *_, **__: self._base(recipe.quantization)):
-                respondents, _, _ = evaluate._load_models(request, self.folder, ignore)
+            with mock.patch.object(local_model, "load_base", lambda recipe, *_, **__: self._base(recipe.quantization)):
+                loaded = local_model.load_model(request, self.folder, ignore)
             with torch.no_grad():
-                logits = respondents[0].model(torch.arange(5).reshape(1, 5)).logits  # type: ignore[attr-defined]
+                logits = loaded.model(torch.arange(5).reshape(1, 5)).logits
             assert torch.isfinite(logits).all(), "logits that are no numbers"
             for file in self.folder.glob("*.safetensors"):
                 assert all(tensor.isfinite().all() for tensor in load_file(file).values()), (

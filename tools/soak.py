@@ -33,6 +33,7 @@ from qdense.cli import _quiet_libraries
 from qdense.events import StepDone
 from qdense.provenance import git_hash, package_versions
 from qdense.recipe import recipe_from_tables
+from qdense.runs import RunFolder
 from qdense.training.metrics import read_metrics
 from qdense.training.run import train
 from qdense.ui import EvaluationDisplay, TrainingDisplay
@@ -65,7 +66,7 @@ def main() -> int:
         folder = Path(name)
         os.environ["QDENSE_CACHE"] = str(folder / "cache")
         os.chdir(folder)
-        importlib.import_module("tests.conftest").make_tiny_model(folder / "tiny")
+        importlib.import_module("tests.helpers.models").make_tiny_model(folder / "tiny")
         for number in range(arguments.steps // arguments.part):
             run_dir = folder / f"run-{number}"
             recipe = recipe_from_tables(
@@ -82,7 +83,7 @@ def main() -> int:
             console = Console(file=io.StringIO(), force_terminal=True, width=100)
             with TrainingDisplay(console) as watch.show:
                 train(recipe, resume=False, data_dir=None, emit=watch)
-            lines = read_metrics(run_dir / "metrics.jsonl")
+            lines = read_metrics(RunFolder(run_dir).metrics)
             steps = [line["step"] for line in lines if line["event"] == "step"]
             validated = [line["step"] for line in lines if line["event"] == "validation"]
             if steps != list(range(1, arguments.part + 1)) or validated != list(range(25, arguments.part + 1, 25)):

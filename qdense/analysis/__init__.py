@@ -10,18 +10,19 @@ from pathlib import Path
 from qdense.analysis.updates import NEAR_ZERO, FactorSummary, common_side, load_updates, summarize
 from qdense.cache import write_atomically
 from qdense.errors import QDenseError
+from qdense.runs import AnalysisFolder, RunFolder, find_adapter
 
 _LARGEST_SIDE = 64  # unless asked for: larger ones show no more
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What `qdense analyze` tells.
+    """What `qdense analyze` found.
 
     Attributes:
         folder, files: where everything was written.
         side, seed: of the slices.
-        near_zero: the bound that `FactorSummary.near_zero` counts below, in root mean squares.
+        near_zero: the bound below which `FactorSummary.near_zero` counts changes, in root mean squares.
         summaries: a line for each run and kind of tensor, and one of independent normal numbers, for scale.
     """
 
@@ -36,11 +37,11 @@ class Analysis:
 def analyze(
     runs: Sequence[Path], output: Path | None, *, layers: Sequence[int] | None, side: int | None, seed: int
 ) -> Analysis:
-    """Compare the updates of finished runs; write summary.json, heatmaps.png, layers.png and histograms.png.
+    """Compare the updates of finished runs; write a summary and, where there are matrices, three pictures.
 
     Args:
-        output: the folder; None for analysis/ in the first run.
-        layers: of the heat maps; None for the first, a middle one and the last.
+        output: the folder to write into; None for analysis/ in the first run.
+        layers: those in the heat maps; None for the first, a middle one and the last.
         side: of the slices; None for `common_side`, up to 64; smaller matrices are left out.
 
     Raises:
@@ -56,18 +57,19 @@ def analyze(
         raise QDenseError(f"--side {side}: matrices of these runs have {possible} rows or columns; give at most that")
     side = side or min(possible, _LARGEST_SIDE)
     series = figures.series_of(loaded, side, seed)
-    files = []
-    folder = output if output is not None else runs[0] / "analysis"
+    pictures = []
+    folder = AnalysisFolder(output) if output is not None else RunFolder.of_adapter(find_adapter(runs[0])).analysis
     if series:
         known = sorted({layer for one in series for layer, _ in one.slices})
         unknown = [layer for layer in layers or () if layer not in known]
         if unknown:
             raise QDenseError(f"--layers {unknown[0]}: these runs have the layers {known[0]} to {known[-1]}")
         layers = layers or list(dict.fromkeys((known[0], known[len(known) // 2], known[-1])))
-        figures.draw_heat_maps(series, layers, folder / "heatmaps.png")
-        figures.draw_layers(series, folder / "layers.png")
-        figures.draw_histograms(series, folder / "histograms.png")
-        files = ["heatmaps.png", "layers.png", "histograms.png"]
-    analysis = Analysis(str(folder), [*files, "summary.json"], side, seed, NEAR_ZERO, summarize(loaded, side, seed))
-    write_atomically(folder / "summary.json", json.dumps(asdict(analysis), indent=2) + "\n")
+        figures.draw_heat_maps(series, layers, folder.heat_maps)
+        figures.draw_layers(series, folder.layers)
+        figures.draw_histograms(series, folder.histograms)
+        pictures = [folder.heat_maps, folder.layers, folder.histograms]
+    files = [path.name for path in (*pictures, folder.summary)]
+    analysis = Analysis(str(folder.path), files, side, seed, NEAR_ZERO, summarize(loaded, side, seed))
+    write_atomically(folder.summary, json.dumps(asdict(analysis), indent=2) + "\n")
     return analysis

@@ -1,7 +1,7 @@
-"""The updates of a run's trained tensors, W_end - W_init, and what is said of them on one footing.
+"""The updates of a run's trained tensors, W_end - W_init, and statistics that compare them fairly.
 
 M of DenseLoRA is r x r, LoRA's A is r x d_in: statistics of the whole tensors would compare sizes. So each tensor is
-represented by a square slice of equal side, of rows and columns drawn at random (a tensor of that size is its own slice).
+represented by a square slice of the same side, of rows and columns drawn at random (a tensor of that size is its own slice).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qdense.errors import AdapterError
-from qdense.modeling.adapter_files import find_adapter, read_card
-from qdense.runs import RunFolder
+from qdense.modeling.adapter_files import read_card
+from qdense.runs import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, RunFolder, find_adapter
 
 NEAR_ZERO = 0.1  # of the slice's own root mean square; 8.0% of a normal distribution lies within
 _FACTORS = {
@@ -70,7 +70,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Slice:
-    """Part of a tensor before and after; what is said of its update."""
+    """Part of a tensor before and after, and statistics of its update."""
 
     initial: Tensor
     final: Tensor
@@ -136,19 +136,29 @@ class RunUpdates:
 
 def load_updates(run: Path) -> RunUpdates:
     """What training changed in a finished run, from its saved initial and final values. Raises AdapterError."""
-    folder = find_adapter(run)
-    card = read_card(folder)
+    adapter = find_adapter(run)
+    folder, card = RunFolder.of_adapter(adapter), read_card(adapter)
     if card.method == "full":
-        initial, final = _whole_model(folder, card.model)
+        initial, final = _whole_model(adapter, card.model)
     else:
-        path = RunFolder.of_adapter(folder).initial
-        if not path.is_file():
+        if not folder.initial.is_file():
             raise AdapterError(
-                f"{run}: has no {path.name}, from which updates are measured. `qdense train` writes it when a run begins; "
-                "an adapter alone, or a run of an older qdense, has none: train it again by its own recipe.toml."
+                f"{run}: has no {folder.initial.name}, from which updates are measured. `qdense train` writes it when a run "
+                "begins; an adapter alone, or a run of an older version of qdense, has none: train it again with its own "
+                f"{folder.recipe.name}."
             )
-        initial, final = _named_alike(_read(path)), _named_alike(_read(folder / "adapter_model.safetensors"))
-    kept = _kept_ranks(folder / "adapter_config.json") if card.method == "adalora" else {}
+        initial, final = _named_alike(_read(folder.initial)), _named_alike(_read(adapter / PEFT_WEIGHTS_FILE))
+    kept = _kept_ranks(adapter / PEFT_CONFIG_FILE) if card.method == "adalora" else {}
+    found = _changes(run, initial, final, kept)
+    if not found:
+        raise AdapterError(f"{run}: none of the adapter's tensors is in {folder.initial.name}; they are not of one run")
+    return RunUpdates(folder.path.resolve().name, card.method, found)
+
+
+def _changes(
+    run: Path, initial: Mapping[str, Tensor], final: Mapping[str, Tensor], kept: Mapping[str, list[bool]]
+) -> list[Update]:
+    """The update of each tensor in `final` that was trained, layer by layer; `kept` is as of `_kept_ranks`."""
     found = []
     for name, end in final.items():
         if (start := initial.get(name)) is None:
@@ -160,14 +170,11 @@ def load_updates(run: Path) -> RunUpdates:
                 start = start[:, chosen] if name.endswith("lora_B") else start[chosen]
         if start.shape != end.shape:
             raise AdapterError(
-                f"{run}: {name} is {list(start.shape)} in {path.name} and {list(end.shape)} in the adapter"
+                f"{run}: {name} has shape {list(start.shape)} at the start and {list(end.shape)} at the end"
             )
         layer, module, factor = _place(name)
         found.append(Update(layer, module, factor, start.float().squeeze(), end.float().squeeze()))
-    if not found:
-        raise AdapterError(f"{run}: none of the adapter's tensors is among its initial ones; they are not of one run")
-    found.sort(key=lambda update: (update.layer is None, update.layer or 0))
-    return RunUpdates(run.resolve().name if run.resolve().name != "adapter" else folder.parent.name, card.method, found)
+    return sorted(found, key=lambda update: (update.layer is None, update.layer or 0))
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -249,15 +256,15 @@ def _summary(run: str, factor: str, num_elements: Sequence[int], slices: Sequenc
 
     rank = median(part.effective_rank for part in slices)
     return FactorSummary(
-        run,
-        factor,
-        len(num_elements),
-        sum(num_elements),
-        len(slices),
-        median(float(part.relative.square().mean().sqrt()) for part in slices),
-        median(part.near_zero for part in slices),
-        median(part.unmoved for part in slices),
-        None if math.isnan(rank) else rank,
+        run=run,
+        factor=factor,
+        num_tensors=len(num_elements),
+        num_elements=sum(num_elements),
+        num_slices=len(slices),
+        relative_change=median(float(part.relative.square().mean().sqrt()) for part in slices),
+        near_zero=median(part.near_zero for part in slices),
+        unmoved=median(part.unmoved for part in slices),
+        effective_rank=None if math.isnan(rank) else rank,
     )
 
 

@@ -15,7 +15,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,6 +22,7 @@ from qdense.benchmarks.generation import Completion, Decoding
 from qdense.benchmarks.tasks import Task
 from qdense.data.rows import Row
 from qdense.errors import EvaluationError
+from qdense.runs import RunFolder
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 CHAIN_OF_THOUGHT = "Let's think step by step."
@@ -37,7 +37,7 @@ class Endpoint:
     """A server and one of its models.
 
     Attributes:
-        url: what its API lies under, for instance http://localhost:8000/v1; a bare host gets /v1.
+        url: of its API, for instance http://localhost:8000/v1; a bare host gets /v1.
         model: the model's name there.
         concurrency: requests under way at a time.
     """
@@ -48,10 +48,10 @@ class Endpoint:
 
 
 class EndpointModel:
-    """The model of an endpoint. See `qdense.benchmarks.evaluate.Respondent`.
+    """The model of an endpoint. See `qdense.benchmarks.completions.CompletionSource`.
 
     Raises:
-        EvaluationError: an address that is none, or a decoding that such servers do not have.
+        EvaluationError: the address is not one, or such servers do not have that decoding.
     """
 
     def __init__(
@@ -62,8 +62,7 @@ class EndpointModel:
         self.endpoint, self.decoding = endpoint, decoding
         self.max_new_tokens = max_new_tokens or MAX_NEW_TOKENS
         self.column = endpoint.model.rstrip("/").rpartition("/")[2] or endpoint.model  # of "owner/name" the name
-        safe_name = "".join(c if c.isalnum() or c in "-_." else "-" for c in endpoint.model).strip(".") or "model"
-        self.owner = Path("runs", f"endpoint-{safe_name}")
+        self.run = RunFolder.of_endpoint(endpoint.model)
         self._key = _checked_key(os.environ.get(KEY_VARIABLE, ""))
         url = _checked_url(endpoint.url)
         self.settings: dict[str, Any] = {
@@ -76,7 +75,8 @@ class EndpointModel:
             "adapter_sha256": None,
             "max_new_tokens": {task.name: self.max_new_tokens for task in tasks},
         }
-        self.facts = (
+        self.title = f"{endpoint.model} at {url}"
+        self.facts: tuple[tuple[str, str], ...] = (
             ("endpoint", url),
             ("key", f"from {KEY_VARIABLE}" if self._key else f"none ({KEY_VARIABLE} is not set)"),
             ("decoding", f"{decoding.name}, {self.settings['template']}, {endpoint.concurrency} requests at a time"),
@@ -88,7 +88,7 @@ class EndpointModel:
         """The completions of the (index, sample) pairs, as they come.
 
         Raises:
-            EvaluationError: a request failed for good. Those under way are waited for and given first.
+            EvaluationError: a request failed for good. Those under way are awaited and yielded first.
         """
         from openai import AsyncOpenAI
 
@@ -158,7 +158,7 @@ class EndpointModel:
 
         text = self._without_key(error)
         place = f"{self.settings['endpoint']}, model {self.endpoint.model}"
-        again = "What came is kept: the same command goes on."
+        again = "What arrived is kept: the same command continues."
         if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
             return EvaluationError(f"{place}: the key is refused ({text}). Set {KEY_VARIABLE}. {again}")
         if isinstance(error, openai.NotFoundError):
@@ -168,7 +168,7 @@ class EndpointModel:
         if isinstance(error, openai.APIConnectionError):
             cause = self._without_key(error.__cause__ or error)
             return EvaluationError(f"{place}: cannot be reached ({cause}). Is the server up? {again}")
-        if isinstance(error, (openai.OpenAIError, ValueError)):  # a reply that is no JSON is a ValueError
+        if isinstance(error, (openai.OpenAIError, ValueError)):  # a reply that is not JSON is a ValueError
             return EvaluationError(f"{place}: {text}. {again}")
         if isinstance(error, EvaluationError):
             return EvaluationError(f"{place}: {text}. {again}")
@@ -196,13 +196,15 @@ def _read_reply(reply: Any, index: int, sample: int) -> tuple[Completion, str | 
         ):
             raise TypeError
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise EvaluationError(f"the reply to item {index} is no chat completion: {json.dumps(reply)[:200]}") from None
+        raise EvaluationError(
+            f"the reply to item {index} is not a chat completion: {json.dumps(reply)[:200]}"
+        ) from None
     finish = {"stop": "eos", "length": "length"}.get(reason, reason or "eos")
     return Completion(index, text, counts[0], counts[1], finish, sample), model
 
 
 def _seed_of(seed: int, index: int, sample: int) -> int:
-    """Of one completion: no two share one, so that two seeds of an evaluation are independent of each other."""
+    """A seed for each completion: no two share one, so that two seeds of an evaluation are independent of each other."""
     digest = hashlib.sha256(f"{seed}:{index}:{sample}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1  # 31 bits: what all servers take
 
@@ -227,8 +229,8 @@ def _checked_url(url: str) -> str:
         raise EvaluationError(f"--endpoint{named}: must be an address such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise EvaluationError(
-            f"--endpoint: the address of {parts.hostname} must hold no user, password or query; a key belongs into "
-            f"the environment as {KEY_VARIABLE}"
+            f"--endpoint: the address of {parts.hostname} must hold no user, password or query; a key belongs in "
+            f"the environment, as {KEY_VARIABLE}"
         )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
 

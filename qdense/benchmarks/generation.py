@@ -115,7 +115,7 @@ def generate(
         model: the base's own model, or the PeftModel on it.
         stop: texts that end a completion.
         batch_size: sequences (with beams: items) at a time.
-        smaller_batch: is told each new batch size.
+        smaller_batch: is called with each new batch size.
 
     Raises:
         EvaluationError: not even one sequence fits the memory.
@@ -136,7 +136,7 @@ def generate(
                 raise EvaluationError(
                     f"out of memory with one sequence at a time (a prompt of {longest:,} tokens and up to "
                     f"{max_new_tokens:,} new ones, {decoding.name}). Lower --max-new-tokens, use --decoding greedy, or free "
-                    "memory; what is finished is kept."
+                    "memory; completions that are finished are kept."
                 ) from None
         batch_size //= 2
         if queue:
@@ -201,7 +201,7 @@ class _Layer(DynamicLayer):
         return self.keys, self.values
 
     def place(self, keys: torch.Tensor, values: torch.Tensor, *, room_tokens: int = room_tokens) -> None:
-        """Take over keys and values, with room behind them."""
+        """Take over keys and values, with room to grow after them."""
         self._buffers = tuple(torch.nn.functional.pad(states, (0, 0, 0, room_tokens)) for states in (keys, values))
         self.keys, self.values = (buffer[:, :, : keys.shape[2]] for buffer in self._buffers)
 
@@ -224,7 +224,7 @@ class _Batch:
         return cast(list[_Layer], self.cache.layers)
 
     def select(self, rows: list[int]) -> None:
-        """Keep these rows, in this order, and no column in which none of them has a token."""
+        """Keep these rows, in this order, and drop leading columns in which none of them has a token."""
         if rows == list(range(len(self.mask))):
             return
         index = torch.tensor(rows, device=self.mask.device)
@@ -235,7 +235,7 @@ class _Batch:
             layer.select(index, first)
 
     def forward(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits behind the next token of each row: (rows, vocabulary), fp32."""
+        """Append the next token of each row; returns the logits after it: (rows, vocabulary), fp32."""
         self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
         output = model(
             input_ids=tokens[:, None],
@@ -281,8 +281,8 @@ def _joined(first: _Batch, second: _Batch) -> _Batch:
     columns = max(first.mask.shape[1], second.mask.shape[1])
 
     def padded(tensor: torch.Tensor, before: int, dim: int) -> torch.Tensor:
-        behind = (0, 0) * (tensor.dim() - 1 - dim)
-        return torch.nn.functional.pad(tensor, (*behind, before, 0))
+        later_dims = (0, 0) * (tensor.dim() - 1 - dim)
+        return torch.nn.functional.pad(tensor, (*later_dims, before, 0))
 
     mask = torch.cat([padded(batch.mask, columns - batch.mask.shape[1], 1) for batch in (first, second)])
     for own, other in zip(first.layers, second.layers, strict=True):
@@ -298,7 +298,7 @@ def _joined(first: _Batch, second: _Batch) -> _Batch:
 
 
 class _Endings:
-    """Tells whether a sequence has ended, and makes a completion of it."""
+    """Decides whether a sequence has ended, and turns it into a completion."""
 
     def __init__(self, base: BaseModel, stop: Sequence[str], max_new_tokens: int) -> None:
         self.tokenizer, self.stop, self.max_new_tokens = base.tokenizer, tuple(stop), max_new_tokens
@@ -312,7 +312,7 @@ class _Endings:
         self.tail = max((len(text) for text in self.stop), default=0) + 2
 
     def finish(self, tokens: Sequence[int]) -> str | None:
-        """Why the sequence ends with its last token; None if it goes on."""
+        """Why the sequence ends with its last token; None if it continues."""
         if tokens[-1] in self.eos:
             return "eos"
         if tokens[-1] in self.closing:
@@ -330,7 +330,7 @@ class _Endings:
 
 # --- the searches -----------------------------------------------------------------------------------------------------------
 
-# What a search makes of logits (rows, vocabulary): which rows go on, each with its next token; and what has ended.
+# What a search makes of logits (rows, vocabulary): which rows continue, each with its next token; and what has ended.
 Advance = tuple[list[int], torch.Tensor, list[Completion]]
 
 
@@ -379,13 +379,13 @@ class _Tokens:
         kept = torch.where(is_kept, probabilities, 0.0).cumsum(dim=-1)
         drawn = torch.tensor([generator.random() for generator in self.generators], device=logits.device)
         place = torch.searchsorted(kept, (drawn * kept[:, -1])[:, None], right=True)
-        # In float32 a draw may round to 1, which lies behind all that is kept.
+        # In float32 a draw may round to 1, which is beyond all that is kept.
         return order.gather(1, place.minimum(is_kept.sum(dim=-1, keepdim=True) - 1))[:, 0]
 
 
 class _Beams:
     """Beam search, step for step that of transformers (`GenerationMixin._beam_search`, early_stopping False, length penalty
-    1), which is the authors'; but each item ends by itself.
+    1), which is the authors'; but each item ends on its own.
 
     An item has `width` running beams and as many places for finished ones. It ends when all places are taken and the best
     running beam, its score divided by its length, is no better than the worst finished one.
@@ -393,7 +393,7 @@ class _Beams:
 
     def __init__(self, decoding: Decoding, endings: _Endings) -> None:
         self.width, self.endings = decoding.num_beams, endings
-        # So many candidates that `width` are left to go on even if all others end.
+        # Enough candidates that `width` are left to continue even if all others end.
         self.num_candidates = max(2, 1 + len(endings.eos)) * self.width
         self.prompts: list[Prompt] = []
         self.tokens: list[list[list[int]]] = []  # of each item's running beams
@@ -441,7 +441,7 @@ class _Beams:
     def _advance_item(
         self, item: int, scores: list[float], beams: list[int], tokens: list[int]
     ) -> list[tuple[float, int, list[int]]]:
-        """File what has ended among the candidates; returns (score, beam, tokens) of those that go on, the best first."""
+        """File what has ended among the candidates; returns (score, beam, tokens) of those that continue, the best first."""
         running: list[tuple[float, int, list[int]]] = []
         for rank, (score, beam, token) in enumerate(zip(scores, beams, tokens, strict=True)):
             sequence = [*self.tokens[item][beam], token]

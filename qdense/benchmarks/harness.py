@@ -1,11 +1,11 @@
 """Our tasks as task files of EleutherAI's lm-evaluation-harness: a second opinion on every score.
 
 The exported folder imports nothing of qdense. The harness renders the prompt (Jinja), generates, reads the answer (its own
-filters) and compares it (its own exact_match), all by the authors' rule, `paper`. What it shares with qdense are the test
-files, the texts of the prompts, and the regular expressions, which are the authors'.
+filters) and compares it (its own exact_match), all by the authors' rule, `paper`. It shares with qdense the
+test files, the texts of the prompts, and the regular expressions, which are the authors'.
 
-Greedy decoding gives the same completions. With beams the harness (0.4.13) does not search on: its stopping criterion
-answers for a whole batch, and ends it once a first candidate has ended (5 of 24 completions of SmolLM2 differed).
+Greedy decoding gives the same completions. With beams the harness (0.4.13) stops early: its stopping criterion
+applies to a whole batch, and ends it once a first candidate has ended (5 of 24 completions of SmolLM2 differed).
 
 A group's score is the plain mean of its tasks' scores, as the paper averages.
 """
@@ -48,7 +48,7 @@ def export(
         the fewest names by which the harness runs all of them, groups before single tasks.
 
     Raises:
-        QDenseError: a test file cannot be had or is faulty, or the folder is none.
+        QDenseError: a test file is missing or faulty, or `folder` is not a folder.
     """
     if folder.exists() and not folder.is_dir():
         raise EvaluationError(f"{folder}: is a file; name a folder to export into")
@@ -70,7 +70,7 @@ def export(
     covered: set[str] = set()
     for group, members in sorted(complete, key=lambda item: -len(item[1])):
         _write(folder, _group_file(group, members))
-        if covered.isdisjoint(members):  # the harness refuses a task that comes twice
+        if covered.isdisjoint(members):  # the harness refuses a task that appears twice
             names.append(PREFIX + group)
             covered.update(members)
     return names + [PREFIX + task.name for task in tasks if task.name not in covered]

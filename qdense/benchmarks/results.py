@@ -28,12 +28,12 @@ def score_task(
     right.
 
     Args:
-        labels: of the test set, or of as much of it as was asked.
+        labels: of the test set, or of as much of it as was asked for.
         completions: by index into `labels`.
-        clean: indices of items that the training set does not hold; they are scored by themselves as well.
+        clean: indices of items that the training set does not hold; they are also scored separately.
 
     Returns:
-        the result as it stands in summary.json, and each item's outcome.
+        the result as in summary.json, and each item's outcome.
     """
     num_samples = max((len(samples) for samples in completions.values()), default=1)
     right: dict[str, dict[int, list[bool]]] = {rule: {} for rule in RULES}  # of each sample
@@ -92,10 +92,10 @@ def average(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 def read_completions(path: Path, num_items: int) -> dict[int, list[str]]:
     """The completions of a JSONL file, `{"index": i, "completion": "..."}` a line, for exactly the items 0 to num_items - 1.
 
-    Lines of one index are samples if each has another "sample" number.
+    Lines with the same index are samples if each has its own "sample" number.
 
     Raises:
-        EvaluationError: naming the line of whatever is no completion, comes twice or is out of range; or what is missing.
+        EvaluationError: naming the line of what is not a completion, appears twice or is out of range; or what is missing.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -118,21 +118,21 @@ def read_completions(path: Path, num_items: int) -> dict[int, list[str]]:
         earlier = first_line.setdefault((index, sample), number)
         if earlier != number:
             raise EvaluationError(
-                f"{path}, line {number}: index {index} stands in line {earlier} already. "
-                'Several samples of an item need a "sample" number each.'
+                f"{path}, line {number}: index {index} is already in line {earlier}. "
+                'Several samples of an item each need a "sample" number.'
             )
         found.setdefault(index, {})[sample] = completion
     missing = [index for index in range(num_items) if index not in found]
     if missing:
         raise EvaluationError(
             f"{path}: {len(missing):,} of {num_items:,} items have no completion: index {_some(missing)}. "
-            "Of a partial file, --limit N scores the first N items."
+            "For a partial file, --limit N scores the first N items."
         )
     num_samples = {len(samples) for samples in found.values()}
     if len(num_samples) > 1:
         few = [index for index, samples in found.items() if len(samples) < max(num_samples)]
         raise EvaluationError(
-            f"{path}: items need equally many samples; fewer than {max(num_samples)} has index {_some(few)}"
+            f"{path}: all items need the same number of samples; fewer than {max(num_samples)} of index {_some(few)}"
         )
     return {index: [found[index][sample] for sample in sorted(found[index])] for index in range(num_items)}
 

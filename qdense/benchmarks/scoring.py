@@ -1,15 +1,15 @@
 r"""Reading an answer from a completion, by two rules side by side.
 
 `paper` is the authors' rule to the letter, faults included, so that a number can stand beside a published one: commas
-deleted from numbers, one regular expression, the last match for numbers and the first for choices, wherever it stands.
+deleted from numbers, one regular expression, the last match for numbers and the first for choices, wherever it occurs.
 `strict` is a sound reading, rule by rule:
 
     numbers   the last well-formed number; thousands separators, .5, 1e-3, 5*10^3, 3/4, 1 1/2 and \frac{3}{4} understood; a
-              minus behind a digit subtracts
-    letters   the letter of the last "answer is X", else of the last "option X", else the last capital that stands alone ("A"
-              before a word is the article); one behind "not" is passed over
-    options   whole words in any case, "solution 1" for "solution1"; the last "answer (to ...) is X" ("X or Y" is none), else the
-              only one that is named, else the one the response begins with; one behind "not" is not named
+              minus after a digit subtracts
+    letters   the letter of the last "answer is X", else of the last "option X", else the last capital on its own ("A"
+              before a word is the article); one after "not" is skipped
+    options   whole words in any case, "solution 1" for "solution1"; the last "answer (to ...) is X" (not "X or Y"), else the
+              only one that is named, else the one the response begins with; one after "not" does not count
 
 They differ, for instance, in:
 
@@ -28,7 +28,7 @@ They differ, for instance, in:
 
 Both read the response only: a model that runs on and writes the template's next "### Response:" has ended its response
 there (the authors split at it, and take what follows the first heading in arithmetic, the last in commonsense); `strict`
-takes any such heading ("### Instruction:") for the end. No answer is wrong.
+takes any such heading ("### Instruction:") as the end. A response without an answer is wrong.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class AnswerKind:
         return answer == label
 
     def majority(self, answers: Sequence[Answer | None]) -> Answer | None:
-        """The answer that most samples give: numbers within the tolerance are one; of equals the first; None only if all
+        """The answer that most samples give: numbers within the tolerance count as one; the first of equals; None only if all
         are."""
         votes: dict[Answer, int] = {}
         for answer in answers:
@@ -122,7 +122,7 @@ def strict_number(response: str) -> float | None:
     """The last well-formed number: thousands separators, a leading decimal point, fractions, mixed numbers ("1 1/2") and
     powers of ten understood.
 
-    A minus directly behind a digit or a bracket is a subtraction, not a sign. A fraction behind which the result stands
+    A minus directly after a digit or a bracket is a subtraction, not a sign. A fraction that is followed by its result
     ("3/4 = 0.75") is not the last number.
     """
     found = list(_STRICT_NUMBER.finditer(_TEX_FRACTION.sub(r" \1/\2", response)))
@@ -160,9 +160,9 @@ _LETTERS = [
 
 
 def strict_letter(response: str) -> str | None:
-    """The letter of the last "answer is X", else of the last "option X", else the last letter that stands alone.
+    """The letter of the last "answer is X", else of the last "option X", else the last letter on its own.
 
-    A letter is a capital; "A" before a word is taken for the article, not for a choice. One behind "not" is none.
+    A letter is a capital; "A" before a word is taken for the article, not for a choice. One after "not" does not count.
     """
     for pattern in _LETTERS:
         if found := pattern.findall(response):

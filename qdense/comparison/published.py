@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from qdense.benchmarks.tasks import GROUPS
 
@@ -25,14 +26,14 @@ class Published:
     """One published row.
 
     Attributes:
-        model: a built-in name; None stands beside every model.
+        model: a built-in name; None is shown beside every model.
         group: the tasks that `average` is over, a name of `GROUPS`.
         trainable_percent: of the base's parameters, where it was published.
         percents: task -> accuracy in percent; empty where the average alone is known.
         doubts: task -> why its figure is not certain.
         source: where the figures were published.
         is_third_party: whether they were taken from third-party notes on the source.
-        variant: what tells it from the row of the same method and rank.
+        variant: what distinguishes it from another row of the same method and rank.
         note: what else must be known.
     """
 
@@ -69,12 +70,12 @@ def _row(
     figures: str,
     *,
     group: str = "commonsense",
-    source: str = _TABLE_1,
-    is_third_party: bool = False,
-    variant: str = "",
-    note: str = "",
+    **more: Any,
 ) -> Published:
-    """A row as it stands in a table: the figures of a group's tasks in order, then the average; "(80)" and "61.8?" are marked."""
+    """A row as a table prints it; `more` are further fields of `Published`.
+
+    `figures` are those of the group's tasks in order, then the average; "(80)" was worked back, "61.8?" is uncertain.
+    """
     *shown, average = figures.split()
     percents, doubts = {}, {}
     for task, text in zip(GROUPS[group], shown, strict=bool(shown)):
@@ -82,18 +83,15 @@ def _row(
         if not text.replace(".", "").isdigit():
             doubts[task] = WORKED_BACK if text.startswith("(") else UNCERTAIN
     return Published(
-        model,
-        method,
-        r,
-        group,
-        float(average),
-        percents,
-        trainable_percent,
-        source,
-        is_third_party,
-        doubts,
-        variant,
-        note,
+        model=model,
+        method=method,
+        r=r,
+        group=group,
+        average=float(average),
+        percents=percents,
+        trainable_percent=trainable_percent,
+        doubts=doubts,
+        **more,
     )
 
 
@@ -123,7 +121,7 @@ PUBLISHED: tuple[Published, ...] = (
 
 
 def published_models() -> tuple[str, ...]:
-    """The models that there are published rows for."""
+    """The models that have published rows."""
     return tuple(dict.fromkeys(row.model for row in PUBLISHED if row.model is not None))
 
 

@@ -1,7 +1,7 @@
 """Intervals for accuracies, and tests of two models on the same items.
 
-What the numbers speak of: with one run a side, of these two runs and no others. Two runs of one recipe differ by their
-seed too, and nothing here can know by how much unless several seeds are given.
+With one run on each side, the numbers are about these two runs and no others. Two runs of one recipe differ by their seed too,
+and nothing here can know by how much unless several seeds are given.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# What several runs of one recipe got right on one task: (num_seeds, num_items), 0 or 1; rows and columns have an order.
+# What several runs of one recipe got right on one task: (num_seeds, num_items), 0 or 1; all tasks list the seeds in one order.
 OutcomeMatrix = NDArray[np.integer]
 
 _DRAWS_AT_A_TIME = 2**20  # numbers of a block of draws, so that many patterns of outcomes do not fill the memory
@@ -26,15 +26,15 @@ def paired_p_value(first: OutcomeMatrix, second: OutcomeMatrix) -> float:
     second's seeds minus that over the first's. If the two are equal, the sign of each difference is as likely + as -, and
     the p value is the share of all 2^n assignments of signs whose sum is at least as far from 0 as the one observed
     (Fisher's randomisation test, 1935). With one seed a side this is McNemar's exact test: the binomial test of the
-    discordant pairs. With other numbers of seeds on the two sides the differences are only nearly symmetric, and the test
-    nearly exact. The seeds are taken as they are: the test does not speak of seeds that were not run.
+    discordant pairs. With different numbers of seeds on the two sides the differences are only nearly symmetric, and the test
+    nearly exact. The seeds are taken as they are: the test says nothing of seeds that were not run.
 
     Args:
         first: (seeds of the first, items).
         second: (seeds of the second, items), the same items in the same order.
 
     Returns:
-        at most 1, and never 0: what is smaller than a float can hold is given as the smallest.
+        at most 1, and never 0: what is too small for a float is returned as the smallest one.
     """
     differences = len(first) * second.sum(axis=0, dtype=np.int64) - len(second) * first.sum(axis=0, dtype=np.int64)
     magnitudes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)

@@ -1,8 +1,8 @@
 """The adapter on a base: attached by a recipe, saved in PEFT's format, loaded again, refused where it does not belong.
 
-Full fine-tuning takes the same way; what it saves is a whole model in Transformers' format. Beside the files of either lies
-qdense.json: the base's fingerprint, the prompt template, and what made the adapter. Adapters that PEFT alone has made load
-too; nothing then vouches for their base.
+Full fine-tuning goes the same way; what it saves is a whole model in Transformers' format. Beside the files of either is
+qdense.json: the base's fingerprint, the prompt template, and what made the adapter. Adapters made by PEFT alone load too; then
+nothing vouches for their base.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from qdense.methods import METHODS
 from qdense.modeling.attach import adapter_tensors, trainable_parameters
 from qdense.modeling.fingerprint import Fingerprint
 from qdense.modeling.load import BaseModel
+from qdense.runs import CARD_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 
-CARD_FILE = "qdense.json"
 _PEFT_TYPES = {
     "DENSELORA", "NORA", "RED", "LORA", "ADALORA", "VERA", "LOKR", "LOHA", "IA3", "OFT", "BOFT", "HRA", "FOURIERFT", "RANDLORA",
     "VBLORA", "LN_TUNING", "MISS", "SHIRA", "C3A",
 }  # fmt: skip
-_LARGEST = 1e6  # value of a trained tensor; a flipped bit makes 1e38, whose products are no numbers
+_LARGEST = 1e6  # value of a trained tensor; a flipped bit makes 1e38, whose products overflow
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What in a configuration is a size of tensors. Not LoKr's: there a rank beyond the matrix means the whole matrix.
+# Which values of a configuration are sizes of tensors. Not LoKr's: there a rank beyond the matrix means the whole matrix.
 _SIZES = ("r", "init_r", "r_inner", "n_frequency", "num_vectors", "vector_length")
 
 
@@ -55,7 +55,7 @@ class AdapterCard:
 
 
 def save_adapter(model: Any, folder: Path, card: AdapterCard | None) -> None:
-    """Write the adapter (PEFT's format, safetensors), or the whole model where there is none, and, if given, its card."""
+    """Write the adapter (PEFT's format, safetensors), or the whole model where there is none, and its card if given."""
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
@@ -111,23 +111,8 @@ def _refuse_odd_values(folder: Path, weights: Mapping[str, torch.Tensor]) -> Non
             )
 
 
-def find_adapter(path: Path) -> Path:
-    """The adapter's folder, given itself or the run that holds it. Raises AdapterError."""
-    for folder in (path / "adapter", path):
-        if any((folder / name).is_file() for name in (CARD_FILE, "adapter_config.json")):
-            return folder
-    if not path.exists():
-        raise AdapterError(f"{path}: no such run or adapter")
-    hint = (
-        " The run is not finished: `qdense train RECIPE --resume` goes on with it."
-        if (path / "checkpoints").exists()
-        else ""
-    )
-    raise AdapterError(f"{path}: holds no adapter (adapter_config.json or {CARD_FILE}, here or in adapter/).{hint}")
-
-
 def read_card(folder: Path) -> AdapterCard:
-    """The adapter's card; for one without, what PEFT's configuration tells. Raises AdapterError."""
+    """The adapter's card; for one without, what PEFT's configuration says. Raises AdapterError."""
     path = folder / CARD_FILE
     if path.is_file():
         try:
@@ -147,7 +132,7 @@ def read_card(folder: Path) -> AdapterCard:
         if wrong:
             raise AdapterError(f"{path}: not a readable adapter card: {'; '.join(wrong)}")
         return card
-    path = folder / "adapter_config.json"
+    path = folder / PEFT_CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         name, method = config["base_model_name_or_path"], config["peft_type"]
@@ -173,20 +158,20 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
         differing = ", ".join(part for part, value in base.fingerprint.items() if card.fingerprint.get(part) != value)
         raise AdapterError(
             f"{folder}: this adapter was made for another base ({card.model.get('name')}); {base.name} differs from it in: "
-            f"{differing}. Give the right base by --model."
+            f"{differing}. Name the right base with --model."
         )
     method = METHODS.get(card.method)
     if method is not None and not method.is_adapter:
         return _load_whole_model(base, folder)
-    if not (folder / "adapter_model.safetensors").is_file():
+    if not (folder / PEFT_WEIGHTS_FILE).is_file():
         # PEFT would take the folder's name for a hub id and ask there
-        raise AdapterError(f"{folder}: has no adapter_model.safetensors")
+        raise AdapterError(f"{folder}: has no {PEFT_WEIGHTS_FILE}")
     peft_type = _check_configuration(folder, base)
     try:
         model = PeftModel.from_pretrained(base.model, folder, autocast_adapter_dtype=False)
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # PEFT raises whatever a wrong value in adapter_config.json leads it to
+    except Exception as error:  # PEFT raises whatever a wrong value in its configuration leads it to
         raise AdapterError(f"{folder}: the adapter does not fit {base.name}: {error}") from error
     weights = _read_weights(model, folder)
     config = model.peft_config["default"]
@@ -194,7 +179,7 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
         raise AdapterError(f"{folder}: an activated LoRA (alora_invocation_tokens), which qdense does not run")
     for key, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise AdapterError(f"{folder / 'adapter_config.json'}: {key} = {value}: must be a finite number")
+            raise AdapterError(f"{folder / PEFT_CONFIG_FILE}: {key} = {value}: must be a finite number")
     # PEFT makes the tensors in the base's dtype; take the saved one, and the saved values again, which were rounded.
     for name, tensor in adapter_tensors(model):
         tensor.data = weights[name].to(tensor.device)
@@ -211,7 +196,7 @@ def _check_configuration(folder: Path, base: BaseModel) -> str:
         AdapterError: PEFT would read other files for this type (X-LoRA, prompts), or does not know it; or no tensor has the
             rank: PEFT would make tensors of it, of any size, before it compares them with the file's.
     """
-    path = folder / "adapter_config.json"
+    path = folder / PEFT_CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         found = config["peft_type"]
@@ -220,7 +205,7 @@ def _check_configuration(folder: Path, base: BaseModel) -> str:
     if not isinstance(found, str) or found not in _PEFT_TYPES:
         raise AdapterError(f"{path}: peft_type = {found!r}: known are {', '.join(sorted(_PEFT_TYPES))}")
     try:
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+        with safe_open(folder / PEFT_WEIGHTS_FILE, framework="pt") as tensors:
             shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (no dict)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder}: the adapter does not fit {base.name}: {error}") from error
@@ -229,7 +214,7 @@ def _check_configuration(folder: Path, base: BaseModel) -> str:
     sizes = {key: config.get(key) for key in _SIZES} | (patterns if isinstance(patterns, dict) else {})
     for key, size in sizes.items() if found != "LOKR" else ():
         if isinstance(size, int) and size > largest:
-            raise AdapterError(f"{path}: {key} = {size}: no tensor of its adapter_model.safetensors is so large")
+            raise AdapterError(f"{path}: {key} = {size}: no tensor in its {PEFT_WEIGHTS_FILE} is that large")
     return found
 
 

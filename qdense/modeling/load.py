@@ -31,7 +31,7 @@ class BaseModel:
         reference: a name that means the same from any working directory: a folder's is absolute.
         fingerprint: of the unquantized model, so equal for every quantization of it, wherever it lies.
         pad_token_id: what padding is filled with; EOS where the tokenizer has no padding token.
-        held_in: how the weights of the linear layers lie in memory: "nf4", "int8", or a dtype.
+        stored_as: how the weights of the linear layers lie in memory: "nf4", "int8", or a dtype.
     """
 
     name: str
@@ -41,7 +41,7 @@ class BaseModel:
     fingerprint: Fingerprint
     pad_token_id: int
     device: torch.device
-    held_in: str
+    stored_as: str
 
 
 def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_training: bool = True) -> BaseModel:
@@ -78,16 +78,16 @@ def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_trai
     model.name_or_path = folder_name_for_peft(recipe.name, folder)
     model.config.use_cache = False
     model.requires_grad_(False)
-    held_in: str = recipe.quantization if recipe.quantization != "none" else recipe.dtype
+    stored_as: str = recipe.quantization if recipe.quantization != "none" else recipe.dtype
     if for_training:
         _keep_autograd_on_cpu(model)
     elif recipe.quantization == "nf4" and device.type == "cpu" and _has_memory_to_unpack(model, recipe, notice):
         # Bit for bit the logits of NF4 weights that are unpacked at each use; reading a prompt takes 0.4 times as long.
         model = model.dequantize(dtype=getattr(torch, recipe.dtype))
-        held_in = f"{recipe.dtype}, the values of nf4"
+        stored_as = f"{recipe.dtype}, the values of nf4"
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     reference = os.path.abspath(recipe.name) if os.path.isdir(recipe.name) else recipe.name
-    return BaseModel(recipe.name, reference, model, tokenizer, fingerprint, pad_token_id, device, held_in)
+    return BaseModel(recipe.name, reference, model, tokenizer, fingerprint, pad_token_id, device, stored_as)
 
 
 # --- finding ------------------------------------------------------------------------------------------------------------

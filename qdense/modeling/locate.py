@@ -11,6 +11,7 @@ from typing import Any
 from qdense.catalogs.models import CATALOG
 from qdense.errors import ModelError
 from qdense.modeling.smollm2 import prepare_smollm2
+from qdense.runs import PEFT_CONFIG_FILE
 
 Tell = Callable[[str], None]
 
@@ -81,10 +82,10 @@ def require_data_only(name: str, folder: Path) -> None:
     Raises:
         ModelError: with what to do about it.
     """
-    if (folder / "adapter_config.json").exists():
+    if (folder / PEFT_CONFIG_FILE).exists():
         raise ModelError(
-            f"{name}: {folder} holds adapter_config.json: Transformers would put that adapter on the base, unasked. Move its "
-            "files to a folder of their own, and give that by --adapter."
+            f"{name}: {folder} holds {PEFT_CONFIG_FILE}: Transformers would put that adapter on the base, unasked. Move its "
+            "files to a folder of their own, and name that with --adapter."
         )
 
     def no_fetched_attention(table: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""An adapter that is a matrix, added to its base's weights: a model like any other, at the price of a rounding.
+"""An adapter that is a matrix, added to its base's weights: a model like any other, at the price of rounding.
 
-W + dW is computed in fp32 and rounded once. How much of the adapter that costs is measured for each layer, against the exact
-sum, and for the whole model, against the adapter beside its base.
+W + dW is computed in fp32 and rounded once. What that costs is measured for each layer, against the exact sum, and for the
+whole model, against the base with the adapter still separate.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from qdense.data.templates import template_named
 from qdense.data.wordproblems import test_rows
 from qdense.errors import AdapterError
 from qdense.methods import METHODS
-from qdense.modeling.adapter_files import CARD_FILE, find_adapter, load_adapter, read_card
+from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card
 from qdense.modeling.attach import adapter_tensors
 from qdense.modeling.load import BaseModel, load_base, quantize_folder
 from qdense.modeling.locate import Tell
-from qdense.recipe import recipe_from_tables
+from qdense.recipe import ModelRecipe, recipe_from_tables
+from qdense.runs import CARD_FILE, find_adapter
 
 _NUM_PROMPTS = 8
 
@@ -36,16 +37,16 @@ class MergeReport:
     Attributes:
         folder: of the merged model.
         onto: which weights the adapter was added to: "original", or the values of "nf4".
-        held_in: what the sum was rounded to: "bfloat16" or "nf4".
+        rounded_to: what the sum was rounded to: "bfloat16" or "nf4".
         lost_median, lost_worst: || rounded - exact || / || dW || over the adapted layers: 0 loses nothing; at 1 the rounding is
-            as large as the adapter itself. `worst_layer` is the one.
-        divergence: mean Kullback-Leibler divergence (nats a token) of the merged model from the adapter beside that base.
+            as large as the adapter itself. `worst_layer` names the layer that lost most.
+        divergence: mean Kullback-Leibler divergence (nats a token) of the merged model from the base with a separate adapter.
         num_tokens, num_same: tokens it was measured on, and for how many both find the same next token most likely.
     """
 
     folder: str
     onto: str
-    held_in: str
+    rounded_to: str
     num_layers: int
     lost_median: float
     lost_worst: float
@@ -64,46 +65,30 @@ def merge(run: Path, output: Path, *, onto: str, into_nf4: bool, notice: Tell) -
         into_nf4: quantize the sum to NF4 again, which rounds most of a small adapter away.
 
     Raises:
-        AdapterError: the adapter is no matrix, or does not fit; or `output` is in use.
+        AdapterError: the adapter is not a matrix, or does not fit; or `output` is in use.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise AdapterError(f"{output}: is there already and not empty; name another folder to write into")
+        raise AdapterError(f"{output}: already exists and is not an empty folder; name another to write into")
     folder = find_adapter(run)
     card = read_card(folder)
     if (method := METHODS.get(card.method)) is not None and not method.is_adapter:
-        raise AdapterError(f"{folder}: is a whole model already; there is nothing to merge")
-    settings = {**card.model, "quantization": "none" if onto == "original" else "nf4"}
-    recipe = recipe_from_tables(
-        {"model": settings, "data": {"name": "wordproblems"}}, source=str(folder / CARD_FILE)
-    ).model
+        raise AdapterError(f"{folder}: is already a whole model; there is nothing to merge")
+    recipe = _base_recipe(folder, card, onto)
     base = load_base(recipe, notice, for_training=False)
-    if base.held_in == "nf4":
+    if base.stored_as == "nf4":
         base.model.dequantize(dtype=getattr(torch, recipe.dtype))  # in place
     model = load_adapter(base, folder, card)
     for _, tensor in adapter_tensors(model):
         tensor.data = tensor.data.float()
-    beside = _log_probabilities(base, model, card.template)
+    separate = _log_probabilities(base, model, card.template)
     try:
         lost = _merge_layers(model, into_nf4)
     except (ValueError, NotImplementedError, AttributeError) as error:
         raise AdapterError(f"{folder}: cannot be merged: {error}") from error
     merged = model.unload()
     merged.config.use_cache = True
-    after = _log_probabilities(base, merged, card.template)
-    divergence = (beside.exp() * (beside - after)).sum(dim=-1)
-    worst = max(lost, key=lambda name: lost[name])
-    report = MergeReport(
-        folder=str(output),
-        onto=onto,
-        held_in="nf4" if into_nf4 else recipe.dtype,
-        num_layers=len(lost),
-        lost_median=statistics.median(lost.values()),
-        lost_worst=lost[worst],
-        worst_layer=worst,
-        divergence=float(divergence.mean()),
-        num_tokens=divergence.numel(),
-        num_same=int((beside.argmax(dim=-1) == after.argmax(dim=-1)).sum()),
-    )
+    together = _log_probabilities(base, merged, card.template)
+    report = _report(output, onto, "nf4" if into_nf4 else recipe.dtype, lost, separate, together)
     require_free_space(output, int(1.1 * merged.get_memory_footprint()), "the merged model")
     with appearing_folder(output) as building:
         # Not in the "original format": going back to a base that was read in 4 bits is not implemented (transformers 5.23).
@@ -116,8 +101,35 @@ def merge(run: Path, output: Path, *, onto: str, into_nf4: bool, notice: Tell) -
     return report
 
 
+def _base_recipe(folder: Path, card: AdapterCard, onto: str) -> ModelRecipe:
+    """How to load the base that the adapter in `folder` is added to."""
+    model = {**card.model, "quantization": "none" if onto == "original" else "nf4"}
+    tables = {"model": model, "data": {"name": "wordproblems"}}
+    return recipe_from_tables(tables, source=str(folder / CARD_FILE)).model
+
+
+def _report(
+    output: Path, onto: str, rounded_to: str, lost: dict[str, float], separate: Tensor, together: Tensor
+) -> MergeReport:
+    """From each layer's loss, and the log probabilities (tokens, vocabulary) with a separate adapter and with a merged one."""
+    divergence = (separate.exp() * (separate - together)).sum(dim=-1)
+    worst = max(lost, key=lambda name: lost[name])
+    return MergeReport(
+        folder=str(output),
+        onto=onto,
+        rounded_to=rounded_to,
+        num_layers=len(lost),
+        lost_median=statistics.median(lost.values()),
+        lost_worst=lost[worst],
+        worst_layer=worst,
+        divergence=float(divergence.mean()),
+        num_tokens=divergence.numel(),
+        num_same=int((separate.argmax(dim=-1) == together.argmax(dim=-1)).sum()),
+    )
+
+
 def _merge_layers(model: Any, into_nf4: bool) -> dict[str, float]:
-    """Merge each adapted layer in fp32 and round; returns what share of its update the rounding cost."""
+    """Merge each adapted layer in fp32 and round; returns the share of each layer's update that the rounding cost."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     model.base_model._check_merge_allowed()
@@ -132,15 +144,15 @@ def _merge_layers(model: Any, into_nf4: bool) -> dict[str, float]:
         layer.merge(safe_merge=True)
         exact = linear.weight.data
         rounded = exact.to(dtype)
-        held = _through_nf4(rounded) if into_nf4 else rounded
+        stored = _through_nf4(rounded) if into_nf4 else rounded
         update = (exact - before.float()).norm()
-        lost[name] = float((held.float() - exact).norm() / update) if update else 0.0
-        linear.weight.data = held
+        lost[name] = float((stored.float() - exact).norm() / update) if update else 0.0
+        linear.weight.data = stored
     return lost
 
 
 def _through_nf4(weight: Tensor) -> Tensor:
-    """The values that a weight (d_out, d_in) has in NF4 with double quantization."""
+    """The values that a weight (d_out, d_in) takes in NF4 with double quantization."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
@@ -149,7 +161,7 @@ def _through_nf4(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _log_probabilities(base: BaseModel, model: Any, template: str) -> Tensor:
-    """Of every next token in a few prompts: (tokens, vocabulary), fp32."""
+    """Log probabilities of every next token in a few prompts: (tokens, vocabulary), fp32."""
     model.eval()
     rows = []
     for row in test_rows()[:_NUM_PROMPTS]:

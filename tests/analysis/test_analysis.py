@@ -198,6 +198,12 @@ def test_json_is_alone_on_stdout_and_files_go_into_the_first_run(runs, capsys):
     assert (runs("lora") / "analysis" / "summary.json").is_file()
 
 
+def test_an_adapter_s_folder_stands_for_its_run(runs):
+    found = analyze([runs("lora") / "adapter"], None, layers=None, side=4, seed=0)
+    assert found.folder == str(runs("lora") / "analysis")
+    assert found.summaries[0].run == "lora"
+
+
 def test_runs_that_trained_vectors_alone_have_a_table_and_no_pictures(runs, tmp_path):
     found = analyze([runs("red")], tmp_path, layers=None, side=None, seed=0)
     assert found.files == ["summary.json"]

@@ -116,7 +116,7 @@ def test_what_came_before_a_fault_is_kept(workplace, capsys, monkeypatch):
         assert evaluate(url, "mortal", "--limit", "12", "--concurrency", "1") == 2
     error = capsys.readouterr().err
     assert "cannot be reached" in error
-    assert "the same command goes on" in error
+    assert "the same command continues" in error
     on_file = next(workplace.glob("runs/*/eval/*/wordproblems.jsonl")).read_text().splitlines()
     assert [json.loads(line)["index"] for line in on_file] == [0, 1, 2, 3, 4]
 
@@ -127,8 +127,8 @@ def test_what_came_before_a_fault_is_kept(workplace, capsys, monkeypatch):
         ("locked", "the key is refused"),
         ("unknown", "not found"),
         ("garbage", "model garbage: "),
-        ("hollow", "the reply to item 0 is no chat completion"),
-        ("odd", "the reply to item 0 is no chat completion"),
+        ("hollow", "the reply to item 0 is not a chat completion"),
+        ("odd", "the reply to item 0 is not a chat completion"),
         ("silent", "no answer within 0.3 s, 2 times"),
     ],
 )
@@ -157,7 +157,7 @@ def test_faults_that_stay_are_told_and_never_show_the_key(workplace, capsys, mon
             ["--endpoint", "http://host", "--model", "m", "--adapter", "x", "--dtype", "float32"],
             "--adapter, --dtype: mean",
         ),
-        (["--endpoint", "http://host", "--model", "m", "--clean"], "name the training set by --trained-on"),
+        (["--endpoint", "http://host", "--model", "m", "--clean"], "name the training set with --trained-on"),
         (["--model", "m", "--concurrency", "3"], "--concurrency: counts requests to a server"),
         (["--model", "m", "--samples", "3"], "--samples: only with --decoding sample"),
         (["--model", "m", "--trained-on", "math10k"], "add --clean"),

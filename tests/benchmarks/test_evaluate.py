@@ -10,8 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from qdense.benchmarks import evaluate as evaluate_module
-from qdense.benchmarks.evaluate import EvaluationRequest, evaluate, newest_run
+from qdense.benchmarks import completions as completions_module
+from qdense.benchmarks import local_model as local_model_module
+from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
 from qdense.benchmarks.generation import DECODINGS, generate
 from qdense.benchmarks.tasks import TASKS, load_items, tasks_named
 from qdense.errors import AdapterError, EvaluationError, QDenseError
@@ -78,7 +79,7 @@ def test_summary_and_completions(finished_run, tmp_path, monkeypatch):
         assert summary[key], key
     (session,) = summary["sessions"]
     assert session == json.loads(written["sessions.json"])[0]
-    for key in ("held_in", "batch_sizes", "git_hash", "started"):
+    for key in ("stored_as", "batch_sizes", "git_hash", "started"):
         assert session[key], key
     progress = [event for event in events if isinstance(event, EvaluationProgress)]
     assert [event.num_done for event in progress if event.column == "adapter"] == list(range(11))
@@ -121,7 +122,7 @@ def test_a_killed_evaluation_goes_on_and_generates_nothing_twice(tiny_model, tmp
                 raise KeyboardInterrupt
             yield completion
 
-    monkeypatch.setattr(evaluate_module, "generate", dying)
+    monkeypatch.setattr(local_model_module, "generate", dying)
     with pytest.raises(KeyboardInterrupt):
         evaluate(request, ignore)
     path = next((tmp_path / "runs").glob("*/eval/*/wordproblems.jsonl"))
@@ -143,7 +144,7 @@ def test_any_character_in_a_completion_survives_a_resume(finished_run, monkeypat
     def odd(*args, **kwargs):
         return [replace(completion, completion="a\u2028b\u0085c\n7") for completion in generate(*args, **kwargs)]
 
-    monkeypatch.setattr(evaluate_module, "generate", odd)
+    monkeypatch.setattr(local_model_module, "generate", odd)
     first = lines_of(evaluate(request_for(finished_run), ignore))
     assert lines_of(evaluate(request_for(finished_run), ignore)) == first
     shutil.rmtree(finished_run / "eval")
@@ -191,22 +192,22 @@ def test_each_start_is_told_by_itself(finished_run, tmp_path, monkeypatch):
     """Two commits of qdense, two batch sizes, weights held in two ways: all are on file, and the mix is told."""
     shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
     request = request_for(tmp_path / "run")
-    monkeypatch.setattr(evaluate_module, "git_hash", lambda: "first")
+    monkeypatch.setattr(completions_module, "git_hash", lambda: "first")
     first = evaluate(request, ignore)
     path = Path(first["folder"]) / "wordproblems.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
-    monkeypatch.setattr(evaluate_module, "git_hash", lambda: "second")
+    monkeypatch.setattr(completions_module, "git_hash", lambda: "second")
     monkeypatch.setattr("qdense.modeling.load._has_memory_to_unpack", lambda *a: False)
     events = []
     second = evaluate(request, events.append)
     assert second["folder"] == first["folder"]
     assert [session["git_hash"] for session in second["sessions"]] == ["first", "second"]
-    assert [session["held_in"] for session in second["sessions"]] == ["bfloat16, the values of nf4", "nf4"]
-    assert sum("completions by qdense at first; going on at second" in getattr(e, "text", "") for e in events) == 1
+    assert [session["stored_as"] for session in second["sessions"]] == ["bfloat16, the values of nf4", "nf4"]
+    assert sum("completions by qdense at first; continuing at second" in getattr(e, "text", "") for e in events) == 1
     assert lines_of(second) == lines_of(first)  # bit for bit the same, held in either way
     events.clear()
     assert evaluate(request, events.append)["sessions"] == second["sessions"]  # nothing was left to complete
-    assert not any("going on at" in getattr(event, "text", "") for event in events)
+    assert not any("continuing at" in getattr(event, "text", "") for event in events)
 
 
 def test_a_corrupted_completion_file_is_named(finished_run):
@@ -215,6 +216,15 @@ def test_a_corrupted_completion_file_is_named(finished_run):
         stream.write("oops\n")
     with pytest.raises(EvaluationError, match="line 4: not a completion of ours"):
         evaluate(request_for(finished_run, limit=3), ignore)
+
+
+def test_completions_of_items_that_were_not_asked_for_are_named(finished_run):
+    folder = evaluate(request_for(finished_run, limit=2), ignore)["folder"]
+    path = Path(folder) / "wordproblems.jsonl"
+    line = json.loads(path.read_text().splitlines()[0])
+    path.write_text(json.dumps(line | {"index": 1_000_000}) + "\n")
+    with pytest.raises(EvaluationError, match=r"wordproblems\.jsonl: holds index 1000000, sample 0, which"):
+        evaluate(request_for(finished_run, limit=2), ignore)
 
 
 def test_an_adapter_of_another_base_is_refused(finished_run, other_tiny_model):
@@ -284,18 +294,6 @@ def test_adapters_that_cannot_be_read(finished_run, tmp_path):
         evaluate(request_for(tmp_path / "broken"), ignore)
 
 
-def test_the_newest_finished_run(finished_run, tmp_path):
-    import os
-
-    with pytest.raises(AdapterError, match="no finished run"):
-        newest_run(tmp_path)
-    for name, age in (("old", 100), ("deeper/new", 0), ("older", 200)):
-        shutil.copytree(finished_run, tmp_path / name)
-        stamp = 2_000_000_000 - age
-        os.utime(tmp_path / name / "adapter" / "qdense.json", (stamp, stamp))
-    assert newest_run(tmp_path) == tmp_path / "deeper" / "new"
-
-
 def test_labels_that_are_no_answers_are_named(tmp_path):
     path = tmp_path / "dataset" / "AQuA" / "test.json"
     path.parent.mkdir(parents=True)
@@ -333,7 +331,7 @@ def test_clean_items_are_scored_by_themselves(finished_run, tmp_path):
 
 def test_clean_needs_to_know_what_the_model_was_trained_on(tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(EvaluationError, match="name the training set by --trained-on"):
+    with pytest.raises(EvaluationError, match="name the training set with --trained-on"):
         evaluate(request_for(None, model={"name": str(tiny_model)}, clean=True), ignore)
 
 
@@ -360,14 +358,14 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(tiny_model, tmp_path, 
     assert refused == [8, 4]
     assert summary["sessions"][0]["batch_sizes"] == [8, 4, 2]
     assert [e.text for e in events if isinstance(e, Notice) and e.level == "warning"] == [
-        "out of memory: going on with 4 at a time; nothing finished is lost",
-        "out of memory: going on with 2 at a time; nothing finished is lost",
+        "out of memory: continuing with 4 at a time; nothing that is finished is lost",
+        "out of memory: continuing with 2 at a time; nothing that is finished is lost",
     ]
 
 
 def test_the_batch_is_as_large_as_the_memory_allows(finished_run, monkeypatch):
     def settings_with(memory_bytes):
-        monkeypatch.setattr(evaluate_module, "memory_total", lambda device: memory_bytes)
+        monkeypatch.setattr(local_model_module, "memory_total", lambda device: memory_bytes)
         summary = evaluate(request_for(finished_run, batch_size=None, limit=2), ignore)
         return json.loads(files(summary)["settings.json"])["batch_size"]
 

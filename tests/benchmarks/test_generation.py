@@ -321,7 +321,7 @@ def test_unpacked_weights_give_the_very_logits_of_nf4(tiny_model):
     """What an evaluation on a CPU does: the values of NF4, unpacked once instead of at each use."""
     recipe = ModelRecipe(name=str(tiny_model), device="cpu")
     packed, unpacked = load_base(recipe), load_base(recipe, for_training=False)
-    assert (packed.held_in, unpacked.held_in) == ("nf4", "bfloat16, the values of nf4")
+    assert (packed.stored_as, unpacked.stored_as) == ("nf4", "bfloat16, the values of nf4")
     assert type(unpacked.model.model.layers[0].mlp.up_proj) is torch.nn.Linear
     ids = torch.arange(30)[None]
     with torch.no_grad():
@@ -334,5 +334,5 @@ def test_without_the_memory_to_unpack_the_weights_stay_packed(tiny_model, monkey
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
     told = []
     base = load_base(ModelRecipe(name=str(tiny_model), device="cpu"), told.append, for_training=False)
-    assert base.held_in == "nf4"
+    assert base.stored_as == "nf4"
     assert any("too little memory to unpack" in text for text in told)

@@ -227,7 +227,10 @@ def test_the_tasks_without_real_data_here_read_upstreams_format(name, fixtures, 
     ("lines", "message"),
     [
         (['{"index": 0, "completion": "1"}'], "3 of 4 items have no completion: index 1, 2, 3"),
-        (['{"index": 0, "completion": "1"}', '{"index": 0, "completion": "2"}'], "line 2: index 0 stands in line 1"),
+        (
+            ['{"index": 0, "completion": "1"}', '{"index": 0, "completion": "2"}'],
+            "line 2: index 0 is already in line 1",
+        ),
         (['{"index": 4, "completion": "1"}'], "line 1: index 4 is out of range; the items are 0 to 3"),
         (['{"index": -1, "completion": "1"}'], "index -1 is out of range"),
         (['{"index": true, "completion": "1"}'], '"index" must be a whole number, not true'),
@@ -242,7 +245,7 @@ def test_the_tasks_without_real_data_here_read_upstreams_format(name, fixtures, 
                 json.dumps({"index": i, "completion": "1", "sample": s})
                 for i, s in [(0, 0), (0, 1), (1, 0), (2, 0), (3, 0)]
             ],
-            "fewer than 2 has index 1, 2, 3",
+            "fewer than 2 of index 1, 2, 3",
         ),
     ],
 )

@@ -12,7 +12,8 @@ from rich.console import Console
 from qdense.benchmarks.accuracy import wilson_interval
 from qdense.benchmarks.tasks import GROUPS, TASKS
 from qdense.cli import main
-from qdense.comparison.compare import compare, load_evaluation
+from qdense.comparison.compare import compare
+from qdense.comparison.evaluations import load_evaluation
 from qdense.comparison.published import PUBLISHED, UNCERTAIN, WORKED_BACK, published_models, published_rows
 from qdense.comparison.statistics import bootstrap_interval
 from qdense.errors import EvaluationError
@@ -117,7 +118,7 @@ def test_other_recipes_and_settings_are_not_pooled_and_the_difference_is_told(tm
     other = write_evaluation(tmp_path / "b", {"gsm8k": HALF}, recipe=tables, **change.get("settings", {}))
     result = comparison_of(first, other)
     assert len(result["groups"]) == 2
-    told = re.compile("evaluated differently|other recipe|other bases")
+    told = re.compile("evaluated differently|different recipes|different bases")
     assert any(told.match(note) and "(A)" in note and "(B)" in note for note in result["notes"])
 
 
@@ -128,7 +129,7 @@ def test_what_says_nothing_of_how_it_was_scored_does_not_part_seeds(tmp_path):
     )
     result = comparison_of(first, other)
     assert len(result["groups"]) == 1
-    assert "evaluated by other versions, torch: 2.11.0 " in " ".join(result["notes"])
+    assert "evaluated by different versions, torch: 2.11.0 " in " ".join(result["notes"])
 
 
 def test_adapters_without_a_recipe_and_bases_are_never_pooled(tmp_path):
@@ -259,6 +260,7 @@ def test_the_command_that_goes_on_is_the_right_one(tmp_path, settings, command):
         ("settings.json", "{}"),
         ("settings.json", "null"),
         ("settings.json", "\x00"),
+        ("settings.json", "[" * 100_000),
     ],
     ids=lambda text: text[:40],
 )
@@ -269,19 +271,19 @@ def test_damaged_files_are_named(tmp_path, name, content):
         load_evaluation(run)
 
 
-@pytest.mark.parametrize("content", [b"[adapter", b"", b"\xff", b"adapter = 1"])
+@pytest.mark.parametrize("content", [b"[adapter", b"", b"\xff", b"adapter = 1", b"a = " + b"[" * 100_000])
 def test_a_damaged_recipe_is_named(tmp_path, content):
     run = write_evaluation(tmp_path / "x", {"gsm8k": HALF}, recipe=recipe_tables())
     (run / "recipe.toml").write_bytes(content)
-    with pytest.raises(EvaluationError, match=r"x/recipe\.toml: not the recipe of a run"):
+    with pytest.raises(EvaluationError, match=r"x/recipe\.toml: not a run's recipe"):
         load_evaluation(run)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data_sha256": {"gsm8k": "0" * 64}}, "gsm8k: .*different tests, for its test data differs"),
-        ({"task_versions": {"gsm8k": 2}}, "gsm8k: .*for its version differs"),
+        ({"data_sha256": {"gsm8k": "0" * 64}}, "gsm8k: .*different tests: its test data differs"),
+        ({"task_versions": {"gsm8k": 2}}, "gsm8k: .*: its version differs"),
     ],
 )
 def test_different_tests_are_not_compared(runs, tmp_path, settings, message):

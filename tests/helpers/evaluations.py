@@ -5,6 +5,8 @@ from pathlib import Path
 
 import tomli_w
 
+from qdense.runs import RunFolder
+
 SHA = {"gsm8k": "a" * 64, "aqua": "b" * 64, "boolq": "c" * 64}
 
 
@@ -27,10 +29,10 @@ def write_evaluation(run: Path, outcomes, *, recipe=None, adapter=True, digest="
         strict: the same by the strict rule, if it is to differ.
         adapter: False for a bare base.
     """
-    folder = run / "eval" / digest
-    folder.mkdir(parents=True)
+    folder = RunFolder(run).evaluation(digest)
+    folder.path.mkdir(parents=True)
     if recipe is not None:
-        (run / "recipe.toml").write_text(tomli_w.dumps(recipe))
+        RunFolder(run).recipe.write_text(tomli_w.dumps(recipe))
     by_index = {task: given if isinstance(given, dict) else dict(enumerate(given)) for task, given in outcomes.items()}
     items = {
         task: {"index": list(given), "paper": list(given.values()), "strict": list((strict or outcomes)[task])}
@@ -54,7 +56,7 @@ def write_evaluation(run: Path, outcomes, *, recipe=None, adapter=True, digest="
         "device": "CPU",
         "versions": {"torch": "2.11.0"},
     }
-    (folder / "settings.json").write_text(json.dumps(defaults | settings))
-    (folder / "summary.json").write_text(json.dumps({"folder": str(folder)}))
-    (folder / "items.json").write_text(json.dumps(items))
+    folder.settings.write_text(json.dumps(defaults | settings))
+    folder.summary.write_text(json.dumps({"folder": str(folder.path)}))
+    folder.items.write_text(json.dumps(items))
     return run

@@ -8,6 +8,7 @@ import pytest
 
 from qdense.events import StepDone
 from qdense.recipe import recipe_from_tables
+from qdense.runs import PEFT_WEIGHTS_FILE, RunFolder
 from qdense.training.loop import TrainingLoop
 from qdense.training.run import train
 
@@ -45,7 +46,7 @@ def run(recipe, resume=False):
 
 
 def adapter_bytes(folder):
-    return (Path(folder) / "adapter" / "adapter_model.safetensors").read_bytes()
+    return (RunFolder(Path(folder)).adapter / PEFT_WEIGHTS_FILE).read_bytes()
 
 
 def killed_run(recipe, step):

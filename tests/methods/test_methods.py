@@ -345,7 +345,7 @@ def test_merged_into_nf4_the_loss_is_told(runs, tiny_model, tmp_path, capsys):
     assert packed["lost_median"] > 10 * rounded["lost_median"]
     assert packed["divergence"] > rounded["divergence"]
     again = load_base(ModelRecipe(name=str(tmp_path / "nf4"), device="cpu"))
-    assert again.held_in == "nf4"
+    assert again.stored_as == "nf4"
     whole = load_base(ModelRecipe(name=str(tmp_path / "bf16"), quantization="none", device="cpu"))
     layer = "model.layers.0.mlp.up_proj"
     unpacked = load_base(ModelRecipe(name=str(tmp_path / "nf4"), device="cpu"), for_training=False)
@@ -353,7 +353,7 @@ def test_merged_into_nf4_the_loss_is_told(runs, tiny_model, tmp_path, capsys):
     assert 0 < error.abs().max() < 0.05
 
 
-def test_merging_onto_a_base_that_is_held_in_4_bits(runs, tmp_path, monkeypatch):
+def test_merging_onto_a_base_that_is_stored_in_4_bits(runs, tmp_path, monkeypatch):
     """As on a GPU: a CPU's base has its NF4 values unpacked already."""
     assert main(["merge", str(runs / "lora"), str(tmp_path / "unpacked"), "--onto", "nf4", "--json"]) == 0
     monkeypatch.setattr(merge_module, "load_base", lambda recipe, *rest, for_training: load_base(recipe))
@@ -369,7 +369,7 @@ def test_merging_onto_a_base_that_is_held_in_4_bits(runs, tmp_path, monkeypatch)
     [
         ("denselora", "A DenseLoRA adapter with activations cannot be merged"),
         ("red", "cannot be merged"),
-        ("full", "is a whole model already"),
+        ("full", "is already a whole model"),
     ],
 )
 def test_what_cannot_be_merged(runs, tmp_path, capsys, method, message):
@@ -382,4 +382,4 @@ def test_a_folder_in_use_is_not_written_into(runs, tmp_path, capsys):
     (tmp_path / "file").touch()
     for place in (tmp_path, tmp_path / "file"):
         assert main(["merge", str(runs / "lora"), str(place)]) == 2
-        assert "is there already and not empty" in capsys.readouterr().err
+        assert "already exists and is not an empty folder" in capsys.readouterr().err

@@ -332,7 +332,7 @@ def test_two_evaluations_of_the_same_are_refused(uncut):
 
     def emit(event):
         if isinstance(event, EvaluationProgress) and not refused:
-            with pytest.raises(EvaluationError, match="another process is at this evaluation") as error:
+            with pytest.raises(EvaluationError, match="another process is running this evaluation") as error:
                 evaluate(request, lambda event: None)
             refused.append(error)
 

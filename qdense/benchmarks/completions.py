@@ -1,0 +1,195 @@
+"""Completions of an evaluation: what gives them, and how they are kept.
+
+Each completion is on file before the next one is counted, so an evaluation that was killed continues where it stopped and
+asks nothing twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from qdense.benchmarks.generation import Completion
+from qdense.benchmarks.results import parse_completion
+from qdense.benchmarks.scoring import RULES
+from qdense.benchmarks.tasks import Task
+from qdense.cache import write_atomically
+from qdense.data.rows import Row
+from qdense.errors import EvaluationError
+from qdense.events import Emit, EvaluationProgress, Notice
+from qdense.provenance import git_hash
+from qdense.runs import EvaluationFolder, RunFolder
+
+
+class CompletionSource(Protocol):
+    """A model that completes prompts: loaded here (`LocalModel`) or behind an endpoint (`EndpointModel`).
+
+    Attributes:
+        title, facts: what it is, for a person; facts are (label, value).
+        column: what a table calls it: "base", "adapter" or the endpoint's model.
+        run: where its evaluations lie.
+        settings: everything about it that could change a completion; decides the evaluation's folder.
+        session: what else is true since this start, and may change during it: batch sizes, retries, the server's own name for
+            its model.
+    """
+
+    title: str
+    facts: tuple[tuple[str, str], ...]
+    column: str
+    run: RunFolder
+    settings: dict[str, Any]
+    session: dict[str, Any]
+
+    def complete(self, task: Task, rows: Sequence[Row], wanted: Sequence[tuple[int, int]]) -> Iterator[Completion]:
+        """The completions of the (index, sample) pairs, in any order."""
+        ...
+
+
+class CompletionStore:
+    """The completions of one source in an evaluation's folder."""
+
+    def __init__(self, folder: EvaluationFolder, source: CompletionSource, emit: Emit) -> None:
+        self.folder, self.source, self.emit = folder, source, emit
+        self.sessions = SessionLog(folder.sessions, source, emit)
+
+    def complete(self, task: Task, rows: Sequence[Row], num_samples: int) -> dict[tuple[int, int], Completion]:
+        """All completions of a task, by (index, sample): those on file, then the missing ones as they come.
+
+        Raises:
+            EvaluationError: the file is damaged, or the source fails; what is on file stays there.
+        """
+        path = self.folder.completions(task.name)
+        done = completions_on_file(path)
+        wanted = [(index, sample) for index in range(len(rows)) for sample in range(num_samples)]
+        if foreign := sorted(done.keys() - set(wanted)):
+            index, sample = foreign[0]
+            raise EvaluationError(
+                f"{path}: holds index {index}, sample {sample}, which is not asked for here. Remove the file to start over."
+            )
+        tally = _Tally(task, rows, self.source.column, len(wanted), self.emit)
+        for completion in done.values():
+            tally.count(completion)
+        tally.tell()
+        missing = [key for key in wanted if key not in done]
+        if not missing:
+            return done
+        with path.open("a", encoding="utf-8") as stream:
+            for completion in self.source.complete(task, rows, missing):
+                self.sessions.update()
+                done[completion.index, completion.sample] = completion
+                stream.write(json.dumps(asdict(completion), ensure_ascii=False) + "\n")
+                stream.flush()
+                tally.count(completion)
+                tally.num_new_tokens += completion.num_tokens
+                tally.tell()
+        return done
+
+
+class _Tally:
+    """How far a task is, how much of it is right, and how fast new completions come."""
+
+    def __init__(self, task: Task, rows: Sequence[Row], column: str, num_items: int, emit: Emit) -> None:
+        self.task, self.rows, self.column, self.num_items, self.emit = task, rows, column, num_items, emit
+        self.started = time.monotonic()
+        self.num_done = self.num_new_tokens = 0
+        self.num_correct = dict.fromkeys(RULES, 0)
+
+    def count(self, completion: Completion) -> None:
+        self.num_done += 1
+        answers, label = self.task.answers, self.rows[completion.index].answer
+        for rule, answer in answers.answers(completion.completion).items():
+            self.num_correct[rule] += answers.is_correct(label, answer)
+
+    def tell(self) -> None:
+        seconds = time.monotonic() - self.started
+        self.emit(
+            EvaluationProgress(
+                task=self.task.name,
+                column=self.column,
+                num_done=self.num_done,
+                num_items=self.num_items,
+                num_correct=dict(self.num_correct),
+                tokens_per_second=self.num_new_tokens / seconds if self.num_new_tokens else 0.0,
+            )
+        )
+
+
+class SessionLog:
+    """A file that lists each start of an evaluation that completed something, with what was true of that start alone.
+
+    Attributes:
+        sessions: the starts, this one last once it is listed.
+
+    Raises:
+        EvaluationError: the file is damaged.
+    """
+
+    def __init__(self, path: Path, source: CompletionSource, emit: Emit) -> None:
+        self.path, self.source, self.emit = path, source, emit
+        self.commit, self.started = git_hash(), datetime.now(UTC).isoformat(timespec="seconds")
+        try:
+            self.sessions: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(self.sessions, list):
+                raise TypeError("not a list")
+            commits = {session["git_hash"] for session in self.sessions}
+        except FileNotFoundError:
+            self.sessions, commits = [], set()
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise EvaluationError(f"{path}: damaged ({error!r}). Remove {path.parent} to start over.") from None
+        self.other_commits = sorted(map(str, commits - {self.commit}))
+        self.num_earlier = len(self.sessions)
+
+    def update(self) -> None:
+        """Bring the file up to date; to be called before a completion is filed."""
+        now = {"started": self.started, "git_hash": self.commit, **copy.deepcopy(self.source.session)}
+        if self.sessions[self.num_earlier :] == [now]:
+            return
+        if self.other_commits and len(self.sessions) == self.num_earlier:
+            self.emit(
+                Notice(
+                    f"{self.path.parent}: holds completions by qdense at {', '.join(self.other_commits)}; continuing at "
+                    f"{self.commit}. Remove the folder to have all of them by one version",
+                    "warning",
+                )
+            )
+        self.sessions[self.num_earlier :] = [now]
+        write_atomically(self.path, json.dumps(self.sessions, indent=2) + "\n")
+
+
+def completions_on_file(path: Path) -> dict[tuple[int, int], Completion]:
+    """The completions of earlier starts, by (index, sample).
+
+    A last line that was cut short when the process was killed is removed from the file.
+
+    Raises:
+        EvaluationError: anything else is wrong with it.
+    """
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole, newline, rest = content.rpartition(b"\n")
+    if rest:
+        os.truncate(path, len(whole + newline))
+    done = {}
+    # Split at line feeds alone: str.splitlines would also split at U+2028, which JSON leaves as it is.
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+        place = f"{path}, line {number}"
+        try:
+            parse_completion(place, line.decode("utf-8"))
+            completion = Completion(**json.loads(line))
+            for key, kind in (("num_prompt_tokens", int), ("num_tokens", int), ("finish", str)):
+                if not isinstance(getattr(completion, key), kind):
+                    raise TypeError(f"{key} must be {'text' if kind is str else 'a whole number'}")
+        except (EvaluationError, UnicodeDecodeError, TypeError) as error:
+            raise EvaluationError(
+                f"{place}: not a completion of ours ({error}). Remove the file to start over."
+            ) from None
+        done[completion.index, completion.sample] = completion
+    return done

@@ -17,7 +17,7 @@ from rich.console import Console
 from qdense.events import StepDone, TrainingStarted, Validated
 from qdense.recipe import load_recipe
 from qdense.training.metrics import read_metrics
-from qdense.ui import TrainingDisplay
+from qdense.ui.training import TrainingDisplay
 
 
 def main() -> None:

@@ -158,7 +158,7 @@ def test_faults_that_stay_are_told_and_never_show_the_key(workplace, capsys, mon
             "--adapter, --dtype: mean",
         ),
         (["--endpoint", "http://host", "--model", "m", "--clean"], "name the training set by --trained-on"),
-        (["--model", "m", "--concurrency", "3"], "--concurrency: counts requests to a server"),
+        (["--model", "m", "--concurrency", "3"], "--concurrency: only with --endpoint URL"),
         (["--model", "m", "--samples", "3"], "--samples: only with --decoding sample"),
         (["--model", "m", "--trained-on", "math10k"], "add --clean"),
         (["--model", "m", "--template", "alpacca"], 'unknown template "alpacca"'),

@@ -359,7 +359,7 @@ class Adapters:
             request = evaluate.EvaluationRequest([TASKS["gsm8k"]], self.folder, {}, with_base=False)
             # `qdense evaluate` gets the base that is at hand, whatever a mutated card names.
             with mock.patch.object(evaluate, "load_base", lambda recipe, *_, **__: self._base(recipe.quantization)):
-                respondents, _, _ = evaluate._load_models(request, self.folder, ignore)
+                respondents, _, _ = evaluate.load_models(request, self.folder, ignore)
             with torch.no_grad():
                 logits = respondents[0].model(torch.arange(5).reshape(1, 5)).logits  # type: ignore[attr-defined]
             assert torch.isfinite(logits).all(), "logits that are no numbers"

@@ -130,7 +130,7 @@ def evaluate(request: EvaluationRequest, emit: Emit) -> dict[str, Any]:
         respondents = [endpoint_model]
         title, facts = f"{request.endpoint.model} at {endpoint_model.settings['endpoint']}", endpoint_model.facts
     else:
-        respondents, title, facts = _load_models(request, folder, emit)
+        respondents, title, facts = load_models(request, folder, emit)
     emit(EvaluationStarted(title, facts, tuple(data), tuple(respondent.column for respondent in respondents)))
     summaries = [_evaluate_one(request, respondent, data, clean, emit) for respondent in respondents]
     summary = dict(summaries[-1])
@@ -158,9 +158,13 @@ def _clean_items(
     return {name: overlap.clean_indices for name, overlap in overlaps(training, data).items()}
 
 
-def _load_models(
+def load_models(
     request: EvaluationRequest, folder: Path | None, emit: Emit
 ) -> tuple[list[Respondent], str, tuple[tuple[str, str], ...]]:
+    """The base, the adapter in `folder`, or both, as the request asks; with a title and facts for a person.
+
+    Raises QDenseError.
+    """
     card = read_card(folder) if folder is not None else None
     if card is not None and request.template is None:
         try:  # before anything large is loaded
@@ -400,7 +404,7 @@ def _complete(
 ) -> dict[tuple[int, int], Completion]:
     """All completions of a task, those on file first; each new one is on file before the next is counted."""
     path = folder / f"{task.name}.jsonl"
-    done = _read_file(path)
+    done = stored_completions(path)
     wanted = [(index, sample) for index in range(len(rows)) for sample in range(num_samples)]
     num_generated, started = 0, time.monotonic()
     num_correct = dict.fromkeys(RULES, 0)
@@ -439,7 +443,7 @@ def _complete(
     return done
 
 
-def _read_file(path: Path) -> dict[tuple[int, int], Completion]:
+def stored_completions(path: Path) -> dict[tuple[int, int], Completion]:
     """Completions of an earlier start. A last line that a kill cut short is removed from the file; any other fault is an
     error."""
     if not path.exists():

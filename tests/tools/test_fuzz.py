@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qdense.benchmarks.evaluate import EvaluationRequest, _load_models, _read_file
+from qdense.benchmarks.evaluate import EvaluationRequest, load_models, stored_completions
 from qdense.benchmarks.results import read_completions
 from qdense.benchmarks.tasks import TASKS
 from qdense.data.rows import read_rows
@@ -166,10 +166,10 @@ def test_completions_of_an_earlier_start_of_wrong_types(tmp_path, key, value):
     sound = {"index": 0, "completion": "x", "num_prompt_tokens": 1, "num_tokens": 1, "finish": "eos", "sample": 0}
     path = tmp_path / "gsm8k.jsonl"
     path.write_text(json.dumps(sound) + "\n")
-    assert len(_read_file(path)) == 1
+    assert len(stored_completions(path)) == 1
     path.write_text(json.dumps(sound) + "\n" + json.dumps(sound | {"index": 1, key: value}) + "\n")
     with pytest.raises(EvaluationError, match=rf"gsm8k\.jsonl, line 2: not a completion of ours \({key} must be"):
-        _read_file(path)
+        stored_completions(path)
 
 
 def test_damaged_parquet(tmp_path):
@@ -266,7 +266,7 @@ def test_an_unknown_template_is_named_with_its_adapter(saved, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"template": "alpacca"}))
     request = EvaluationRequest([TASKS["gsm8k"]], tmp_path / "a", {}, with_base=False)
     with pytest.raises(AdapterError, match=r'/a: unknown template "alpacca".*--template'):
-        _load_models(request, tmp_path / "a", ignore)
+        load_models(request, tmp_path / "a", ignore)
 
 
 @pytest.mark.parametrize(

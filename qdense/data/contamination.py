@@ -1,22 +1,22 @@
 """Which items of a test set a training set holds: exactly, or nearly.
 
 Texts are compared as words: case, punctuation, white space and Unicode's variant forms do not count; a number is one word
-however it is written (1,000 = 1000, 5.0 = 5), and an operator before a number is a word too. Compared are instruction and
-input, never the answer.
+however it is written (1,000 = 1000, 5.0 = 5), and an operator before a number is a word too. The instruction and the input
+are compared, never the answer.
 
 - Exact: a training row has the same words.
 - Near: at least 80% of the item's words lie in runs of 5 words that ONE training row also holds, with numbers as they are
   or all numbers taken as equal. The row found tells the kind: "same numbers" if it holds all the item's numbers, else
-  "other numbers": the same problem with other values. An item of fewer than 12 words must be covered wholly, for one word
-  makes a new question of it ("is corn starch the same as corn flower", "... corn syrup").
-- Boilerplate counts neither way: any 3 words that more than half of a test set's items hold, and 5 of them at least
+  "other numbers": the same problem with other values. An item of fewer than 12 words must be covered entirely, because one
+  word makes it a new question ("is corn starch the same as corn flower", "... corn syrup").
+- Boilerplate counts neither way: any 3 words that more than half of a test set's items hold, and at least 5 of them
   ("Answer format: true/false"); any 5 words that more than 1% of the training rows hold, and more than 50 of them.
 
 Run length and share were chosen by reading what real data give just above and below them. Math10K (1,824 genuine rows)
 holds 124 items of AddSub exactly and 26 nearly, of mawps 31 and 40: what was read at 80-85% is the same problem, mostly with
 other names and numbers, and so is much at 70-80%. The commonsense rows decide: of ARC-Challenge all 4 near items are right,
-of BoolQ 20 of 22 (2 differ in a place), of PIQA some 36 of 47 (the rest: the same few words on another object, "can cut a
-shirt"); at 70-80%, or with runs of 4 words, different questions with like answers come in.
+of BoolQ 20 of 22 (2 differ in a place), of PIQA some 36 of 47 (the rest: the same few words about another object, "can cut a
+shirt"); at 70-80%, or with runs of 4 words, different questions with similar answers come in.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """The display of `qdense train`, with an injected console and clock."""
 
 import io
-import subprocess
-import sys
 
 import pytest
 from rich.console import Console
@@ -150,13 +148,3 @@ def test_control_characters_in_names_do_not_steer_the_terminal():
     assert "x\\x1b[2J" in text
     assert "\x1b[2J" not in text
     assert "\x1b]0" not in text
-
-
-def test_the_display_knows_no_benchmarks():
-    script = (
-        "import sys\nimport qdense.ui.training\n"
-        "known = {name for name in sys.modules if name.startswith(('qdense.benchmarks', 'qdense.comparison', 'torch'))}\n"
-        "assert not known, known"
-    )
-    outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert outcome.returncode == 0, outcome.stderr

@@ -160,4 +160,4 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
         raise QDenseError("--endpoint: name the server's model with --model NAME")
     local = ("adapter", "with-base", "quantization", "dtype", "template", "batch-size")
     if unused := given(*local):
-        raise QDenseError(f"{', '.join(unused)}: has no meaning with --endpoint; leave it out")
+        raise QDenseError(f"{', '.join(unused)}: cannot be used with --endpoint")

@@ -151,11 +151,11 @@ def test_faults_that_stay_are_told_and_never_show_the_key(workplace, capsys, mon
         (["--endpoint", "http://host:99999", "--model", "m"], "must be an address such as http"),
         (["--endpoint", "http://me:secret@host/v1", "--model", "m"], "must hold no user, password or query"),
         (["--endpoint", "http://host/v1?key=secret", "--model", "m"], "must hold no user, password or query"),
-        (["--endpoint", "http://host/v1"], "name the server's model by --model"),
+        (["--endpoint", "http://host/v1"], "name the server's model with --model"),
         (["--endpoint", "http://host", "--model", "m", "--decoding", "beam4"], "no beam search"),
         (
             ["--endpoint", "http://host", "--model", "m", "--adapter", "x", "--dtype", "float32"],
-            "--adapter, --dtype: mean",
+            "--adapter, --dtype: cannot be used with --endpoint",
         ),
         (["--endpoint", "http://host", "--model", "m", "--clean"], "name the training set by --trained-on"),
         (["--model", "m", "--concurrency", "3"], "--concurrency: only with --endpoint URL"),

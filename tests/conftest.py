@@ -20,9 +20,9 @@ from tests.helpers.models import make_tiny_model  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything defines a kernel
 
-from qdense.cli import _quiet_libraries  # noqa: E402
+from qdense.libraries import quiet_libraries  # noqa: E402
 
-_quiet_libraries()
+quiet_libraries()
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,6 @@ import safetensors.torch
 import tomli_w
 import torch
 
-from qdense import cli
 from qdense.cli import main
 from qdense.data.wordproblems import test_rows as wordproblems
 from qdense.errors import AdapterError, ModelError, QDenseError
@@ -31,7 +30,8 @@ from qdense.modeling.attach import attach_adapter
 from qdense.modeling.load import load_base
 from qdense.recipe import AdapterRecipe, ModelRecipe
 from qdense.text import clean
-from qdense.ui import drawn, make_console, show_analysis
+from qdense.ui.console import drawn, make_console
+from qdense.ui.tables import show_analysis
 from tests.helpers import ROOT
 from tests.helpers.endpoint import server
 from tests.helpers.evaluations import recipe_tables, write_evaluation
@@ -512,7 +512,7 @@ def test_no_error_tells_a_secret(monkeypatch, capsys, secrets):
     def fail(arguments):
         raise QDenseError(f"cannot reach https://me:pass-word@hub.example/x with {' '.join(SECRETS.values())}")
 
-    monkeypatch.setattr(cli, "_params", fail)
+    monkeypatch.setattr("qdense.cli.params.run", fail)
     assert main(["params", "llama3-8b"]) == 2
     printed = capsys.readouterr().err
     assert "Secret" not in printed
@@ -628,7 +628,7 @@ def test_signals_and_notices_do_not_either(tmp_path, monkeypatch, capfd):
     def stop(arguments):
         raise RunStopped(f"stopped in {ESCAPE}", 15)
 
-    monkeypatch.setattr(cli, "_params", stop)
+    monkeypatch.setattr("qdense.cli.params.run", stop)
     assert main(["params", "llama3-8b"]) == 143
     assert is_harmless(capfd.readouterr().err)
 

@@ -52,10 +52,10 @@ from qdense.benchmarks import local_model
 from qdense.benchmarks.request import EvaluationRequest
 from qdense.benchmarks.results import read_completions, score_task
 from qdense.benchmarks.tasks import TASKS
-from qdense.cli import _quiet_libraries
 from qdense.data.rows import read_rows
 from qdense.errors import QDenseError
 from qdense.events import ignore
+from qdense.libraries import quiet_libraries
 from qdense.methods import METHODS
 from qdense.modeling.adapter_files import AdapterCard, save_adapter
 from qdense.modeling.attach import attach_adapter
@@ -515,7 +515,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", type=Path, default=Path("/tmp/qdense-fuzz"), help="where inputs of faults go")
     arguments = parser.parse_args()
-    _quiet_libraries()
+    quiet_libraries()
     lines = [f"| input | cases | {' | '.join(OUTCOMES)} | |", f"|{'---|' * (len(OUTCOMES) + 3)}"]
     num_faults = 0
     for kind in arguments.kind or KINDS:

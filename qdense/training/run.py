@@ -17,14 +17,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from qdense.benchmarks.tasks import TASKS
 from qdense.cache import appearing_folder, require_free_space, write_atomically
 from qdense.catalogs.datasets import TRAINING_SETS
-from qdense.data.contamination import overlaps
+from qdense.data.contamination import local_overlaps
 from qdense.data.examples import Encoded, Example, collate, encode_rows, split_rows
-from qdense.data.sources import DataSet, load_training_set, local_test_set
+from qdense.data.sources import DataSet, load_training_set
 from qdense.device import choose_device, device_name, memory_total, peak_memory
-from qdense.errors import QDenseError, RunError, RunStopped
+from qdense.errors import RunError, RunStopped
 from qdense.events import Emit, Notice, TrainingDone, TrainingStarted, ignore
 from qdense.methods import METHODS
 from qdense.modeling.adapter_files import AdapterCard, save_adapter, save_trainable
@@ -334,18 +333,10 @@ def _num_steps(recipe: Recipe, num_examples: int, emit: Emit) -> int:
 
 def _warn_of_test_items(name: str, data: DataSet, data_dir: Path | None, emit: Emit) -> None:
     """Say which benchmarks the training set holds items of, as far as their test files are here: nothing is downloaded."""
-    tests, faults = {}, []
-    for task in TASKS.values():
-        try:
-            test = local_test_set(task.file, data_dir)
-        except (QDenseError, OSError) as error:  # no reason not to train
-            faults.append(str(error))
-            continue
-        if test is not None:
-            tests[task.name] = test
+    found, faults = local_overlaps(data, data_dir)
     held = [
         f"{task} ({overlap.num_exact:,} exact, {overlap.num_near:,} near of {overlap.num_items:,})"
-        for task, overlap in overlaps(data, tests).items()
+        for task, overlap in found.items()
         if overlap.matches
     ]
     if held:
@@ -356,7 +347,7 @@ def _warn_of_test_items(name: str, data: DataSet, data_dir: Path | None, emit: E
                 "warning",
             )
         )
-    for fault in dict.fromkeys(faults):
+    for fault in faults:
         emit(Notice(f"not looked for in the training set: {fault}", "warning"))
 
 

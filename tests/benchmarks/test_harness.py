@@ -157,8 +157,8 @@ def test_the_command(fixtures, tmp_path, capsys):
     assert "wrote 2 tasks" in printed
     assert f"--include_path {tmp_path / 'out'} --tasks qdense_obqa,qdense_siqa" in printed
     for arguments, message in (
-        (["--template", "alpaca"], "--template: of exported tasks"),
-        (["--decoding", "greedy"], "--decoding: of exported tasks"),
+        (["--template", "alpaca"], "--template: only for exported tasks"),
+        (["--decoding", "greedy"], "--decoding: only for exported tasks"),
         (["--export", "lm-eval", ""], "name the folder"),
     ):
         assert main(["tasks", "obqa", *arguments]) == 2

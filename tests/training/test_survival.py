@@ -26,7 +26,7 @@ from qdense.runs import RunFolder
 from qdense.training import resume as resume_module
 from qdense.training.metrics import read_metrics
 from qdense.training.run import train
-from qdense.ui import TrainingDisplay
+from qdense.ui.training import TrainingDisplay
 from tests.helpers import ROOT
 from tests.helpers.runs import adapter_bytes, change_losses, killed_run, recipe_for, run
 
@@ -113,12 +113,12 @@ def test_a_signal_in_the_last_step_lets_the_run_finish(tiny_model, tmp_path, unc
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_exit_status_of_a_command_that_a_signal_ends(name, status):
     script = (
-        "import os, signal\nfrom qdense import cli\n"
-        f"cli._params = lambda arguments: os.kill(os.getpid(), signal.{name})\n"
+        "import os, signal\nfrom qdense import cli\nfrom qdense.cli import params\n"
+        f"params.run = lambda arguments: os.kill(os.getpid(), signal.{name})\n"
         "raise SystemExit(cli.main(['params', 'llama3-8b']))"
     )
     outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (outcome.returncode, "stopped; go on" in outcome.stderr) == (status, True)
+    assert (outcome.returncode, "stopped; to continue" in outcome.stderr) == (status, True)
     assert "Traceback" not in outcome.stderr
 
 

@@ -35,7 +35,7 @@ from bench_train import Bench, Figures, Way, matmul_flops, random_examples, spre
 from random_base import random_base
 
 from qdense.catalogs.models import CATALOG
-from qdense.cli import _quiet_libraries
+from qdense.libraries import quiet_libraries
 from qdense.modeling.load import BaseModel
 from qdense.planning.memory import Choice, Kernels
 from qdense.planning.plan import CUDA_CONTEXT_BYTES, Machine, longest_context, make_plan
@@ -396,7 +396,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="write what is to be measured; needs no GPU")
     arguments = parser.parse_args()
     arguments.started = time.monotonic()
-    _quiet_libraries()
+    quiet_libraries()
     report = Report(arguments.output)
     if arguments.list:
         report.write()

@@ -2,7 +2,8 @@
 
 from qdense.analysis import Analysis
 from qdense.analysis.updates import FactorSummary
-from qdense.comparison.compare import compare, load_evaluation
+from qdense.comparison.compare import compare
+from qdense.comparison.evaluations import load_evaluation
 from qdense.modeling.merge import MergeReport
 from qdense.planning.parameters import ParameterCount
 from qdense.ui.comparison import show_comparison

@@ -14,7 +14,7 @@ from tests.helpers.evaluations import recipe_tables, write_evaluation
 
 def merged(lost_median, lost_worst):
     return MergeReport(
-        folder="out", onto="original", held_in="nf4", num_layers=10, lost_median=lost_median, lost_worst=lost_worst,
+        folder="out", onto="original", rounded_to="nf4", num_layers=10, lost_median=lost_median, lost_worst=lost_worst,
         worst_layer="layers.0.q_proj", divergence=0.0123, num_tokens=2000, num_same=1999,
     )  # fmt: skip
 

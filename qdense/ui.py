@@ -660,7 +660,7 @@ _PARTS = {
     "activations": "activations",
     "passing_gradients": "gradients on their way",
     "logits": "logits, a slice at a time",
-    "dequantization": "a weight unpacked from 4 bits",
+    "copies_of_weights": "copies of a weight in use",
 }
 
 

@@ -21,20 +21,14 @@ from safetensors.torch import load_file, save_file
 import qdense.tuners  # noqa: F401  (registers our methods, so that PEFT can load them)
 from qdense.cache import write_atomically
 from qdense.errors import AdapterError
-from qdense.methods import METHODS, Method
+from qdense.methods import METHODS, PEFT_TYPES, Method, method_of, sizes_in
 from qdense.modeling.attach import adapter_tensors, trainable_parameters
 from qdense.modeling.fingerprint import Fingerprint
-from qdense.modeling.load import BaseModel
+from qdense.modeling.load import BaseModel, never_repack
 
 CARD_FILE = "qdense.json"
-_PEFT_TYPES = {
-    "DENSELORA", "NORA", "RED", "LORA", "ADALORA", "VERA", "LOKR", "LOHA", "IA3", "OFT", "BOFT", "HRA", "FOURIERFT", "RANDLORA",
-    "VBLORA", "LN_TUNING", "MISS", "SHIRA", "C3A",
-}  # fmt: skip
 _LARGEST = 1e6  # value of a trained tensor; a flipped bit makes 1e38, whose products are no numbers
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What in a configuration is a size of tensors. Not LoKr's: there a rank beyond the matrix means the whole matrix.
-_SIZES = ("r", "init_r", "r_inner", "n_frequency", "num_vectors", "vector_length")
 
 
 @dataclass(frozen=True)
@@ -78,8 +72,8 @@ _TRAINABLE_FILE = "trainable.safetensors"
 
 
 def save_state(model: Any, folder: Path, method: Method) -> None:
-    """Write what a run needs to go on: the adapter in PEFT's format; where that is not all (AdaLoRA's is cut to the ranks of
-    the moment), or there is none, the trained tensors as they are."""
+    """Write what a run needs to go on: the adapter in PEFT's format; where that is not all (ranks that
+    are zero at the moment are cut), or there is none, the trained tensors as they are."""
     if method.is_saved_whole_by_peft:
         save_adapter(model, folder, card=None)
     else:
@@ -183,7 +177,9 @@ def read_card(folder: Path) -> AdapterCard:
         raise AdapterError(f"{path}: not a readable adapter configuration: {error!r}") from None
     if not isinstance(name, str) or not isinstance(method, str):
         raise AdapterError(f"{path}: base_model_name_or_path and peft_type must be names")
-    return AdapterCard(model={"name": name}, fingerprint=None, template="alpaca", method=method.lower())
+    known = method_of(config)
+    called = method.lower() if known is None else known.name
+    return AdapterCard(model={"name": name}, fingerprint=None, template="alpaca", method=called)
 
 
 def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
@@ -209,7 +205,10 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
     if not (folder / "adapter_model.safetensors").is_file():
         # PEFT would take the folder's name for a hub id and ask there
         raise AdapterError(f"{folder}: has no adapter_model.safetensors")
-    peft_type = _check_configuration(folder, base)
+    # What mends PEFT goes by what is loaded, and not by the name that a card gives it.
+    loaded = method_of(_checked_configuration(folder, base))
+    if loaded is None or loaded.reads_base_weights:
+        never_repack(base.model)
     try:
         model = PeftModel.from_pretrained(base.model, folder, autocast_adapter_dtype=False)
     except (torch.OutOfMemoryError, MemoryError):
@@ -226,14 +225,13 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
     # PEFT makes the tensors in the base's dtype; take the saved one, and the saved values again, which were rounded.
     for name, tensor in adapter_tensors(model):
         tensor.data = weights[name].to(tensor.device)
-    # What mends PEFT goes by what was loaded, and not by the name that a card gives it.
-    if (loaded := METHODS.get(peft_type.lower())) is not None:
+    if loaded is not None:
         loaded.prepare(model)
     return model
 
 
-def _check_configuration(folder: Path, base: BaseModel) -> str:
-    """Its PEFT type.
+def _checked_configuration(folder: Path, base: BaseModel) -> dict[str, Any]:
+    """Its adapter_config.json.
 
     Raises:
         AdapterError: PEFT would read other files for this type (X-LoRA, prompts), or does not know it; or no tensor has the
@@ -241,24 +239,24 @@ def _check_configuration(folder: Path, base: BaseModel) -> str:
     """
     path = folder / "adapter_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(f"{path}: not a readable adapter configuration: {error!r}") from None
-    if not isinstance(found, str) or found not in _PEFT_TYPES:
-        raise AdapterError(f"{path}: peft_type = {found!r}: known are {', '.join(sorted(_PEFT_TYPES))}")
+    if not isinstance(found, str) or found not in PEFT_TYPES:
+        raise AdapterError(f"{path}: peft_type = {found!r}: known are {', '.join(sorted(PEFT_TYPES))}")
     try:
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
             shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (no dict)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder}: the adapter does not fit {base.name}: {error}") from error
     largest = max((size for shape in shapes for size in shape), default=0)
-    patterns = config.get("rank_pattern")
-    sizes = {key: config.get(key) for key in _SIZES} | (patterns if isinstance(patterns, dict) else {})
-    for key, size in sizes.items() if found != "LOKR" else ():
+    keys, patterns = sizes_in(config), config.get("rank_pattern")
+    sizes = {key: config.get(key) for key in keys} | (patterns if keys and isinstance(patterns, dict) else {})
+    for key, size in sizes.items():
         if isinstance(size, int) and size > largest:
             raise AdapterError(f"{path}: {key} = {size}: no tensor of its adapter_model.safetensors is so large")
-    return found
+    return config
 
 
 def _load_whole_model(base: BaseModel, folder: Path) -> Any:

@@ -13,6 +13,7 @@ import torch
 from qdense.catalogs.models import CATALOG
 from qdense.cli import main
 from qdense.events import Notice, TrainingDone, TrainingStarted
+from qdense.methods import METHODS
 from qdense.planning import machine as machine_module
 from qdense.planning.generation import generation_bytes, sequences_that_fit
 from qdense.planning.memory import NF4_BYTES, Choice, Kernels, memory_of
@@ -175,10 +176,11 @@ def test_remedies_do_what_they_say():
     assert 'model.quantization = "nf4" would fit' in remedies
 
 
-@pytest.mark.parametrize("method", ["denselora", "lora", "dora", "vera", "red", "full", "denselora-freeze", "adalora"])
-def test_every_method_has_a_plan(method):
-    changes = {"model__quantization": "none"} if method == "full" else {}
-    plan = make_plan(recipe_of(adapter__method=method, **changes), LLAMA3, card(80))
+@pytest.mark.parametrize(
+    ("method", "quantization"), [(name, base) for name, method in METHODS.items() for base in method.quantizations]
+)
+def test_every_method_has_a_plan(method, quantization):
+    plan = make_plan(recipe_of(adapter__method=method, model__quantization=quantization), LLAMA3, card(80))
     assert plan.fits
     assert all(number >= 0 for number in plan.memory.breakdown.values())
     assert plan.predicted_peak_bytes == sum(plan.memory.breakdown.values())

@@ -675,6 +675,7 @@ def show_plan(console: Console, plan: Plan, title: str, longest_context_tokens: 
         if num_bytes:
             table.add_row(_PARTS[part], size(num_bytes))
     moments = {
+        "forward": "in forward",
         "loss": "while the loss is computed",
         "recompute": "while a layer is recomputed",
         "backward": "in backward",

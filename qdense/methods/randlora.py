@@ -3,11 +3,13 @@
     dW = scaling * sum over j of B_j diag(lambda_j) A diag(gamma_j)        j = 1 ... n, n = min(d_in, d_out) / r, rounded up
 
 The random A (r, min) and B_j (max, r) are one set for all layers; the vectors lambda_j (r,) and gamma_j (min,) are trained.
+A and B_j are drawn again from their seed when an adapter is loaded: PEFT would save them with every layer (66 GB on LLaMA-3-8B).
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 from pydantic import Field
@@ -38,13 +40,15 @@ def _num_bases(r: int, d_in: int, d_out: int) -> int:
 def _build_config(adapter: AdapterSettings, num_steps: int) -> Any:
     from peft import RandLoraConfig
 
-    return RandLoraConfig(
-        r=adapter.r,
-        randlora_alpha=adapter.own.scaling * adapter.r,
-        randlora_dropout=adapter.dropout,
-        target_modules=list(adapter.target_modules),
-        task_type="CAUSAL_LM",
-    )
+    with warnings.catch_warnings(action="ignore"):  # that A and B_j are not saved
+        return RandLoraConfig(
+            r=adapter.r,
+            randlora_alpha=adapter.own.scaling * adapter.r,
+            randlora_dropout=adapter.dropout,
+            save_projection=False,
+            target_modules=list(adapter.target_modules),
+            task_type="CAUSAL_LM",
+        )
 
 
 def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> dict[str, int]:
@@ -61,13 +65,20 @@ def _count_frozen(adapter: AdapterSettings, shapes: LinearShapes, num_layers: in
 
 
 def _prepare(model: Any) -> None:
-    """On a CPU, PEFT's layers on a quantized base return the fp32 that they compute in (peft 0.21)."""
+    """Hold A and B_j in the adapter's dtype: PEFT draws them in fp32.
+
+    On a CPU, its layers on a quantized base return the fp32 that they compute in (peft 0.21): make that the input's dtype.
+    """
     from peft.tuners.randlora.layer import RandLoraLayer
     from torch import nn
 
     for module in model.modules():
         if isinstance(module, RandLoraLayer):
             assert isinstance(module, nn.Module)
+            for name, trained in module.randlora_lambda.items():
+                for drawn in (module.randlora_A, module.randlora_B):  # of all layers
+                    assert drawn is not None
+                    drawn[name] = drawn[name].to(trained.device, trained.dtype)
             module.register_forward_hook(lambda layer, inputs, output: output.to(inputs[0].dtype))
 
 

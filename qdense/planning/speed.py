@@ -1,7 +1,10 @@
-"""How long a micro-batch takes on a card, from shapes alone: what it must compute, and what it must move.
+"""How long a micro-batch takes on a card, from shapes alone: what it must compute and move, and what the host must launch.
 
 The products are counted exactly; the rest (share of the ceiling that a product reaches, passes over activations) is an
-estimate. Not yet measured on a GPU: good enough to choose between plans, not to be quoted.
+estimate, good enough to choose between plans, not to be quoted. The host's share is measured on one machine: an H200,
+LLaMA-3-8B's shape, NF4, the fused adapter on five modules a layer. There a pass of 2,048 tokens without recomputation takes
+0.18 s for the bare base and 0.39 s with the adapter, however idle the GPU; of 1,024 tokens with all layers recomputed, 0.39
+and 0.63 s. On other hosts, and for other methods, it is an estimate.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ class Card:
         flops: bf16 products per second that large matrices reach, measured.
         bandwidth: bytes per second of its memory.
         link: bytes per second to and from the host, each way.
+        layer_seconds: that the host takes to launch a layer of the base, forward; backward as long.
+        module_seconds: that it takes to launch an adapted module's adapter, forward and backward.
     """
 
     name: str
@@ -31,6 +36,8 @@ class Card:
     flops: float
     bandwidth: float
     link: float
+    layer_seconds: float = 2.8e-3
+    module_seconds: float = 1.3e-3
 
 
 CARDS = {
@@ -39,6 +46,7 @@ CARDS = {
         Card("RTX 3090", 24 * 2**30, 71e12, 936e9, 20e9),
         Card("RTX 4090", 24 * 2**30, 165e12, 1008e9, 20e9),
         Card("H100", 80 * 2**30, 800e12, 3350e9, 50e9),
+        Card("H200", 141 * 2**30, 800e12, 4800e9, 50e9),
     )
 }
 _REACHED = 0.9  # share of the ceiling that products of this size reach
@@ -89,7 +97,16 @@ def tokens_per_second(recipe: Recipe, shape: CatalogModel, kernels: Kernels, cho
         # Copies overlap with what is computed; what they take longer is waited for.
         copied = 2 * choice.recompute_layers * tokens * shape.hidden_size * recipe.model.dtype_bytes
         seconds = max(seconds, copied / card.link)
-    return tokens / seconds
+    # The host launches ahead of the device: the slower of the two decides.
+    return tokens / max(seconds, shape.num_layers * _launching(card, len(modules), again))
+
+
+def _launching(card: Card, num_modules: int, again: float) -> float:
+    """Seconds that the host takes for one layer, however few tokens there are.
+
+    Recomputing a layer takes as long as forward and backward together: autograd's hooks take every tensor that is saved.
+    """
+    return card.layer_seconds * (2 + 2 * again) + card.module_seconds * num_modules * (1 + again / 4)
 
 
 def _module_costs(recipe: Recipe, shape: CatalogModel, kernels: Kernels) -> list[ModuleCosts]:

@@ -72,8 +72,8 @@ _TRAINABLE_FILE = "trainable.safetensors"
 
 
 def save_state(model: Any, folder: Path, method: Method) -> None:
-    """Write what a run needs to go on: the adapter in PEFT's format; where that is not all (ranks that
-    are zero at the moment are cut), or there is none, the trained tensors as they are."""
+    """Write what a run needs to go on: the adapter in PEFT's format; where that is not all (ranks that are
+    zero at the moment are cut), or there is none, the trained tensors as they are."""
     if method.is_saved_whole_by_peft:
         save_adapter(model, folder, card=None)
     else:

@@ -8,8 +8,9 @@ An optimizer step runs micro-batch by micro-batch; memory is highest in one of f
     backward   as for the loss, but for the logits: the gradients that run through the last kept layer
 
 The last layers keep their activations and the first are recomputed, so that kept activations are gone when the first
-recomputation needs room. Coefficients are counts of the tensors that autograd keeps, layer by layer, as written below;
-tests/test_planning.py holds them to the tensors of real steps. Memory inside one operation is not in it.
+recomputation needs room. Coefficients are counts of the tensors that autograd keeps, layer by layer: the base's as written
+below, an adapter's as its method states them (`qdense.methods.costs`);
+tests/planning/test_memory.py holds them to the tensors of real steps. Memory inside one operation is not in it.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_trai
     model.requires_grad_(False)
     stored_as: str = recipe.quantization if recipe.quantization != "none" else recipe.dtype
     if for_training:
-        _keep_autograd_on_cpu(model)
+        never_repack(model)
     elif recipe.quantization == "nf4" and device.type == "cpu" and _has_memory_to_unpack(model, recipe, notice):
         # Bit for bit the logits of NF4 weights that are unpacked at each use; reading a prompt takes 0.4 times as long.
         model = model.dequantize(dtype=getattr(torch, recipe.dtype))
@@ -167,10 +167,13 @@ def _from_pretrained(folder: Path, recipe: ModelRecipe, device: torch.device, qu
     )
 
 
-def _keep_autograd_on_cpu(model: Any) -> None:
-    """On CPUs with AVX512-BF16 an eval forward repacks 4-bit weights for a kernel without autograd: gradients of a later
-    training step would be wrong, with no more than a warning (bitsandbytes 0.50). So a run that trains keeps this path off,
-    its validation included."""
+def never_repack(model: Any) -> None:
+    """Have 4-bit weights stay as they were loaded. Call it before the first forward pass.
+
+    On CPUs with AVX512-BF16 an eval forward repacks them for a kernel without autograd (bitsandbytes 0.50). Gradients of a
+    later training step would be wrong, with no more than a warning, so a run that trains keeps this path off, its validation
+    included; and a method that unpacks the base's weights itself would read others.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

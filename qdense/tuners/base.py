@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from qdense.catalogs.models import PAPER_TARGET_MODULES
+from qdense.catalogs.families import PAPER_TARGET_MODULES
 
 # Decoders of Transformers whose linear layers have LLaMA's names.
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3")

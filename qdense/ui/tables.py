@@ -153,7 +153,7 @@ _PARTS = {
     "activations": "activations",
     "passing_gradients": "gradients of activations",
     "logits": "logits, a slice at a time",
-    "dequantization": "a weight unpacked from 4 bits",
+    "copies_of_weights": "copies of a weight in use",
 }
 
 
@@ -168,6 +168,7 @@ def show_plan(console: Console, plan: Plan, title: str, longest_context_tokens: 
         if num_bytes:
             table.add_row(_PARTS[part], size(num_bytes))
     moments = {
+        "forward": "in forward",
         "loss": "while the loss is computed",
         "recompute": "while a layer is recomputed",
         "backward": "in backward",

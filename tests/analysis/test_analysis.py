@@ -132,6 +132,8 @@ def test_updates_of_every_method(runs, method):
         "lora": ["A", "B"],
         "dora": ["A", "B", "magnitude"],
         "adalora": ["A", "B", "E"],
+        "hira": ["A", "B"],
+        "randlora": ["gamma", "lambda"],
         "full": ["W"],
     }
     if method in factors:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qdense import NoraConfig
-from qdense.catalogs.models import PAPER_TARGET_MODULES
+from qdense.catalogs.families import PAPER_TARGET_MODULES
 from qdense.tuners.nora import NoraLinear, calibrate, nora_delta, outer_pair
 from tests.helpers.models import meta_model
 from tests.helpers.tuners import BASES, TOKENS, fresh_base, logits, train, trainable

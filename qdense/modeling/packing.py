@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from qdense.catalogs.families import CAUSAL_ONLY
+
 _NAME = "qdense_packed"
-# Their attention is causal and nothing else: no soft cap, no sink, and a window only where the configuration names one.
-_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 
 def why_not_packed(model: Any) -> str | None:
     """The reason that this model's rows cannot be packed; None if they can."""
     config = model.config
-    if config.model_type not in _MODEL_TYPES:
-        return f"packing is known to be right for {', '.join(_MODEL_TYPES)}, not for {config.model_type}"
+    if config.model_type not in CAUSAL_ONLY:
+        return f"packing is known to be right for {', '.join(CAUSAL_ONLY)}, not for {config.model_type}"
     layer_types = set(getattr(config, "layer_types", None) or ())
     has_window = "sliding_attention" in layer_types or (not layer_types and getattr(config, "sliding_window", None))
     return "its attention has a sliding window" if has_window else None

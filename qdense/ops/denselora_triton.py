@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qdense.ops import denselora
-from qdense.ops.kernels import is_interpreted
+from qdense.ops.interpreter import is_interpreted
 
 # BLOCK SIZES
 

@@ -16,10 +16,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
+from qdense.catalogs.families import LLAMA_NAMED
 from qdense.catalogs.models import PAPER_TARGET_MODULES
-
-# Decoders of Transformers whose linear layers have LLaMA's names.
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3")
 
 
 @dataclass
@@ -147,7 +145,7 @@ class LinearTuner(BaseTuner):
     method_name: str
     tuner_layer_cls: type[AdaptedLinear]
     target_module_mapping = {  # noqa: RUF012  (PEFT's own name and type)
-        model_type: list(PAPER_TARGET_MODULES) for model_type in LLAMA_LIKE
+        model_type: list(PAPER_TARGET_MODULES) for model_type in LLAMA_NAMED
     }
 
     def update_layer(self, layer: Any, adapter_name: str, config: Any, kind: str, key: str) -> None:

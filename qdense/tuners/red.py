@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qdense.tuners.base import LLAMA_LIKE, AdaptedLinear, LinearTuner, LinearTunerConfig
+from qdense.catalogs.families import LLAMA_NAMED
+from qdense.tuners.base import AdaptedLinear, LinearTuner, LinearTunerConfig
 from qdense.tuners.registry import PeftTypeName, register
 
 RED = PeftTypeName("RED")
@@ -82,7 +83,7 @@ class RedModel(LinearTuner):
     prefix = "red_"
     method_name = "RED"
     tuner_layer_cls = RedLinear
-    target_module_mapping = {model_type: ["down_proj"] for model_type in LLAMA_LIKE}  # noqa: RUF012  (PEFT's own type)
+    target_module_mapping = {model_type: ["down_proj"] for model_type in LLAMA_NAMED}  # noqa: RUF012  (PEFT's own type)
 
     def _refuse_unmergeable(self, adapter_names: list[str] | None) -> None:
         raise ValueError(

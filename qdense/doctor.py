@@ -6,7 +6,6 @@ traceback. The versions that are wanted are those of pyproject.toml, read from t
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.metadata
 import logging
@@ -203,13 +202,14 @@ def _native_library() -> Iterator[Check]:
     """bitsandbytes brings a library for each CUDA version, and one for CPUs; where none fits, it fails when it is called."""
     import torch
     from bitsandbytes import functional
-    from bitsandbytes.cextension import lib
+
+    from qdense.compat.bitsandbytes import native_library
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     version = f"bitsandbytes {_installed('bitsandbytes')}"
     remedy = f"{_REINSTALL} bitsandbytes; python -m bitsandbytes tells which library it looks for"
-    path = getattr(getattr(lib, "_lib", None), "_name", None)
-    if not isinstance(getattr(lib, "_lib", None), ctypes.CDLL):
+    path = native_library()
+    if path is None:
         yield Check("bitsandbytes", BAD, f"{version} has no native library for this machine", remedy)
         return
     values = torch.linspace(-1, 1, 4096, device=device)
@@ -220,7 +220,7 @@ def _native_library() -> Iterator[Check]:
         yield Check("bitsandbytes", BAD, f"{version}: {_one_line(failure)}", remedy)
         return
     is_good = error < 0.02
-    detail = f"{version}, {Path(path or '').name} on {device}: values through 8 bits are off by {error:.1g} at most"
+    detail = f"{version}, {Path(path).name} on {device}: values through 8 bits are off by {error:.1g} at most"
     yield Check("bitsandbytes", GOOD if is_good else BAD, detail, "" if is_good else remedy)
 
 
@@ -270,8 +270,9 @@ def _triton(device: str) -> Check:
 def _nf4() -> Iterator[Check]:
     """A 4-bit layer forward and backward, against the product with its own unpacked weight."""
     import torch
-    from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
+
+    from qdense.compat.bitsandbytes import keep_autograd_on_cpu, unpacked_weight
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.monotonic()
@@ -280,11 +281,10 @@ def _nf4() -> Iterator[Check]:
         layer = Linear4bit(256, 128, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to(device)
         x = torch.randn(32, 256, device=device, dtype=torch.bfloat16, requires_grad=True)
         gradient = torch.randn(32, 128, device=device, dtype=torch.bfloat16)
-    layer.support_avx512bf16_for_cpu = False  # as in a run: see qdense/modeling/load.py
+    keep_autograd_on_cpu(layer)  # as in a run
     output = layer(x)
     output.backward(gradient)
-    packed: Any = layer.weight
-    weight = dequantize_4bit(packed.data, packed.quant_state).float()
+    weight = unpacked_weight(layer).float()
     errors = (
         _relative(output, x.float() @ weight.T),
         _relative(x.grad, gradient.float() @ weight),

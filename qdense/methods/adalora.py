@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import Field
 
+from qdense.compat.peft import rank_averages
 from qdense.methods.method import AdapterSettings, LinearShapes, Method, MethodSettings
 
 
@@ -70,8 +71,6 @@ def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers
 class _Schedule:
     """PEFT's rank allocator, driven and saved."""
 
-    _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-
     @contextmanager
     def weighing(self, model: Any, share: float) -> Iterator[None]:
         config = model.peft_config["default"]
@@ -87,11 +86,11 @@ class _Schedule:
     def save(self, model: Any, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        allocator, config = model.base_model.rankallocator, model.peft_config["default"]
+        config = model.peft_config["default"]
         averages = {
             f"{name}/{key}": value.contiguous()
-            for name in self._AVERAGES
-            for key, value in getattr(allocator, name).items()
+            for name, values in rank_averages(model).items()
+            for key, value in values.items()
         }
         save_file(averages, folder / "adalora.safetensors")
         (folder / "adalora.json").write_text(json.dumps(config.rank_pattern))
@@ -99,14 +98,14 @@ class _Schedule:
     def load(self, model: Any, folder: Path) -> None:
         from safetensors.torch import load_file
 
-        allocator = model.base_model.rankallocator
+        averages = rank_averages(model)
         model.peft_config["default"].rank_pattern = json.loads((folder / "adalora.json").read_text())
         parameters = dict(model.base_model.model.named_parameters())
-        for name in self._AVERAGES:
-            setattr(allocator, name, {})
+        for values in averages.values():
+            values.clear()
         for place, value in load_file(folder / "adalora.safetensors").items():
             name, _, key = place.partition("/")
-            getattr(allocator, name)[key] = value.to(parameters[key].device)
+            averages[name][key] = value.to(parameters[key].device)
 
     def has_settled(self, model: Any, step: int) -> bool:
         config = model.peft_config["default"]

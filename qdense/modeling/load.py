@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from qdense.cache import appearing_folder, cache_dir, require_free_space
+from qdense.compat.bitsandbytes import keep_autograd_on_cpu
 from qdense.device import choose_device
 from qdense.errors import ModelError
 from qdense.modeling.fingerprint import Fingerprint, fingerprint_of
@@ -80,7 +81,7 @@ def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_trai
     model.requires_grad_(False)
     held_in: str = recipe.quantization if recipe.quantization != "none" else recipe.dtype
     if for_training:
-        _keep_autograd_on_cpu(model)
+        keep_autograd_on_cpu(model)
     elif recipe.quantization == "nf4" and device.type == "cpu" and _has_memory_to_unpack(model, recipe, notice):
         # Bit for bit the logits of NF4 weights that are unpacked at each use; reading a prompt takes 0.4 times as long.
         model = model.dequantize(dtype=getattr(torch, recipe.dtype))
@@ -165,15 +166,6 @@ def _from_pretrained(folder: Path, recipe: ModelRecipe, device: torch.device, qu
         trust_remote_code=False,
         **options,
     )
-
-
-def _keep_autograd_on_cpu(model: Any) -> None:
-    """On CPUs with AVX512-BF16 an eval forward repacks 4-bit weights for a kernel without autograd: gradients of a later
-    training step would be wrong, with no more than a warning (bitsandbytes 0.50). So a run that trains keeps this path off,
-    its validation included."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _has_memory_to_unpack(model: Any, recipe: ModelRecipe, notice: Tell) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from qdense.catalogs.families import CAUSAL_ONLY
+from qdense.compat.transformers import attention_set_to
 
 _NAME = "qdense_packed"
 
@@ -35,13 +36,8 @@ def why_not_packed(model: Any) -> str | None:
 def packed_attention(model: Any) -> Iterator[None]:
     """Within, forward and backward take packed rows only: `input_ids` (1, tokens), `position_ids` that start at 0 with each row,
     `cu_seq_lens_q` (rows + 1,), int32, `max_length_q`, and neither attention mask nor cache."""
-    config = model.config
-    previous = config._attn_implementation
-    config._attn_implementation = _NAME
-    try:
+    with attention_set_to(model, _NAME):
         yield
-    finally:
-        config._attn_implementation = previous
 
 
 def _attend(

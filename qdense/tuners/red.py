@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qdense.catalogs.families import LLAMA_NAMED
+from qdense.compat.peft import PeftTypeName, cast_input, register
 from qdense.tuners.base import AdaptedLinear, LinearTuner, LinearTunerConfig
-from qdense.tuners.registry import PeftTypeName, register
 
 RED = PeftTypeName("RED")
 
@@ -74,7 +74,7 @@ class RedLinear(AdaptedLinear):
 
     def adapt(self, adapter: str, taken: Tensor, output: Tensor) -> Tensor:
         scale, bias = self.red_scale[adapter], self.red_bias[adapter]
-        return red_output(self._cast_input_dtype(output, scale.dtype), scale, bias).to(output.dtype)
+        return red_output(cast_input(self, output, scale.dtype), scale, bias).to(output.dtype)
 
 
 class RedModel(LinearTuner):

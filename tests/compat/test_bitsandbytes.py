@@ -1,5 +1,6 @@
 """bitsandbytes still does what qdense relies on beyond its documentation: see qdense/compat/bitsandbytes.py."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -18,20 +19,29 @@ def layer():
     return made
 
 
-def test_the_switch_is_there(layer):
+def eval_forward(layer, x):
+    with torch.no_grad():
+        layer.eval()(x)
+
+
+def test_the_switch_is_there_and_still_needed(layer):
     assert hasattr(layer, "support_avx512bf16_for_cpu"), (
         "bitsandbytes has renamed or dropped the switch: see whether training after an eval forward on a CPU with "
         "AVX512-BF16 still has wrong gradients; if not, keep_autograd_on_cpu can go"
     )
+    layer.support_avx512bf16_for_cpu = True  # whatever this CPU has: the weights are repacked before any kernel is asked
+    packed = layer.weight.data.clone()
+    with contextlib.suppress(RuntimeError, NotImplementedError):
+        eval_forward(layer, torch.zeros(4, 64, dtype=torch.bfloat16))
+    assert not torch.equal(layer.weight.data, packed), "an eval forward repacks nothing now: keep_autograd_on_cpu can go"
 
 
 def test_an_eval_forward_leaves_weights_and_gradients_as_they_were(layer):
-    """Where the CPU has AVX512-BF16, this fails without the switch."""
+    layer.support_avx512bf16_for_cpu = True
     keep_autograd_on_cpu(torch.nn.Sequential(layer))
     packed, weight = layer.weight.data.clone(), unpacked_weight(layer).float()
     x = torch.randn(4, 64, dtype=torch.bfloat16, requires_grad=True)
-    with torch.no_grad():
-        layer.eval()(x)
+    eval_forward(layer, x.detach())
     assert torch.equal(layer.weight.data, packed)
     output = layer.train()(x)
     output.sum().backward()

@@ -29,11 +29,15 @@ def test_the_switch_is_there_and_still_needed(layer):
         "bitsandbytes has renamed or dropped the switch: see whether training after an eval forward on a CPU with "
         "AVX512-BF16 still has wrong gradients; if not, keep_autograd_on_cpu can go"
     )
-    layer.support_avx512bf16_for_cpu = True  # whatever this CPU has: the weights are repacked before any kernel is asked
+    layer.support_avx512bf16_for_cpu = (
+        True  # whatever this CPU has: the weights are repacked before any kernel is asked
+    )
     packed = layer.weight.data.clone()
     with contextlib.suppress(RuntimeError, NotImplementedError):
         eval_forward(layer, torch.zeros(4, 64, dtype=torch.bfloat16))
-    assert not torch.equal(layer.weight.data, packed), "an eval forward repacks nothing now: keep_autograd_on_cpu can go"
+    assert not torch.equal(layer.weight.data, packed), (
+        "an eval forward repacks nothing now: keep_autograd_on_cpu can go"
+    )
 
 
 def test_an_eval_forward_leaves_weights_and_gradients_as_they_were(layer):

@@ -61,6 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             normalizer = logits.logsumexp(dim=1, keepdim=True)
             total += (normalizer - logits.gather(1, target)).sum()
             if not (needs_hidden or needs_weight):
+                del logits  # here as below, not to be held while the next slice is made
                 continue
             gradient = logits.sub_(normalizer).exp_()  # the probabilities
             gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
@@ -70,7 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(rounded, weight, out=hidden_gradient[part])
             if weight_gradient is not None:
                 weight_gradient += rounded.T @ hidden[part]
-            del logits, gradient, rounded  # not to be held while the next slice is made
+            del logits, gradient, rounded
         ctx.save_for_backward(hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype))
         return total / divisor
 

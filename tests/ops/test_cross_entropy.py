@@ -58,13 +58,14 @@ def test_a_frozen_weight_gets_no_gradient_and_no_target_gives_no_number():
     assert linear_cross_entropy(hidden, weight, torch.full((6,), IGNORED)).isnan()
 
 
-def test_a_further_slice_takes_no_more_memory_than_the_first(monkeypatch):
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_a_further_slice_takes_no_more_memory_than_the_first(monkeypatch, needs_gradient):
     monkeypatch.setattr(cross_entropy, "logits_slice_tokens", lambda width, is_cuda: 8)
 
     def peak(num_tokens):
         hidden, weight, _ = leaves(num_tokens, 4, 5000)
         with TensorMemory() as tensors:
-            linear_cross_entropy(hidden, weight.detach(), torch.arange(num_tokens))
+            linear_cross_entropy(hidden.requires_grad_(needs_gradient), weight.detach(), torch.arange(num_tokens))
         return tensors.peak_bytes
 
     slice_bytes = 8 * 5000 * 4

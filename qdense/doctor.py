@@ -6,7 +6,6 @@ traceback. The required versions are those of pyproject.toml, read from the inst
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.metadata
 import logging
@@ -221,13 +220,14 @@ def _native_library() -> Iterator[Check]:
     """bitsandbytes brings a library for each CUDA version, and one for CPUs; where none fits, it fails only when called."""
     import torch
     from bitsandbytes import functional
-    from bitsandbytes.cextension import lib
+
+    from qdense.compat.bitsandbytes import native_library
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     version = f"bitsandbytes {_installed('bitsandbytes')}"
     remedy = f"{_REINSTALL} bitsandbytes; python -m bitsandbytes shows which library it looks for"
-    path = getattr(getattr(lib, "_lib", None), "_name", None)
-    if not isinstance(getattr(lib, "_lib", None), ctypes.CDLL):
+    path = native_library()
+    if path is None:
         yield Check("bitsandbytes", BAD, f"{version} has no native library for this machine", remedy)
         return
     values = torch.linspace(-1, 1, 4096, device=device)
@@ -238,7 +238,7 @@ def _native_library() -> Iterator[Check]:
         yield Check("bitsandbytes", BAD, f"{version}: {_one_line(failure)}", remedy)
         return
     is_good = error < 0.02
-    detail = f"{version}, {Path(path or '').name} on {device}: values rounded to 8 bits are off by at most {error:.1g}"
+    detail = f"{version}, {Path(path).name} on {device}: values rounded to 8 bits are off by at most {error:.1g}"
     yield Check("bitsandbytes", GOOD if is_good else BAD, detail, "" if is_good else remedy)
 
 
@@ -288,8 +288,9 @@ def check_triton(device: str) -> Check:
 def _nf4() -> Iterator[Check]:
     """A 4-bit layer forward and backward, against the product with its own unpacked weight."""
     import torch
-    from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
+
+    from qdense.compat.bitsandbytes import never_repack, unpacked_weight
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.monotonic()
@@ -298,11 +299,10 @@ def _nf4() -> Iterator[Check]:
         layer = Linear4bit(256, 128, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to(device)
         x = torch.randn(32, 256, device=device, dtype=torch.bfloat16, requires_grad=True)
         gradient = torch.randn(32, 128, device=device, dtype=torch.bfloat16)
-    layer.support_avx512bf16_for_cpu = False  # as in a run: see qdense/modeling/load.py
+    never_repack(layer)  # as in a run
     output = layer(x)
     output.backward(gradient)
-    packed: Any = layer.weight
-    weight = dequantize_4bit(packed.data, packed.quant_state).float()
+    weight = unpacked_weight(layer).float()
     errors = (
         _relative(output, x.float() @ weight.T),
         _relative(x.grad, gradient.float() @ weight),

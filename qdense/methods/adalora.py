@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from qdense.compat.peft import rank_averages
 from qdense.methods.costs import (
     NO_COPIES,
     AdapterSettings,
@@ -90,8 +91,6 @@ def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 class _Schedule:
     """PEFT's rank allocator, driven and saved."""
 
-    _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-
     @contextmanager
     def weighing(self, model: Any, share: float) -> Iterator[None]:
         config = model.peft_config["default"]
@@ -105,21 +104,20 @@ class _Schedule:
         model.base_model.update_and_allocate(step)
 
     def state(self, model: Any) -> tuple[dict[str, Tensor], Any]:
-        allocator, config = model.base_model.rankallocator, model.peft_config["default"]
         averages = {
-            f"{name}/{key}": value for name in self._AVERAGES for key, value in getattr(allocator, name).items()
+            f"{name}/{key}": value for name, values in rank_averages(model).items() for key, value in values.items()
         }
-        return averages, config.rank_pattern
+        return averages, model.peft_config["default"].rank_pattern
 
     def restore(self, model: Any, tensors: Mapping[str, Tensor], values: Any) -> None:
-        allocator = model.base_model.rankallocator
+        averages = rank_averages(model)
         model.peft_config["default"].rank_pattern = values
         parameters = dict(model.base_model.model.named_parameters())
-        for name in self._AVERAGES:
-            setattr(allocator, name, {})
+        for held in averages.values():
+            held.clear()
         for place, value in tensors.items():
             name, _, key = place.partition("/")
-            getattr(allocator, name)[key] = value.to(parameters[key].device)
+            averages[name][key] = value.to(parameters[key].device)
 
     def has_settled(self, model: Any, step: int) -> bool:
         config = model.peft_config["default"]

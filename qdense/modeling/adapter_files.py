@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 
 import qdense.tuners  # noqa: F401  (registers our methods, so that PEFT can load them)
 from qdense.cache import write_atomically
+from qdense.compat.bitsandbytes import never_repack
 from qdense.errors import AdapterError
 from qdense.methods import METHODS, PEFT_TYPES, method_of, sizes_in
 from qdense.modeling.attach import adapter_tensors, trainable_parameters
 from qdense.modeling.fingerprint import Fingerprint
-from qdense.modeling.load import BaseModel, never_repack
+from qdense.modeling.load import BaseModel
 from qdense.runs import CARD_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 
 _LARGEST = 1e6  # value of a trained tensor; a flipped bit makes 1e38, whose products overflow

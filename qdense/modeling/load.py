@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from qdense.cache import appearing_folder, cache_dir, require_free_space
+from qdense.compat.bitsandbytes import never_repack
 from qdense.device import choose_device
 from qdense.errors import ModelError
 from qdense.modeling.fingerprint import Fingerprint, fingerprint_of
@@ -165,18 +166,6 @@ def _from_pretrained(folder: Path, recipe: ModelRecipe, device: torch.device, qu
         trust_remote_code=False,
         **options,
     )
-
-
-def never_repack(model: Any) -> None:
-    """Have 4-bit weights stay as they were loaded. Call it before the first forward pass.
-
-    On CPUs with AVX512-BF16 an eval forward repacks them for a kernel without autograd (bitsandbytes 0.50). Gradients of a
-    later training step would be wrong, with no more than a warning, so a run that trains keeps this path off, its validation
-    included; and a method that unpacks the base's weights itself would read others.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _has_memory_to_unpack(model: Any, recipe: ModelRecipe, notice: Tell) -> bool:

@@ -2,8 +2,6 @@
 
 A recomputed layer keeps its input only, which may wait in host memory; its MLP may run in tiles of the sequence, so that
 its wide activations exist for one tile at a time, in forward and in backward. Losses and gradients stay what they were.
-
-Written against torch 2.11 to 2.13 and transformers 5.17 to 5.23.
 """
 
 from __future__ import annotations
@@ -17,8 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qdense.compat.torch import checkpointed_inputs
+from qdense.compat.transformers import (
+    checkpoint_function,
+    is_recomputable,
+    replace_checkpoint_function,
+    set_recomputed,
+)
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,9 @@ def apply_recompute(model: Any, recompute: Recompute) -> None:
     host = _HostMemory()
     for index, layer in enumerate(layers):
         is_recomputed = index < num_layers
-        layer.gradient_checkpointing = is_recomputed
+        set_recomputed(layer, is_recomputed)
         if is_recomputed and recompute.offload:
-            layer._gradient_checkpointing_func = _Offloaded(layer._gradient_checkpointing_func, host, index)
+            replace_checkpoint_function(layer, _Offloaded(checkpoint_function(layer), host, index))
         _untile(layer)
         if is_recomputed and tile_tokens is not None:
             layer.mlp.forward = _TiledForward(layer.mlp, tile_tokens)
@@ -87,7 +91,7 @@ def _decoder_layers(core: nn.Module) -> list[Any]:
     """The model's list of decoder layers. Raises ValueError if there is none that Transformers can recompute."""
     for module in core.modules():
         layers = list(module) if isinstance(module, nn.ModuleList) else []
-        if layers and all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
+        if layers and all(map(is_recomputable, layers)):
             return layers
     raise ValueError(f"{type(core).__name__} has no list of decoder layers that Transformers can recompute.")
 
@@ -119,14 +123,14 @@ class _Offloaded:
             return waiting
 
         try:
-            with saved_tensors_hooks(pack, _fetch):
+            with checkpointed_inputs(pack, _fetch):
                 output = self.checkpoint(function, hidden, *others)
         finally:
             # The copy has had the layer's computation to finish in. Its source may be freed, and overwritten, from here on.
             for reference in parked:
                 if (waiting := reference()) is not None:
                     waiting.wait_until_copied()
-        assert parked, "torch's checkpoint no longer saves its inputs through saved_tensors_hooks"
+        assert parked, "torch's checkpoint no longer saves its inputs through the hooks around it"
         return output
 
 

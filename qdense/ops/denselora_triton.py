@@ -25,8 +25,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qdense.compat.torch import is_seen_by_others, is_view
 from qdense.ops import denselora
-from qdense.ops.kernels import is_interpreted
+from qdense.ops.interpreter import is_interpreted
 
 # BLOCK SIZES
 
@@ -532,9 +533,9 @@ def _to_be_added_to(gradient: Tensor) -> Tensor:
     is not theirs: the gradient of a sum is that of each term, and a caller of autograd.grad keeps what he passes. Then the
     tensor, or the one of which it is a view, has another holder. (A hook that stores the gradient is not seen.)
     """
-    base = gradient._base  # of a 3-D product: it is held by its view and by this variable
-    is_shared = gradient._use_count() > 1 or (base is not None and base._use_count() > 2)  # type: ignore[attr-defined]
-    return gradient.clone(memory_format=torch.contiguous_format) if is_shared else gradient.contiguous()
+    if is_seen_by_others(gradient):
+        return gradient.clone(memory_format=torch.contiguous_format)
+    return gradient.contiguous()
 
 
 def _encode_backward(
@@ -626,7 +627,7 @@ class _Decode(torch.autograd.Function):
         ctx: Any, output: Tensor, mixed: Tensor, decoder: Tensor, scaling: float, activation: str, dropout: float
     ) -> Tensor:
         # A view (nn.Linear with a bias returns one, of 3-D inputs) may be written too, but then autograd copies gradients.
-        if output.is_contiguous() and not output._is_view() and not (output.is_leaf and output.requires_grad):
+        if output.is_contiguous() and not is_view(output) and not (output.is_leaf and output.requires_grad):
             source = result = output
             ctx.mark_dirty(output)
         else:

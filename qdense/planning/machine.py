@@ -1,4 +1,4 @@
-"""This machine as a plan sees it, and the shapes of a model that may have to be fetched."""
+"""This machine as a plan sees it."""
 
 from __future__ import annotations
 
@@ -9,27 +9,14 @@ import torch
 
 from qdense.catalogs.models import CatalogModel
 from qdense.device import choose_device
-from qdense.errors import ModelError
-from qdense.modeling.liger import why_no_liger
-from qdense.modeling.locate import locate_model
-from qdense.ops.kernels import has_triton
+from qdense.ops.kernels import has_triton, why_no_liger
 from qdense.planning.memory import Kernels
 from qdense.planning.plan import Machine
-from qdense.planning.shapes import model_shape
 from qdense.planning.speed import card_named
-from qdense.recipe import ModelRecipe, Recipe
+from qdense.recipe import Recipe
 
 _CPU_SHARE = 0.9  # of the memory that is free: other programs want some
 _WORKSPACE_BYTES = 200 * 2**20  # cuBLAS, kernels; the context is taken off the free memory already
-
-
-def fetched_shape(recipe: ModelRecipe) -> CatalogModel:
-    """The model's shapes, its files fetched if that is the only way to know them. Raises ModelError."""
-    try:
-        return model_shape(recipe.name)
-    except ModelError:
-        folder, _ = locate_model(recipe.name, recipe.revision, lambda text: None)
-        return model_shape(str(folder))
 
 
 def this_machine(recipe: Recipe, shape: CatalogModel) -> Machine:

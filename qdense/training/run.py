@@ -30,8 +30,9 @@ from qdense.modeling.adapter_files import AdapterCard, save_adapter, save_traina
 from qdense.modeling.attach import attach_adapter, trainable_parameters
 from qdense.modeling.liger import use_liger
 from qdense.modeling.load import BaseModel, load_base
+from qdense.modeling.locate import fetched_shape
 from qdense.ops.kernels import use_kernels
-from qdense.planning.machine import fetched_shape, slow_kernels, this_machine
+from qdense.planning.machine import slow_kernels, this_machine
 from qdense.planning.memory import Choice
 from qdense.planning.plan import Plan, make_plan
 from qdense.provenance import git_hash, package_versions

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import ExitStack, contextmanager
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from qdense.compat.torch import watched_operations
+
+_hidden = 0  # depth of `unseen`
 
 
-class TensorMemory(TorchDispatchMode):
+@contextmanager
+def unseen():
+    """Within it, TensorMemory does not look: for what is not to count, as host buffers beside a device's memory."""
+    global _hidden
+    _hidden += 1
+    try:
+        yield
+    finally:
+        _hidden -= 1
+
+
+class TensorMemory(ExitStack):
     """Within it, `live_bytes` are the tensors that operations have made and that still live, `peak_bytes` their maximum.
 
     Memory inside an operation (a kernel's workspace) is not seen; on CUDA, the allocator's own figures are better.
@@ -18,22 +32,20 @@ class TensorMemory(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live_bytes = self.peak_bytes = 0
-        self._known: set[int] = set()
+        self._known: set[int] = set()  # storages by identity: torch keeps the Python object as long as the memory
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {
-            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
-        }
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in self._known and storage._cdata not in given:
-                    self._add(storage)
-        return result
+    def __enter__(self) -> TensorMemory:
+        self.enter_context(watched_operations(self._watch))
+        return self
+
+    def _watch(self, given: list[torch.Tensor], made: list[torch.Tensor]) -> None:
+        storages = {id(tensor.untyped_storage()) for tensor in given}
+        for storage in (tensor.untyped_storage() for tensor in made if not _hidden):
+            if id(storage) not in self._known and id(storage) not in storages:
+                self._add(storage)
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key, num_bytes = storage._cdata, storage.nbytes()
+        key, num_bytes = id(storage), storage.nbytes()
         self._known.add(key)
         self.live_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
+from qdense.compat.transformers import checkpoint_function
 from qdense.data.examples import Example, join
 from qdense.modeling import recompute as recompute_module
 from qdense.modeling.load import load_base
@@ -22,7 +22,7 @@ from qdense.modeling.recompute import Recompute, apply_recompute
 from qdense.recipe import ModelRecipe
 from qdense.training.optimizer import build_optimizer
 from qdense.tuners import DenseLoraConfig
-from tests.helpers.memory import TensorMemory
+from tests.helpers.memory import TensorMemory, unseen
 from tests.helpers.models import tiny_config
 
 LAYERS, TOKENS, TILE = 4, 21, 8  # tiles of 8, 8 and 5 tokens
@@ -285,14 +285,14 @@ def test_settings_replace_each_other_and_leave_nothing(dense):
         layers = layers_of(dense)
         tiled = [isinstance(layer.mlp.forward, recompute_module._TiledForward) for layer in layers]
         offloaded = [
-            isinstance(layer._gradient_checkpointing_func, recompute_module._Offloaded) and layer.gradient_checkpointing
+            isinstance(checkpoint_function(layer), recompute_module._Offloaded) and layer.gradient_checkpointing
             for layer in layers
         ]
         is_recomputed = [index < recompute.num_layers for index in range(LAYERS)]
         assert [layer.gradient_checkpointing for layer in layers] == is_recomputed
         assert tiled == [recompute.mlp_tile_tokens is not None and chosen for chosen in is_recomputed]
         assert offloaded == [recompute.offload and chosen for chosen in is_recomputed]
-        assert not core.get_input_embeddings()._forward_hooks
+        assert not core.get_input_embeddings()(BATCH["input_ids"]).requires_grad
     assert vars(mlp)["forward"] is own_forward
     del mlp.forward
     assert all("forward" not in vars(layer.mlp) for layer in layers)
@@ -327,7 +327,7 @@ def test_tiles_of_no_tokens_and_models_without_layers(dense):
 def offloading(dense):
     """The model, three of its four layers offloaded, and the host memory that they share."""
     apply_recompute(dense, Recompute(3, offload=True))
-    yield dense, layers_of(dense)[0]._gradient_checkpointing_func.host
+    yield dense, checkpoint_function(layers_of(dense)[0]).host
     apply_recompute(dense, PLAIN)
 
 
@@ -392,7 +392,7 @@ def test_everything_is_let_go_when_no_backward_follows(offloading):
 def test_everything_is_let_go_when_memory_runs_out(dense, where, tile):
     expected = tiled_with_autograd(dense, 3) if tile else step(dense)
     apply_recompute(dense, Recompute(3, True, tile))
-    host = layers_of(dense)[0]._gradient_checkpointing_func.host
+    host = checkpoint_function(layers_of(dense)[0]).host
     starts = 0
 
     def fail(module, arguments):
@@ -521,7 +521,7 @@ def test_each_means_saves_the_memory_it_is_there_for(monkeypatch):
     take = recompute_module._HostMemory._take
 
     def take_unseen(host, num_bytes, *, is_pinned):
-        with _disable_current_modes():
+        with unseen():
             return take(host, num_bytes, is_pinned=is_pinned)
 
     monkeypatch.setattr(recompute_module._HostMemory, "_take", take_unseen)
@@ -559,7 +559,7 @@ def test_on_cuda():
     batch = {"input_ids": ids, "labels": ids, "use_cache": False}
     expected, tiled = step(model, batch), tiled_with_autograd(model, 3, batch)
     apply_recompute(model, Recompute(3, offload=True))
-    host = layers_of(model)[0]._gradient_checkpointing_func.host
+    host = checkpoint_function(layers_of(model)[0]).host
     for _ in range(3):
         assert_same_bits(step(model, batch), expected)
         assert len(host.free) == 3

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from qdense.modeling.loss import without_logits
 from qdense.ops import cross_entropy
 from qdense.ops.cross_entropy import IGNORED, linear_cross_entropy
+from tests.helpers.memory import TensorMemory
 from tests.helpers.tuners import fresh_base
 
 
@@ -55,6 +56,21 @@ def test_a_frozen_weight_gets_no_gradient_and_no_target_gives_no_number():
     linear_cross_entropy(hidden, weight.requires_grad_(False), targets).backward()
     assert weight.grad is None
     assert linear_cross_entropy(hidden, weight, torch.full((6,), IGNORED)).isnan()
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_a_further_slice_takes_no_more_memory_than_the_first(monkeypatch, needs_gradient):
+    monkeypatch.setattr(cross_entropy, "logits_slice_tokens", lambda width, is_cuda: 8)
+
+    def peak(num_tokens):
+        hidden, weight, _ = leaves(num_tokens, 4, 5000)
+        with TensorMemory() as tensors:
+            linear_cross_entropy(hidden.requires_grad_(needs_gradient), weight.detach(), torch.arange(num_tokens))
+        return tensors.peak_bytes
+
+    slice_bytes = 8 * 5000 * 4
+    assert peak(8) >= slice_bytes
+    assert peak(32) - peak(8) < slice_bytes / 10
 
 
 def batch():

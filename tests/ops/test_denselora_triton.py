@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qdense.ops import denselora
 from qdense.ops.denselora import ACTIVATIONS, DropoutMasks, denselora_delta
-from qdense.ops.kernels import is_interpreted
+from qdense.ops.interpreter import is_interpreted
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")

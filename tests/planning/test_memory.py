@@ -9,7 +9,6 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from qdense.data.examples import Example, collate, join
 from qdense.methods import METHODS
@@ -23,7 +22,7 @@ from qdense.ops import kernels as kernels_module
 from qdense.planning.memory import Choice, Kernels, memory_of
 from qdense.planning.shapes import model_shape
 from qdense.training.optimizer import build_optimizer
-from tests.helpers.memory import TensorMemory
+from tests.helpers.memory import TensorMemory, unseen
 from tests.helpers.models import make_tokenizer, tiny_config
 from tests.helpers.recipes import recipe_of
 
@@ -226,7 +225,7 @@ def test_peak_of_a_real_step_with_fused_kernels(name, small_llama, fused, monkey
     take = recompute._HostMemory._take
 
     def take_unseen(*arguments, **keywords):
-        with _disable_current_modes():
+        with unseen():
             return take(*arguments, **keywords)
 
     monkeypatch.setattr(recompute._HostMemory, "_take", take_unseen)  # host buffers are not on the device

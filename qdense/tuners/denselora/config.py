@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from qdense.compat.peft import PeftTypeName
 from qdense.ops.denselora import ACTIVATIONS
 from qdense.tuners.base import LinearTunerConfig
-from qdense.tuners.registry import PeftTypeName
 
 DENSELORA = PeftTypeName("DENSELORA")
 SHARING = ("kind", "shape", "none")

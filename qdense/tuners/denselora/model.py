@@ -2,7 +2,7 @@
 
 PEFT walks tuner LAYERS when it freezes, casts, switches or deletes adapters; the shared pairs live on the tuner itself, so
 that they are one object each and are saved once (PEFT's Lily, which registers them in every layer, saves them once per
-layer). Hence the overrides below: each does for the pairs what PEFT does for the layers. Written against peft 0.21.
+layer). Hence the overrides below: each does for the pairs what PEFT does for the layers.
 """
 
 from __future__ import annotations

@@ -1,16 +1,20 @@
-"""Counts the bytes of a process's own tensors: each storage from the operation that makes it until it is freed."""
+"""The bytes of a process's own tensors, and host memory as offloaded inputs see it on CUDA, played on a CPU."""
 
 from __future__ import annotations
 
 import weakref
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+
+from qdense.modeling.recompute import HostMemory
 
 
 class TensorMemory(TorchDispatchMode):
-    """Within it, `live_bytes` are the tensors that operations have made and that still live, `peak_bytes` their maximum.
+    """Counts each storage from the operation that makes it until it is freed.
+
+    Within it, `live_bytes` are the tensors that operations have made and that still live, `peak_bytes` their maximum.
 
     Memory inside an operation (a kernel's workspace) is not seen; on CUDA, the allocator's own figures are better.
     """
@@ -42,3 +46,38 @@ class TensorMemory(TorchDispatchMode):
     def _remove(self, key: int, num_bytes: int) -> None:
         self._known.discard(key)
         self.live_bytes -= num_bytes
+
+
+class UncountedHostMemory(HostMemory):
+    """Buffers that `TensorMemory` does not count: on CUDA they are not on the device."""
+
+    def take(self, num_bytes, *, is_pinned):
+        with _disable_current_modes():
+            return super().take(num_bytes, is_pinned=is_pinned)
+
+
+class LateHostMemory(HostMemory):
+    """Copies as late as a stream of their own may make them: when the computation waits for one, in order.
+
+    Attributes:
+        waiting: (target, source) of copies that were started and not waited for.
+        events: what happened, in order; a test may append its own.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.waiting, self.events = [], []
+
+    def start_copy(self, target, source, device):
+        target.fill_(float("nan"))
+        entry = (target, source)
+        self.waiting.append(entry)
+        self.events.append("copy")
+
+        def wait():
+            while any(other is entry for other in self.waiting):
+                done, origin = self.waiting.pop(0)
+                with torch.no_grad():
+                    done.copy_(origin)
+
+        return wait

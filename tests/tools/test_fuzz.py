@@ -5,7 +5,6 @@ import json
 import shutil
 import sys
 import time
-from contextlib import suppress
 
 import pytest
 import torch
@@ -180,12 +179,18 @@ def test_damaged_parquet(tmp_path):
         pyarrow.Table.from_pylist([{"instruction": "a", "output": "b"}] * 9), tmp_path / "r.parquet"
     )
     content = (tmp_path / "r.parquet").read_bytes()
-    num_read = 0
+    assert len(read_rows(tmp_path / "r.parquet")) == 9
+    read, refusals = [], []
     for at in range(4, len(content) - 8, 7):
         (tmp_path / "r.parquet").write_bytes(content[:at] + b"\xff\xff\xff" + content[at + 3 :])
-        with suppress(DataError):  # anything else fails the test
-            num_read += bool(read_rows(tmp_path / "r.parquet"))
-    assert num_read < 20  # of about 130: where nothing is checked, text is other text
+        try:
+            read.append(read_rows(tmp_path / "r.parquet"))
+        except DataError as error:  # anything else fails the test
+            refusals.append(str(error))
+    assert all(f"{tmp_path / 'r.parquet'}: " in refusal for refusal in refusals)
+    assert len(refusals) > 4 * len(read)  # where nothing is checked, text is other text
+    assert refusals
+    assert all(len(rows) == 9 for rows in read)
 
 
 @pytest.fixture(scope="module")

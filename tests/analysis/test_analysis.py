@@ -15,8 +15,8 @@ from qdense.cli import main
 from qdense.errors import QDenseError
 from qdense.modeling.load import load_base
 from qdense.recipe import ModelRecipe
+from tests.helpers.methods import TRAINED, bases_of, method_recipe
 from tests.helpers.runs import run
-from tests.methods.test_methods import TRAINED, bases_of, method_recipe
 
 
 def of(change, initial=None):

@@ -11,9 +11,9 @@ from qdense.modeling.attach import attach_adapter
 from qdense.modeling.load import load_base
 from qdense.recipe import AdapterRecipe, ModelRecipe
 from qdense.tuners.nora import NoraLinear
+from tests.helpers.methods import TRAINED
 from tests.helpers.tuners import TOKENS
 
-METHODS_THAT_TRAIN = [name for name in METHODS if name != "none"]
 # LoKr's right factor is of rank r only where r < 4 here (64 = 8 * 8), NoRA's inner pair is of rank r / 2.
 BASELINE = {"r": 2, "alpha": 3.0, "dropout": 0.1, "activation": "gelu", "sharing": "kind", "zero_init": "decoder"} | {
     "target_modules": ("q_proj", "v_proj", "down_proj")
@@ -62,7 +62,7 @@ def training_logits(model):
         return model.train()(TOKENS).logits
 
 
-@pytest.mark.parametrize("method", METHODS_THAT_TRAIN)
+@pytest.mark.parametrize("method", TRAINED)
 def test_a_key_changes_the_model_if_the_method_reads_it_and_only_then(base, method):
     expected = training_logits(awakened(base(), method))
     assert torch.equal(training_logits(awakened(base(), method)), expected)
@@ -93,7 +93,7 @@ def test_every_own_key_has_a_test():
 
 
 def test_dropout_is_on_in_training_and_off_outside_it(base):
-    for method in METHODS_THAT_TRAIN:
+    for method in TRAINED:
         if "dropout" in METHODS[method].uses:
             model = awakened(base(), method, dropout=0.5)
             with torch.no_grad():

@@ -236,10 +236,10 @@ def _kernels() -> Iterator[Check]:
             fault = _fault_of_package(requirement)
             found = f"{_installed(requirement.name)}: norms, rotary embeddings, SwiGLU"
             yield replace(fault, remedy='pip install "qdense[cuda]"') if fault else Check(requirement.name, GOOD, found)
-    yield _triton("cuda")
+    yield check_triton("cuda")
 
 
-def _triton(device: str) -> Check:
+def check_triton(device: str) -> Check:
     """The fused adapter compiled and run: that needs a C compiler too, which no Python package brings."""
     import torch
 

@@ -4,9 +4,11 @@ import importlib
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 
@@ -132,8 +134,9 @@ def test_a_cache_that_is_not_there_or_no_folder(tmp_path, monkeypatch):
 
 
 def test_no_room(monkeypatch):
-    monkeypatch.setattr(doctor, "_LOW_DISK_BYTES", 1 << 60)
-    monkeypatch.setattr(doctor, "_LOW_MEMORY_BYTES", 1 << 60)
+    scarce, full = psutil.virtual_memory()._replace(available=1000), shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: scarce)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     bad = {check.name: check for check in doctor.diagnose() if check.state == "bad"}
     assert set(bad) == {"memory", "disk, cache", "disk, here"}
     assert "QDENSE_CACHE" in bad["disk, cache"].remedy
@@ -195,11 +198,14 @@ class FakeCuda:
         ("580.1", "13.0", FakeCuda(free_bytes=2**20), "GPU 0", "bad", "0.0 GiB of 80.0 GiB free"),
     ],
 )
-def test_cuda_by_driver_build_and_card(monkeypatch, driver, build, cuda, name, state, words):
-    monkeypatch.setattr(doctor, "_driver", lambda: driver)
+def test_cuda_by_driver_build_and_card(monkeypatch, tmp_path, driver, build, cuda, name, state, words):
+    if driver is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho {driver}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(torch.version, "cuda", build)
-    (check,) = [check for check in doctor._cuda() if check.name == name]
+    check = check_named(name)
     assert check.state == state
     assert words in check.detail
     assert bool(check.remedy) == (state == "bad")
@@ -208,17 +214,17 @@ def test_cuda_by_driver_build_and_card(monkeypatch, driver, build, cuda, name, s
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 def test_the_fused_adapter_is_compared_with_the_plain_one(monkeypatch):
     triton = pytest.importorskip("qdense.ops.denselora_triton")
-    assert doctor._triton("cpu").state == "good"
+    assert doctor.check_triton("cpu").state == "good"
 
     encode = triton.encode
     monkeypatch.setattr(triton, "encode", lambda x, encoders: (x, (encode(x, encoders)[1][0] * 1.1,)))
-    assert "off by" in doctor._triton("cpu").detail
+    assert "off by" in doctor.check_triton("cpu").detail
 
     def fail(x, encoders):
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
     monkeypatch.setattr(triton, "encode", fail)
-    check = doctor._triton("cpu")
+    check = doctor.check_triton("cpu")
     assert check.state == "bad"
     assert "Failed to find C compiler" in check.detail
     assert "gcc" in check.remedy

@@ -21,7 +21,6 @@ import safetensors.torch
 import tomli_w
 import torch
 
-from qdense import cli
 from qdense.cli import main
 from qdense.data.wordproblems import test_rows as wordproblems
 from qdense.errors import AdapterError, ModelError, QDenseError
@@ -519,10 +518,10 @@ def test_no_key_of_an_address_is_told(url, tmp_path, monkeypatch, capsys):
 
 
 def test_no_error_tells_a_secret(monkeypatch, capsys, secrets):
-    def fail(arguments):
+    def fail(*arguments):
         raise QDenseError(f"cannot reach https://me:pass-word@hub.example/x with {' '.join(SECRETS.values())}")
 
-    monkeypatch.setattr(cli, "_params", fail)
+    monkeypatch.setattr("qdense.planning.parameters.count_parameters", fail)
     assert main(["params", "llama3-8b"]) == 2
     printed = capsys.readouterr().err
     assert "Secret" not in printed
@@ -635,10 +634,10 @@ def test_nothing_that_is_drawn_steers_the_terminal(arguments, tiny_model, tmp_pa
 def test_signals_and_notices_do_not_either(tmp_path, monkeypatch, capfd):
     from qdense.errors import RunStopped
 
-    def stop(arguments):
+    def stop(*arguments):
         raise RunStopped(f"stopped in {ESCAPE}", 15)
 
-    monkeypatch.setattr(cli, "_params", stop)
+    monkeypatch.setattr("qdense.planning.parameters.count_parameters", stop)
     assert main(["params", "llama3-8b"]) == 143
     assert is_harmless(capfd.readouterr().err)
 

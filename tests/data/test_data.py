@@ -171,7 +171,7 @@ def test_word_problems_are_true_and_test_is_disjoint_from_training():
             assert int(result) >= 0
             pairs.setdefault(name, set()).add(tuple(sorted(numbers)))
             skeleton = re.sub(r"\d+", "#", row.instruction)
-            for word in (*wordproblems._NAMES, *wordproblems._THINGS):
+            for word in (*wordproblems.NAMES, *wordproblems.THINGS):
                 skeleton = re.sub(rf"\b{word}\b", "@", skeleton)
             skeletons.setdefault(name, set()).add(skeleton)
     assert not pairs["training"] & pairs["test"]

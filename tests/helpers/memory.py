@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from functools import wraps
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+from transformers import LlamaForCausalLM
 
 from qdense.modeling.recompute import HostMemory
 
@@ -46,6 +48,25 @@ class TensorMemory(TorchDispatchMode):
     def _remove(self, key: int, num_bytes: int) -> None:
         self._known.discard(key)
         self.live_bytes -= num_bytes
+
+
+def refuse_memory(monkeypatch, condition):
+    """Have LLaMA's forward run out of memory, with part of it done, where `condition(model, input_ids)` holds.
+
+    Returns a list that gets the rows of each pass that was refused.
+    """
+    forward, refused = LlamaForCausalLM.forward, []
+
+    @wraps(forward)
+    def starved(self, *arguments, input_ids, **named):
+        if condition(self, input_ids):
+            refused.append(len(input_ids))
+            torch.rand(3)  # dropout masks were drawn
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *arguments, input_ids=input_ids, **named)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", starved)
+    return refused
 
 
 class UncountedHostMemory(HostMemory):

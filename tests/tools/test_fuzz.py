@@ -5,12 +5,14 @@ import json
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qdense.benchmarks.evaluate import EvaluationRequest, _load_models, _read_file
+from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
+from qdense.benchmarks.generation import DECODINGS
 from qdense.benchmarks.results import read_completions
 from qdense.benchmarks.tasks import TASKS
 from qdense.data.rows import read_rows
@@ -62,7 +64,7 @@ def test_the_fuzzer_sees_faults(tmp_path, monkeypatch):
     assert outcome(misplaced) == fuzz.NO_PLACE
     assert outcome(greedy) == fuzz.MEMORY
     assert outcome(greedy_and_polite) == fuzz.MEMORY
-    monkeypatch.setattr(fuzz, "_SECONDS", 1)
+    monkeypatch.setattr(fuzz, "SECONDS", 1)
     assert outcome(lambda: time.sleep(3)) == fuzz.HANG
 
 
@@ -158,17 +160,34 @@ def test_a_folder_in_place_of_completions(tmp_path):
         read_completions(tmp_path, 3)
 
 
+@pytest.fixture(scope="module")
+def bare_evaluation(tiny_model, tmp_path_factory):
+    """(request, folder) of a short evaluation of the base."""
+    request = EvaluationRequest(
+        [TASKS["wordproblems"]], None, {"name": str(tiny_model), "device": "cpu"}, with_base=False,
+        decoding=DECODINGS["greedy"], limit=1, max_new_tokens=1, batch_size=1,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("evaluation"))
+        yield request, Path(evaluate(request, ignore)["folder"]).absolute()
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("finish", []), ("finish", None), ("num_tokens", "x"), ("num_prompt_tokens", None)]
 )
-def test_completions_of_an_earlier_start_of_wrong_types(tmp_path, key, value):
-    sound = {"index": 0, "completion": "x", "num_prompt_tokens": 1, "num_tokens": 1, "finish": "eos", "sample": 0}
-    path = tmp_path / "gsm8k.jsonl"
-    path.write_text(json.dumps(sound) + "\n")
-    assert len(_read_file(path)) == 1
-    path.write_text(json.dumps(sound) + "\n" + json.dumps(sound | {"index": 1, key: value}) + "\n")
-    with pytest.raises(EvaluationError, match=rf"gsm8k\.jsonl, line 2: not a completion of ours \({key} must be"):
-        _read_file(path)
+def test_completions_of_an_earlier_start_of_wrong_types(bare_evaluation, key, value):
+    request, folder = bare_evaluation
+    path = folder / "wordproblems.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + json.dumps(json.loads(whole) | {"index": 1, key: value}) + "\n")
+    try:
+        with pytest.raises(
+            EvaluationError, match=rf"wordproblems\.jsonl, line 2: not a completion of ours \({key} must be"
+        ):
+            evaluate(request, ignore)
+    finally:
+        path.write_text(whole)
+    evaluate(request, ignore)
 
 
 def test_damaged_parquet(tmp_path):
@@ -269,9 +288,9 @@ def test_an_unknown_template_is_named_with_its_adapter(saved, tmp_path):
     shutil.copytree(sound, tmp_path / "a")
     path = tmp_path / "a" / "qdense.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"template": "alpacca"}))
-    request = EvaluationRequest([TASKS["gsm8k"]], tmp_path / "a", {}, with_base=False)
+    request = EvaluationRequest([TASKS["wordproblems"]], tmp_path / "a", {}, with_base=False)
     with pytest.raises(AdapterError, match=r'/a: unknown template "alpacca".*--template'):
-        _load_models(request, tmp_path / "a", ignore)
+        evaluate(request, ignore)
 
 
 @pytest.mark.parametrize(
@@ -313,9 +332,10 @@ def test_cards_of_wrong_types(saved, tmp_path, content, message):
         read_card(tmp_path / "a")
 
 
-def test_sessions_that_are_no_list(tmp_path):
-    from qdense.benchmarks.evaluate import _Sessions
-
-    (tmp_path / "sessions.json").write_text("{}")
+def test_sessions_that_are_no_list(bare_evaluation):
+    request, folder = bare_evaluation
+    whole = (folder / "sessions.json").read_text()
+    (folder / "sessions.json").write_text("{}")
     with pytest.raises(EvaluationError, match=r"sessions\.json: damaged"):
-        _Sessions(tmp_path / "sessions.json", None, lambda event: None)
+        evaluate(request, ignore)
+    (folder / "sessions.json").write_text(whole)

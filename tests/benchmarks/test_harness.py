@@ -272,6 +272,7 @@ def adapter(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_harness_gets_the_same_completions_and_scores(adapter, shared_data, tmp_path, monkeypatch):
     from lm_eval import simple_evaluate
 
@@ -322,6 +323,7 @@ def completions(summary, name):
     return {record["index"]: record["completion"] for record in map(json.loads, lines)}
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_the_harness_command_loads_a_denselora_adapter(adapter, tmp_path):
     """What `qdense tasks --export` tells a user to type. By itself the harness ends in KeyError: 'DENSELORA'."""

@@ -28,8 +28,9 @@ demo: $(READY)
 	$(BIN)/qdense train recipes/demo.toml --set training.seed=$(SEED) --output $$run; \
 	$(BIN)/qdense evaluate $$tasks --adapter $$run --with-base --decoding greedy --limit 64 --max-new-tokens 48
 
+# Two processes, each on its share of the cores (tests/conftest.py).
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -4,10 +4,12 @@ import importlib
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
 
+import psutil
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -173,8 +175,9 @@ def test_a_cache_that_is_not_there_or_no_folder(tmp_path, monkeypatch):
 
 
 def test_no_room(monkeypatch):
-    monkeypatch.setattr(doctor, "LOW_DISK_BYTES", 1 << 60)
-    monkeypatch.setattr(doctor, "LOW_MEMORY_BYTES", 1 << 60)
+    scarce, full = psutil.virtual_memory()._replace(available=1000), shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: scarce)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     bad = {check.name: check for check in doctor.diagnose() if check.state == "bad"}
     assert set(bad) == {"memory", "disk, cache", "disk, here"}
     assert "QDENSE_CACHE" in bad["disk, cache"].remedy
@@ -236,11 +239,14 @@ class FakeCuda:
         ("580.1", "13.0", FakeCuda(free_bytes=2**20), "GPU 0", "bad", "0.0 GiB of 80.0 GiB free"),
     ],
 )
-def test_cuda_by_driver_build_and_card(monkeypatch, driver, build, cuda, name, state, words):
-    monkeypatch.setattr(doctor, "driver_version", lambda: driver)
+def test_cuda_by_driver_build_and_card(monkeypatch, tmp_path, driver, build, cuda, name, state, words):
+    if driver is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho {driver}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(torch.version, "cuda", build)
-    (check,) = [check for check in doctor.CHECKS["CUDA"]() if check.name == name]
+    check = check_named(name)
     assert check.state == state
     assert words in check.detail
     assert bool(check.remedy) == (state == "bad")

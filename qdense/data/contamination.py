@@ -283,7 +283,7 @@ def _mark(marks: np.ndarray, positions: np.ndarray, length: int, value: bool = T
 # --- the search -------------------------------------------------------------------------------------------------------------
 
 _FILTER_BITS = 24  # a table of 16 MiB sorts out n-grams that no item holds, ten times as fast as a search would
-_MAX_JOINED = 4_000_000  # (n-gram of an item, row) pairs at a time: about 300 MB
+MAX_JOINED = 4_000_000  # (n-gram of an item, row) pairs at a time: about 300 MB
 
 
 class TrainingIndex:
@@ -382,12 +382,12 @@ class TrainingIndex:
 
 
 def _parts(item: np.ndarray, num_joined: np.ndarray) -> Iterator[slice]:
-    """Cut n-grams, which are ordered by item, between items into parts that join to `_MAX_JOINED` pairs or one item."""
+    """Cut n-grams, which are ordered by item, between items into parts that join to `MAX_JOINED` pairs or one item."""
     total = np.cumsum(num_joined)
     begin = 0
     while begin < len(item):
         done = total[begin - 1] if begin else 0
-        end = int(np.searchsorted(total, done + _MAX_JOINED, side="right"))
+        end = int(np.searchsorted(total, done + MAX_JOINED, side="right"))
         if end < len(item):
             end = int(np.searchsorted(item, item[end], side="left"))
             if end <= begin:

@@ -43,7 +43,7 @@ class Recompute:
     mlp_tile_tokens: int | None = None
 
 
-def apply_recompute(model: Any, recompute: Recompute) -> None:
+def apply_recompute(model: Any, recompute: Recompute, host: HostMemory | None = None) -> None:
     """Make the model's training steps follow `recompute`, in place of what an earlier call said.
 
     Call it between steps, with the adapter in place. The embeddings' output is not made to require a gradient, as
@@ -54,6 +54,7 @@ def apply_recompute(model: Any, recompute: Recompute) -> None:
 
     Args:
         model: a LLaMA-like model of Transformers, bare or in a PeftModel, on one device.
+        host: where offloaded inputs wait; None for memory of this call's own.
 
     Raises:
         ValueError: the model has no decoder layers that Transformers can recompute, or a setting is out of range.
@@ -76,7 +77,7 @@ def apply_recompute(model: Any, recompute: Recompute) -> None:
     else:
         core.gradient_checkpointing_disable()
     core.disable_input_require_grads()
-    host = _HostMemory()
+    host = host or HostMemory()
     for index, layer in enumerate(layers):
         is_recomputed = index < num_layers
         set_recomputed(layer, is_recomputed)
@@ -106,17 +107,17 @@ class _Offloaded:
     around it. What the layers share (position embeddings, masks, bounds of packed rows) comes by name and is not saved.
     """
 
-    def __init__(self, checkpoint: Callable[..., Any], host: _HostMemory, index: int) -> None:
+    def __init__(self, checkpoint: Callable[..., Any], host: HostMemory, index: int) -> None:
         self.checkpoint, self.host, self.index = checkpoint, host, index
 
     def __call__(self, function: Callable[..., Any], hidden: Tensor, *others: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.checkpoint(function, hidden, *others)
         # autograd keeps `pack` as long as what it packed: it must not hold `hidden` itself.
-        address, shape, parked = hidden.data_ptr(), hidden.shape, list[weakref.ref[_Parked]]()
+        source, parked = weakref.ref(hidden), list[weakref.ref[_Parked]]()
 
         def pack(saved: Tensor) -> Any:
-            if saved.data_ptr() != address or saved.shape != shape:
+            if saved is not source():
                 return saved
             waiting = self.host.park(saved, self.index)
             parked.append(weakref.ref(waiting))
@@ -138,25 +139,30 @@ def _fetch(packed: Any) -> Any:
     return packed.fetch() if isinstance(packed, _Parked) else packed
 
 
-class _HostMemory:
-    """Buffers for tensors that leave the device for a while: pinned ones for CUDA, used again as they come free."""
+class HostMemory:
+    """Buffers for tensors that leave the device for a while: pinned ones for CUDA, used again as they come free.
+
+    Attributes:
+        free: the buffers that hold nothing now: uint8, (capacity,) each.
+    """
 
     def __init__(self) -> None:
-        self.free: list[Tensor] = []  # uint8, (capacity,)
+        self.free: list[Tensor] = []
         self._latest: Callable[[], _Parked | None] = lambda: None
         self._stream: torch.cuda.Stream | None = None
 
     def park(self, source: Tensor, index: int) -> _Parked:
         """Start copying layer `index`'s input (any shape and dtype) to the host."""
         num_bytes = source.numel() * source.element_size()
-        parked = _Parked(self, self._take(num_bytes, is_pinned=source.is_cuda), num_bytes, source, index)
+        parked = _Parked(self, self.take(num_bytes, is_pinned=source.is_cuda), num_bytes, source, index)
         latest = self._latest()
         if latest is not None and latest.index == index - 1:
             parked.previous = latest
         self._latest = weakref.ref(parked)
         return parked
 
-    def _take(self, num_bytes: int, *, is_pinned: bool) -> Tensor:
+    def take(self, num_bytes: int, *, is_pinned: bool) -> Tensor:
+        """A buffer of at least `num_bytes`, no longer free: the smallest that fits, or a new one."""
         fitting = [position for position, buffer in enumerate(self.free) if len(buffer) >= num_bytes]
         if fitting:
             return self.free.pop(min(fitting, key=lambda position: len(self.free[position])))
@@ -185,7 +191,7 @@ class _HostMemory:
 class _Parked:
     """One layer's input in host memory. In backward its copy to the device starts one layer ahead of the need."""
 
-    def __init__(self, host: _HostMemory, buffer: Tensor, num_bytes: int, source: Tensor, index: int) -> None:
+    def __init__(self, host: HostMemory, buffer: Tensor, num_bytes: int, source: Tensor, index: int) -> None:
         self.host, self.buffer, self.device, self.index = host, buffer, source.device, index
         self.previous: _Parked | None = None  # the layer before, whose backward comes next
         self.returning: tuple[Tensor, Callable[[], None]] | None = None

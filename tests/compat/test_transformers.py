@@ -6,8 +6,7 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
-from qdense.catalogs.families import CAUSAL_ONLY, LIGER_TESTED, LLAMA_NAMED
-from qdense.catalogs.models import PAPER_TARGET_MODULES
+from qdense.catalogs.families import CAUSAL_ONLY, LIGER_TESTED, LLAMA_NAMED, PAPER_TARGET_MODULES
 from qdense.compat.transformers import (
     attention_set_to,
     checkpoint_function,

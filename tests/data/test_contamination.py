@@ -243,7 +243,7 @@ def slow_check(training, test):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_against_the_slow_reference(seed, monkeypatch):
-    monkeypatch.setattr(contamination, "_MAX_JOINED", 300)  # many parts
+    monkeypatch.setattr(contamination, "MAX_JOINED", 300)  # many parts
     generator = random.Random(seed)
     vocabulary = [*"abcdefgh", "3", "4", "5.5", "12"][: 6 + seed % 7]
     frame = "please tell me now" if seed % 2 else ""

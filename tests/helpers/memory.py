@@ -1,13 +1,16 @@
-"""Counts the bytes of a process's own tensors: each storage from the operation that makes it until it is freed."""
+"""The bytes of a process's own tensors, and host memory as offloaded inputs see it on CUDA, played on a CPU."""
 
 from __future__ import annotations
 
 import weakref
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 
 import torch
+from transformers import LlamaForCausalLM
 
 from qdense.compat.torch import watched_operations
+from qdense.modeling.recompute import HostMemory
 
 _hidden = 0  # depth of `unseen`
 
@@ -54,3 +57,57 @@ class TensorMemory(ExitStack):
     def _remove(self, key: int, num_bytes: int) -> None:
         self._known.discard(key)
         self.live_bytes -= num_bytes
+
+
+def refuse_memory(monkeypatch, condition):
+    """Have LLaMA's forward run out of memory, with part of it done, where `condition(model, input_ids)` holds.
+
+    Returns a list that gets the rows of each pass that was refused.
+    """
+    forward, refused = LlamaForCausalLM.forward, []
+
+    @wraps(forward)
+    def starved(self, *arguments, input_ids, **named):
+        if condition(self, input_ids):
+            refused.append(len(input_ids))
+            torch.rand(3)  # dropout masks were drawn
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *arguments, input_ids=input_ids, **named)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", starved)
+    return refused
+
+
+class UncountedHostMemory(HostMemory):
+    """Buffers that `TensorMemory` does not count: on CUDA they are not on the device."""
+
+    def take(self, num_bytes, *, is_pinned):
+        with unseen():
+            return super().take(num_bytes, is_pinned=is_pinned)
+
+
+class LateHostMemory(HostMemory):
+    """Copies as late as a stream of their own may make them: when the computation waits for one, in order.
+
+    Attributes:
+        waiting: (target, source) of copies that were started and not waited for.
+        events: what happened, in order; a test may append its own.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.waiting, self.events = [], []
+
+    def start_copy(self, target, source, device):
+        target.fill_(float("nan"))
+        entry = (target, source)
+        self.waiting.append(entry)
+        self.events.append("copy")
+
+        def wait():
+            while any(other is entry for other in self.waiting):
+                done, origin = self.waiting.pop(0)
+                with torch.no_grad():
+                    done.copy_(origin)
+
+        return wait

@@ -28,25 +28,10 @@ from qdense.modeling.load import load_base
 from qdense.recipe import AdapterRecipe, ModelRecipe
 from qdense.training import run as run_module
 from qdense.training.metrics import read_metrics
+from tests.helpers.methods import TRAINED, bases_of, method_recipe
 from tests.helpers.runs import recipe_for, run
 
-TRAINED = [name for name in METHODS if name != "none"]
 IDS = torch.arange(40).reshape(2, 20)
-
-
-def bases_of(method):
-    return METHODS[method].quantizations
-
-
-def method_recipe(tiny_model, output, method, quantization, **changes):
-    return recipe_for(
-        tiny_model,
-        output,
-        quantization=quantization,
-        adapter__method=method,
-        training__optimizer="adamw_torch",
-        **changes,
-    )
 
 
 def logits_of(model):

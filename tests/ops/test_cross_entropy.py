@@ -51,6 +51,16 @@ def test_bf16_is_as_near_to_fp32_as_pytorchs_own():
         assert (ours.grad - exact.grad).norm() <= 1.05 * (own.grad - exact.grad).norm()
 
 
+def test_a_gradient_is_rounded_once_after_its_division():
+    """An output layer of identity hands the logits' gradients through: they are the exact ones, rounded to bf16."""
+    size = 128
+    logits = torch.randn(5, size, generator=torch.Generator().manual_seed(4)).bfloat16().requires_grad_()
+    targets = torch.arange(5)
+    linear_cross_entropy(logits, torch.eye(size, dtype=torch.bfloat16), targets, divisor=3.0).backward()
+    exact = (logits.detach().double().softmax(1) - F.one_hot(targets, size)) / 3
+    assert (logits.grad != exact.bfloat16()).double().mean() < 0.01  # fp32 may fall on the other side of a tie
+
+
 def test_a_frozen_weight_gets_no_gradient_and_no_target_gives_no_number():
     hidden, weight, targets = leaves(6, 4, 9)
     linear_cross_entropy(hidden, weight.requires_grad_(False), targets).backward()

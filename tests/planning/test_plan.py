@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,6 +62,27 @@ def test_bytes_of_the_base_and_its_checkpoints():
 def test_math10k_takes_less_than_8_gb_where_all_is_recomputed():
     memory = memory_of(load_recipe(MATH10K), LLAMA3, ON_CUDA, Choice(16, 32))
     assert 6e9 < memory.peak_bytes < 8e9
+
+
+def test_what_a_run_needs_beside_its_tensors():
+    """On a card 3% that the allocator cannot use, and 600 MiB of CUDA's context."""
+    plan = make_plan(recipe_of(), LLAMA3, card(24), Choice(1, 32))
+    assert plan.needed_bytes == int(1.03 * plan.predicted_peak_bytes) + 600 * 2**20
+    assert plan.predicted_memory_bytes == int(1.03 * plan.predicted_peak_bytes)  # torch does not count the context
+    exact = replace(plan, machine=card(plan.needed_bytes / GIB))
+    assert exact.fits
+    assert not replace(plan, machine=card((plan.needed_bytes - 1) / GIB)).fits
+
+
+def test_host_memory_is_pinned_in_powers_of_two():
+    """As torch's allocator of pinned memory rounds: a layer's 3000 x 8 KiB = 23.4 MiB take 32."""
+    recipe = recipe_of(data__max_length=3000)
+    assert make_plan(recipe, LLAMA3, card(24), Choice(1, 20, offload=True)).host_bytes == 20 * 32 * 2**20
+    assert make_plan(recipe, LLAMA3, card(24), Choice(1, 20)).host_bytes == 0
+    exact = recipe_of(data__max_length=4096)  # a power of two already
+    assert make_plan(exact, LLAMA3, card(24), Choice(1, 20, offload=True)).host_bytes == 20 * 32 * 2**20
+    wide = recipe_of(data__max_length=3000, model__dtype="float32")
+    assert make_plan(wide, LLAMA3, card(80), Choice(2, 20, offload=True)).host_bytes == 20 * 128 * 2**20
 
 
 @pytest.mark.parametrize("gib", UNSLOTH)

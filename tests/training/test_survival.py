@@ -289,8 +289,11 @@ def test_a_run_outlives_the_reader_of_its_output(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_display_whose_stream_fails_draws_on(is_terminal):
+    attempts = []
+
     class Gone(io.StringIO):
         def write(self, text):
+            attempts.append(text)
             raise OSError(5, "Input/output error")
 
     with TrainingDisplay(Console(file=Gone(), force_terminal=is_terminal)) as show:
@@ -299,6 +302,8 @@ def test_a_display_whose_stream_fails_draws_on(is_terminal):
         show(StepDone(1, 0.1, float("nan"), 1e-3, float("inf"), 10, 5.0, 2**20, 2.0))
         show(StepDone(2, 0.2, 1.5, 1e-3, 0.1, 10, 5.0, 2**20, 4.0))
         show.render()
+    assert attempts  # it did draw, and the failure went no further
+    assert (show.step.step, show.step.loss) == (2, 1.5)
 
 
 # --- without a network ---------------------------------------------------------------------------------------------------

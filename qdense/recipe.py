@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
+from qdense.catalogs.choices import Activation, Sharing, ZeroInit
 from qdense.catalogs.datasets import TRAINING_SETS
 from qdense.catalogs.families import MODULE_LETTERS, PAPER_TARGET_MODULES
 from qdense.catalogs.models import CATALOG
@@ -100,14 +101,12 @@ class _AdapterRecipe(_Table):
     r: int = Field(32, ge=1, le=512, description="a whole number from 1 to 512")
     alpha: float | None = Field(None, gt=0, description="a positive number; left out, it is 2 r")
     dropout: float = Field(0.05, ge=0, lt=1, description="a number from 0 up to, but not including, 1")
-    activation: Literal["gelu", "silu", "tanh", "relu", "none"] = Field(
-        "gelu", description="gelu, silu, tanh, relu or none"
-    )
-    sharing: Literal["kind", "shape", "none"] = Field(
+    activation: Activation = Field("gelu", description="gelu, silu, tanh, relu or none")
+    sharing: Sharing = Field(
         "kind",
         description="kind (all layers of one module name share encoder and decoder), shape (all of one size) or none",
     )
-    zero_init: Literal["decoder", "m", "none"] = Field(
+    zero_init: ZeroInit = Field(
         "decoder",
         description="decoder, m or none: which factor starts at zero, so that the adapter adds nothing at first",
     )

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from qdense.cache import appearing_folder, cache_dir, require_free_space
 from qdense.compat.bitsandbytes import never_repack
-from qdense.device import choose_device
+from qdense.device import choose_device, memory_free
 from qdense.errors import ModelError
 from qdense.modeling.fingerprint import Fingerprint, fingerprint_of
 from qdense.modeling.locate import Tell, folder_name_for_peft, locate_model, require_data_only
@@ -169,10 +169,8 @@ def _from_pretrained(folder: Path, recipe: ModelRecipe, device: torch.device, qu
 
 
 def _has_memory_to_unpack(model: Any, recipe: ModelRecipe, notice: Tell) -> bool:
-    import psutil
-
     needed_bytes = int(1.2 * model.num_parameters() * getattr(torch, recipe.dtype).itemsize)
-    free_bytes = psutil.virtual_memory().available
+    free_bytes = memory_free(torch.device("cpu"))
     if free_bytes >= needed_bytes:
         return True
     notice(

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import psutil
-import torch
-
 from qdense.catalogs.models import CatalogModel
-from qdense.device import choose_device
+from qdense.device import choose_device, device_name, memory_free, memory_of_process
 from qdense.ops.kernels import has_triton, why_no_liger
 from qdense.planning.memory import Kernels
 from qdense.planning.plan import Machine
@@ -26,11 +23,10 @@ def this_machine(recipe: Recipe, shape: CatalogModel) -> Machine:
     is_fused = has_triton() and (wants == "triton" or (wants == "auto" and is_cuda))
     kernels = Kernels(is_cuda, is_fused, has_liger=is_fused and why_no_liger(shape.model_type) is None)
     if is_cuda:
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        name = torch.cuda.get_device_name(device)
-        return Machine(name, kernels, free_bytes, _WORKSPACE_BYTES, card_named(name))
-    process_bytes = psutil.Process().memory_info().rss
-    memory_bytes = process_bytes + int(_CPU_SHARE * psutil.virtual_memory().available)
+        name = device_name(device)
+        return Machine(name, kernels, memory_free(device), _WORKSPACE_BYTES, card_named(name))
+    process_bytes = memory_of_process()
+    memory_bytes = process_bytes + int(_CPU_SHARE * memory_free(device))
     return Machine("this machine", kernels, memory_bytes, process_bytes)
 
 

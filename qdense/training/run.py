@@ -22,7 +22,7 @@ from qdense.catalogs.datasets import TRAINING_SETS
 from qdense.data.contamination import local_overlaps
 from qdense.data.examples import Encoded, Example, collate, encode_rows, split_rows
 from qdense.data.sources import DataSet, load_training_set
-from qdense.device import choose_device, device_name, memory_total, peak_memory
+from qdense.device import choose_device, device_description, memory_total, peak_memory
 from qdense.errors import RunError, RunStopped
 from qdense.events import Emit, Notice, TrainingDone, TrainingStarted, ignore
 from qdense.methods import METHODS
@@ -164,7 +164,7 @@ def _record(run: RunFolder, prepared: _Prepared, *, is_new: bool) -> None:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": device_name(base.device),
+        "device": device_description(base.device),
         "git_hash": git_hash(),
         "versions": package_versions(),
         "data": {"origin": data.origin, "sha256": data.checksum, "num_rows": len(data.rows)},
@@ -393,7 +393,7 @@ def _facts(
     modules = ", ".join(name.removesuffix("_proj") for name in method.targets(adapter))
     epochs = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.epochs:g} epochs"
     return (
-        ("base", f"{recipe.model.name} ({recipe.model.quantization}, {recipe.model.dtype}) on {device_name(base.device)}"),
+        ("base", f"{recipe.model.name} ({recipe.model.quantization}, {recipe.model.dtype}) on {device_description(base.device)}"),
         ("adapter", f"{adapter.method}{settings_of_adapter} on {modules}"),
         ("trainable", f"{num_trainable:,} parameters, {share:.3g}% of the model, {dtype}"),
         ("data", f"{recipe.data.path or recipe.data.name}: {len(training.examples):,} rows"

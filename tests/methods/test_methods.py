@@ -190,7 +190,7 @@ def test_scored_on_a_packed_base_it_says_what_it_said_in_training(tiny_model, tm
     memory = type("Memory", (), {"available": 1000})
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     base = load_base(recipe.model, for_training=False)
-    assert base.held_in == "nf4"
+    assert base.stored_as == "nf4"
     linear = base.model.model.layers[0].mlp.up_proj
     could_repack = linear.support_avx512bf16_for_cpu
     linear.support_avx512bf16_for_cpu = True  # on any CPU: what decides is looked at, not run

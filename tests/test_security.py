@@ -222,7 +222,7 @@ def seal(checkpoint):
     edit_json(checkpoint / "manifest.json", files=files)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "schedule.safetensors", "state.json"])
 def test_a_pickle_in_a_checkpoint_is_refused(tiny_model, tmp_path, trace, name):
     plan = recipe_for(tiny_model, tmp_path / "run")
     killed_run(plan, 3)
@@ -239,11 +239,9 @@ def test_other_pickles_in_a_checkpoint_are_not_read(tiny_model, tmp_path, trace,
     killed_run(plan, 3)
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-2"
     for name in ("training_args.bin", "pytorch_model.bin", "adapter_model.bin", "scaler.pt", "random_states_0.pkl",
-                 "custom_checkpoint_0.pkl", "optimizer.bin"):  # fmt: skip
+                 "custom_checkpoint_0.pkl", "optimizer.bin", "optimizer.pt", "rng_state.pth"):  # fmt: skip
         torch.save(Evil(trace), checkpoint / name)
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    state["stateful_callbacks"]["evil_code"] = {"args": {}, "attributes": {}}
-    edit_json(checkpoint / "trainer_state.json", **state)
+    edit_json(checkpoint / "state.json", stateful_callbacks={"evil_code": {"args": {}, "attributes": {}}})
     seal(checkpoint)
     steps = [event.step for event in run(plan, resume=True) if isinstance(event, StepDone)]
     assert steps == [3, 4, 5, 6]  # so this checkpoint was read, not passed over

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
 
@@ -23,7 +26,28 @@ def is_seen_by_others(gradient: Tensor) -> bool:
     while someone else still reads it, or would always have to be copied: the size of a hidden state for each adapted block.
     """
     base = gradient._base  # of a 3-D product: it is held by its view and by this variable
-    return gradient._use_count() > 1 or (base is not None and base._use_count() > 2)  # type: ignore[attr-defined]
+    unseen = _use_count_of_an_unseen_gradient()
+    return gradient._use_count() > unseen or (base is not None and base._use_count() > 2)  # type: ignore[attr-defined]
+
+
+@cache
+def _use_count_of_an_unseen_gradient() -> int:
+    """1 with torch 2.13; 2 with torch 2.11, which counts the Python object as well (seen on a GPU: each gradient was copied)."""
+    counts: list[int] = []
+
+    class Probe(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            counts.append(gradient._use_count())  # type: ignore[attr-defined]
+            return gradient
+
+    with torch.enable_grad():
+        (2 * Probe.apply(torch.ones(1, requires_grad=True))).sum().backward()
+    return counts[0]
 
 
 def is_view(tensor: Tensor) -> bool:

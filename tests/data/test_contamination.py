@@ -495,8 +495,6 @@ def test_training_on_a_known_set_warns(data_dir, tmp_path, monkeypatch, no_downl
     assert "math10k holds test items of addsub (1 exact, 1 near of 3)" in warning
     assert "qdense evaluate --clean" in warning
     assert "svamp" not in warning, "it is clean"
-    monkeypatch.setenv("RANK", "1")
-    assert warnings_of_training(monkeypatch, tmp_path, data_dir, name="math10k") == []
 
 
 def test_training_says_nothing_of_a_clean_set_or_a_file(data_dir, tmp_path, monkeypatch, no_download):

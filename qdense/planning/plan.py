@@ -19,7 +19,7 @@ from qdense.recipe import Recipe
 
 # Of the peak: what the allocator cannot use. On a CPU, glibc's: a run of SmolLM2 took 6.8 GiB for 5.0 of tensors and 0.6 before.
 _CUDA_FRAGMENTATION, _CPU_FRAGMENTATION = 0.03, 0.25
-CUDA_CONTEXT_BYTES = 600 * 2**20  # driver, kernels and cuBLAS workspaces; not yet measured on a GPU
+CUDA_CONTEXT_BYTES = 600 * 2**20  # driver, kernels and cuBLAS workspaces; not measured
 _TILE_TOKENS = 4096
 _CHOSEN_SHARE = 0.95  # of the memory, for what "auto" chooses: a prediction may be low, and a desktop takes some
 

@@ -18,7 +18,7 @@ from qdense.modeling.load import load_base
 from qdense.modeling.loss import without_logits
 from qdense.modeling.packing import packed_attention
 from qdense.modeling.recompute import Recompute, apply_recompute
-from qdense.ops import kernels as kernels_module
+from qdense.ops.kernels import use_kernels
 from qdense.planning.memory import Choice, Kernels, memory_of
 from qdense.planning.shapes import model_shape
 from qdense.training.optimizer import build_optimizer
@@ -59,6 +59,13 @@ def small_llama(tmp_path_factory):
         yield folder
 
 
+@pytest.fixture(autouse=True)
+def chosen_kernels():
+    """Whatever a test chooses is for it alone."""
+    yield
+    use_kernels("auto")
+
+
 class NoLaunch:
     """Stands for a Triton kernel: of memory, only what is allocated around it counts."""
 
@@ -75,7 +82,7 @@ def fused(monkeypatch):
 
     for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):  # what Liger replaces, to be put back
         monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
-    monkeypatch.setattr(kernels_module, "_choice", "triton")
+    use_kernels("triton")
     replaced = 0
     liger = ("liger_kernel.ops.rms_norm", "liger_kernel.ops.swiglu", "liger_kernel.ops.rope")
     for module in map(importlib.import_module, (*liger, "qdense.ops.denselora_triton")):
@@ -159,8 +166,8 @@ STEPS = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_peak_of_a_real_step(name, small_llama, monkeypatch):
-    monkeypatch.setattr(kernels_module, "_choice", "torch")
+def test_peak_of_a_real_step(name, small_llama):
+    use_kernels("torch")
     num_layers, moment, changes, shape = STEPS[name]
     changes = {"adapter__r": 16, **changes}
     check_peak(small_llama(**shape), ON_CPU, Choice(2, num_layers), changes, moment)
@@ -173,8 +180,8 @@ EVERY_BASE = [
 
 @pytest.mark.parametrize("num_layers", [0, 4])
 @pytest.mark.parametrize(("method", "quantization"), EVERY_BASE)
-def test_peak_of_a_real_step_of_every_method(method, quantization, num_layers, small_llama, monkeypatch):
-    monkeypatch.setattr(kernels_module, "_choice", "torch")
+def test_peak_of_a_real_step_of_every_method(method, quantization, num_layers, small_llama):
+    use_kernels("torch")
     changes = {"adapter__method": method, "model__quantization": quantization, "adapter__r": 16}
     check_peak(small_llama(num_hidden_layers=4), ON_CPU, Choice(2, num_layers), changes)
 
@@ -184,8 +191,8 @@ MAKES_MATRICES = ["dora", "hira", "lokr"]  # as large as a weight, which count m
 
 @pytest.mark.parametrize("num_layers", [0, 3])
 @pytest.mark.parametrize("method", MAKES_MATRICES)
-def test_peak_of_a_few_tokens(method, num_layers, small_llama, monkeypatch):
-    monkeypatch.setattr(kernels_module, "_choice", "torch")
+def test_peak_of_a_few_tokens(method, num_layers, small_llama):
+    use_kernels("torch")
     changes = {"adapter__method": method, "adapter__r": 16}
     check_peak(small_llama(), ON_CPU, Choice(1, num_layers), changes, length=32)
 

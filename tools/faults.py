@@ -211,7 +211,7 @@ class Faults:
             if name.endswith("twice"):
                 longest = max(longest, time.monotonic() - sent)
             fault = "" if found == status else f"status {found}"
-            if not child.text.rstrip().endswith("goes on from it.") and not name.endswith("twice"):
+            if not child.text.rstrip().endswith("continue from it with --resume.") and not name.endswith("twice"):
                 fault = fault or f"said {child.text[-200:]!r}"
             if child.text.count("\x1b[?25l") > child.text.count("\x1b[?25h"):
                 fault = fault or "the cursor stays hidden"

@@ -99,8 +99,14 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, ac
             template=recipe.data.template,
             method=recipe.adapter.method,
         )
-        with appearing_folder(run.adapter) as building:
-            save_adapter(prepared.model, building, card)
+        try:
+            with appearing_folder(run.adapter) as building:
+                save_adapter(prepared.model, building, card)
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"{run.adapter}: the trained adapter cannot be written: {error}. Free some space or check the permissions; "
+                f"nothing is lost: --resume then writes it from the last checkpoint."
+            ) from error
         emit(done)
     return run.path
 

@@ -394,3 +394,20 @@ def test_truncated_rows_are_reported(tiny_model, tmp_path):
     events = run(recipe_for(tiny_model, tmp_path / "run", data__max_length=200, training__max_steps=1))
     warning = next(event for event in events if isinstance(event, Notice) and event.level == "warning")
     assert "59 of 59 training rows are longer than data.max_length = 200" in warning.text
+
+
+def test_a_disk_that_is_full_at_the_end_is_told_and_a_resume_writes_the_adapter(tiny_model, tmp_path, monkeypatch):
+    recipe = recipe_for(tiny_model, tmp_path / "run", training__max_steps=2)
+
+    def full(*arguments, **named):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.PeftModel.save_pretrained", full)
+        with pytest.raises(
+            RunError, match=r"adapter: the trained adapter cannot be written: .*No space left.*--resume"
+        ):
+            run(recipe)
+    assert not (tmp_path / "run" / "adapter").exists()
+    run(recipe, resume=True)
+    assert adapter_bytes(tmp_path / "run")

@@ -222,11 +222,11 @@ def tests_of(mutant: Mutant, surveyed: dict[str, Any], budget: float) -> tuple[l
         if isinstance(function, ast.FunctionDef)
         for line in range(function.body[0].lineno, (function.end_lineno or 0) + 1)
     }
-    wanted = set(range(mutant.statement[0], mutant.statement[1] + 1))
-    if not wanted & inside:
-        wanted = inside or wanted
+    statement = set(range(mutant.statement[0], mutant.statement[1] + 1))
     package = f"tests/{Path(mutant.module).parent.name}/"
-    able = [name for name, test in surveyed.items() if wanted & set(test["lines"].get(mutant.module, ()))]
+    able: list[str] = []
+    for wanted in (statement & inside, inside or statement):  # the second: what runs while something is imported
+        able = able or [name for name, test in surveyed.items() if wanted & set(test["lines"].get(mutant.module, ()))]
     able.sort(key=lambda name: (not name.startswith(package), surveyed[name]["seconds"]))
     chosen: list[str] = []
     seconds = 0.0

@@ -141,6 +141,13 @@ def test_tolerance_is_the_authors(label, answer, right):
     assert NUMBER.is_correct(label, NUMBER.answers(answer)["paper"]) is right
 
 
+def test_at_the_tolerance_itself_a_number_is_right():
+    assert NUMBER.is_correct("0.001", 0.0)
+    assert NUMBER.is_correct("0", -0.001)
+    assert not NUMBER.is_correct("0", math.nextafter(0.001, 1))
+    assert NUMBER.majority([2.0, 0.001, 0.0]) == 0.001  # two votes
+
+
 # The `output` column of the test files, all there are here: completions of an old model for arithmetic (none for mawps), and
 # "the correct answer is ..." for commonsense. By the authors' rule and by ours.
 STORED = {

@@ -29,6 +29,7 @@ import importlib.machinery
 import json
 import linecache
 import os
+import pkgutil
 import random
 import re
 import shutil
@@ -152,10 +153,27 @@ def _statement(node: Any) -> tuple[int, int]:
 
 def survey(files: Sequence[str]) -> None:
     (WORK / "survey").mkdir(parents=True, exist_ok=True)
+    _forked(_survey_imports, limit=600)
     for file in files:
         started = time.monotonic()
         code = _forked(partial(_survey, file), limit=1800)
         print(f"{file}: exit {code}, {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _survey_imports() -> int:
+    """Lines that run while qdense is imported: what they make is seen by tests that do not run them."""
+    import coverage
+
+    measured = coverage.Coverage(data_file=None, source=["qdense"], config_file=False)
+    measured.start()
+    for module in pkgutil.walk_packages([str(ROOT / "qdense")], "qdense."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    measured.stop()
+    data = measured.get_data()
+    lines = {os.path.relpath(path, ROOT): data.lines(path) for path in data.measured_files()}
+    (WORK / "imports.json").write_text(json.dumps(lines))
+    return 0
 
 
 def _survey(file: str) -> int:
@@ -214,7 +232,7 @@ def _survey(file: str) -> int:
     return code
 
 
-def tests_of(mutant: Mutant, surveyed: dict[str, Any], budget: float) -> tuple[list[str], float]:
+def tests_of(mutant: Mutant, surveyed: dict[str, Any], imported: set[int], budget: float) -> tuple[list[str], float]:
     """Those that execute its statement (of one that importing executes: anything of the module), and what they take."""
     inside = {
         line
@@ -222,11 +240,11 @@ def tests_of(mutant: Mutant, surveyed: dict[str, Any], budget: float) -> tuple[l
         if isinstance(function, ast.FunctionDef)
         for line in range(function.body[0].lineno, (function.end_lineno or 0) + 1)
     }
-    statement = set(range(mutant.statement[0], mutant.statement[1] + 1))
+    wanted = set(range(mutant.statement[0], mutant.statement[1] + 1))
+    if wanted & imported:
+        wanted = inside - imported or inside or wanted
     package = f"tests/{Path(mutant.module).parent.name}/"
-    able: list[str] = []
-    for wanted in (statement & inside, inside or statement):  # the second: what runs while something is imported
-        able = able or [name for name, test in surveyed.items() if wanted & set(test["lines"].get(mutant.module, ()))]
+    able = [name for name, test in surveyed.items() if wanted & set(test["lines"].get(mutant.module, ()))]
     able.sort(key=lambda name: (not name.startswith(package), surveyed[name]["seconds"]))
     chosen: list[str] = []
     seconds = 0.0
@@ -342,6 +360,7 @@ def run(modules: Sequence[str], *, sample: int, seed: int, budget: float, jobs: 
     surveyed: dict[str, Any] = {}
     for path in sorted((WORK / "survey").glob("*.json")):
         surveyed |= json.loads(path.read_text())
+    imported = json.loads((WORK / "imports.json").read_text())
     before = results()
     queue = []
     for module in modules:
@@ -359,7 +378,7 @@ def run(modules: Sequence[str], *, sample: int, seed: int, budget: float, jobs: 
     while queue or running:
         while queue and len(running) < jobs:
             mutant = queue.pop(0)
-            tests, seconds = tests_of(mutant, surveyed, budget)
+            tests, seconds = tests_of(mutant, surveyed, set(imported[mutant.module]), budget)
             if not tests:
                 _record(mutant, {"result": "survived", "by": "no test executes it"}, 0, 0)
                 continue

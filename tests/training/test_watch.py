@@ -70,8 +70,11 @@ def test_ten_steps_in_a_row_may_be_skipped_and_no_more():
 def test_a_good_step_ends_the_row_of_skipped_ones():
     run = Run(skips=True)
     for _ in range(3):
-        assert not any(run.step(a=math.nan) for _ in range(9))
+        assert not any(run.step(a=math.nan) for _ in range(10))
         assert run.step()
+    assert not any(run.step(a=math.nan) for _ in range(10))
+    with pytest.raises(RunError, match="makes 11 steps in a row"):
+        run.step(a=math.nan)
 
 
 def test_at_step_1_only_what_is_awake_at_the_start_must_have_a_gradient():
@@ -86,7 +89,7 @@ def test_at_step_3_all_must_have_one_and_at_no_other():
     for step in (1, 2, 4, 5):
         assert run.step(step, a=0.0, b=None)
     with pytest.raises(RunError, match=r"step 3: 2 of 2 trainable tensors have no gradient.*: a, b\. "):
-        run.step(3, a=0.0, b=None)
+        run.step(3, losses=(0.5,), a=0.0, b=None)
 
 
 def test_three_dead_tensors_are_named_and_more_are_hinted_at():
@@ -109,6 +112,14 @@ def test_the_running_mean_explodes_above_twice_the_lowest_and_a_half():
     assert run.watch.mean_loss == pytest.approx(2.4055)
     (told,) = run.told()
     assert told.startswith("step 4: the loss has exploded: its running mean was 0.95 and is now 2.41.")
+
+
+def test_at_twice_the_lowest_and_a_half_nothing_has_exploded():
+    run = Run()
+    for loss in (0.0, 5.0):  # the mean goes from 0 to 0.5
+        run.step(losses=(loss,))
+    assert run.watch.mean_loss == 0.5
+    assert run.told() == []
 
 
 def test_an_explosion_is_told_once():

@@ -142,6 +142,7 @@ def change_manifest(path, change):
         (lambda manifest: manifest["files"].update({"state.json": None}), r"cannot be read: TypeError"),
         (lambda manifest: manifest["files"]["state.json"].pop("sha256"), r"cannot be read: KeyError"),
         (lambda manifest: manifest["files"].pop("best.safetensors"), r"does not list best\.safetensors"),
+        (lambda manifest: manifest["files"].clear(), r"does not list best\.safetensors"),  # the first of all
     ],
 )
 def test_a_manifest_that_no_run_wrote_is_a_fault(tmp_path, change, told):
@@ -172,7 +173,8 @@ def test_a_file_of_another_size_or_content_is_named_with_both(tmp_path):
     content = (path / "state.json").read_bytes()
     (path / "state.json").write_bytes(content + b" ")
     assert fault_of(path) == f"state.json has {len(content) + 1} bytes, not {len(content)}"
-    (path / "state.json").write_bytes(b" " + content[1:])
-    assert "state.json is not the file that was written (SHA-256 " in fault_of(path)
+    for first in b" abcdefgh":  # some have a lower checksum, some a higher one
+        (path / "state.json").write_bytes(bytes([first]) + content[1:])
+        assert "state.json is not the file that was written (SHA-256 " in fault_of(path)
     (path / "state.json").unlink()
     assert fault_of(path) == "state.json is missing"

@@ -49,6 +49,8 @@ def test_a_line_that_was_cut_short_ends_the_file(tmp_path):
     lines = [json.dumps({"event": "step", "step": number, "seconds": 1.0}) for number in (1, 2)]
     path.write_text("\n".join([lines[0], lines[1][:-5]]))
     assert [line["step"] for line in read_metrics(path)] == [1]
+    path.write_text("\n".join([lines[0], lines[1][:-5], lines[1]]))
+    assert [line["step"] for line in read_metrics(path)] == [1]
 
 
 def test_all_lines_reach_the_disk_before_a_checkpoint(tmp_path, monkeypatch):

@@ -368,7 +368,11 @@ def run(modules: Sequence[str], *, sample: int, seed: int, budget: float, jobs: 
         _note(WORK / "mutants.jsonl", {"module": module, "mutants": len(found)})
         random.Random(f"{seed} {module}").shuffle(found)
         if again:
-            queue += [mutant for mutant in found if before.get(mutant.key, {}).get("result") in ("survived", "error")]
+            queue += [
+                mutant
+                for mutant in found
+                if before.get(mutant.key, {}).get("result") in ("survived", "error", "timeout")
+            ]
         else:
             queue += [mutant for mutant in (found[:sample] if sample else found) if mutant.key not in before]
     print(f"{len(queue)} mutants to run", flush=True)

@@ -1,4 +1,4 @@
-"""Which device a job runs on, and what memory it has. Nothing else in the package asks."""
+"""Which device a job runs on, and what memory it has. Nothing else in the package asks, but for `qdense doctor`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,18 @@ def memory_total(device: torch.device) -> int:
     return int(psutil.virtual_memory().total)
 
 
+def memory_free(device: torch.device) -> int:
+    """Bytes that are free now on the card, or on the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def memory_of_process() -> int:
+    """Bytes of host memory that this process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most GPU memory that was reserved so far, or the most memory of this process where there is no GPU."""
     if device.type == "cuda":
@@ -42,4 +54,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    """The card's name, or "CPU"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def device_description(device: torch.device) -> str:
+    """For a person: the card, or the CPU with the number of threads that torch uses."""
+    return device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

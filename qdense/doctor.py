@@ -1,12 +1,11 @@
-"""What `qdense doctor` looks at: this machine and this installation, for whom qdense does not work, and for bug reports.
+"""What `qdense doctor` checks: this machine and this installation, for people for whom qdense does not work and for bug reports.
 
 Nothing here is imported at the top but the standard library: what is broken must become a line with its remedy, never a
-traceback. The versions that are wanted are those of pyproject.toml, read from the installed package's own metadata.
+traceback. The required versions are those of pyproject.toml, read from the installed package's own metadata.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.metadata
 import logging
@@ -30,10 +29,12 @@ from qdense.provenance import git_hash
 GOOD, BAD, NOT_HERE = "good", "bad", "not here"
 
 _REINSTALL = "pip install --upgrade --force-reinstall"
-_LOW_MEMORY_BYTES = 2 * 2**30  # SmolLM2's demo takes 1.2 GiB
-_LOW_DISK_BYTES = 2 * 2**30
+LOW_MEMORY_BYTES = 2 * 2**30  # SmolLM2's demo takes 1.2 GiB
+LOW_DISK_BYTES = 2 * 2**30
+# What each extra is for, apart from `cuda`, which is looked at with the kernels.
+_EXTRAS = {"endpoint": "qdense evaluate --endpoint", "plots": "qdense analyze"}
 _TOLERANCE = 2e-2  # of a bf16 product, relative: 8 bits are kept
-_BUILDING = re.compile(r"\..+\.(\d+)")  # a hidden name that ends in the number of the process that works on it
+_BUILDING = re.compile(r"\..+\.(\d+)")  # a hidden name that ends in the id of the process at work on it
 
 
 @dataclass(frozen=True)
@@ -50,22 +51,22 @@ def diagnose() -> list[Check]:
     """All checks, in the order in which they are shown. No secret and no name of a home folder is in them."""
     checks: list[Check] = []
     with _quiet():
-        for name, look in _CHECKS.items():
+        for name, look in CHECKS.items():
             try:
                 checks += look()
             except Exception as error:  # what is broken raises whatever it likes
                 is_first = all(check.state != BAD for check in checks)
-                remedy = _remedy_for(error) if is_first else "Mend what is bad above, then look again."
+                remedy = _remedy_for(error) if is_first else "Fix what is bad above, then run this again."
                 checks.append(Check(name, BAD, _one_line(error), remedy))
     return [replace(c, detail=_without_home(c.detail), remedy=_without_home(c.remedy)) for c in checks]
 
 
 def _remedy_for(error: Exception) -> str:
     if isinstance(error, importlib.metadata.PackageNotFoundError):
-        return "Install qdense, and not only its source: pip install -e . in its folder."
+        return "Install qdense itself, not only its source: pip install -e . in its folder."
     if isinstance(error, ImportError):
         return f"{_REINSTALL} {error.name or 'torch'}"
-    return "This is not foreseen: report it with all these lines."
+    return "This is unexpected: please report it, with this whole output."
 
 
 @contextmanager
@@ -83,13 +84,13 @@ def _quiet() -> Iterator[None]:
 
 def versions() -> dict[str, str | None]:
     """Python, platform, commit, and package -> installed version; None where there is none."""
-    named = {requirement.name: _installed(requirement.name) for requirement in _required("cuda")}
+    requirements = [*_required(), *(added for extra in ("cuda", *_EXTRAS) for added in _added_by(extra))]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "qdense": _installed("qdense"),
         "commit": git_hash(),
-        **named,
+        **{requirement.name: _installed(requirement.name) for requirement in requirements},
         "triton": _installed("triton"),
     }
 
@@ -104,7 +105,7 @@ def _python() -> Iterator[Check]:
     found = platform.python_version()
     detail = f"{found} ({sys.executable}), {platform.platform()}"
     is_good = SpecifierSet(wanted).contains(found, prereleases=True)
-    remedy = "" if is_good else f"Make an environment with Python {wanted}: python3.11 -m venv .venv"
+    remedy = "" if is_good else f"Create an environment with Python {wanted}: python3.11 -m venv .venv"
     yield Check("python", GOOD if is_good else BAD, detail, remedy)
 
 
@@ -119,8 +120,18 @@ def _packages() -> Iterator[Check]:
     yield Check("packages", GOOD, ", ".join(good))
 
 
+def _optional_packages() -> Iterator[Check]:
+    for extra, purpose in _EXTRAS.items():
+        for requirement in _added_by(extra):
+            name, found = requirement.name, _installed(requirement.name)
+            if found is None:
+                yield Check(name, NOT_HERE, f'not installed; {purpose} needs it: pip install "qdense[{extra}]"')
+            else:
+                yield _fault_of_package(requirement) or Check(name, GOOD, f"{found}, for {purpose}")
+
+
 def _fault_of_package(requirement: Any) -> Check | None:
-    """What is wrong with a package that is required: missing, too old, or not to be imported; None if nothing is."""
+    """What is wrong with a required package: missing, too old, or impossible to import; None if nothing is."""
     name, wanted = requirement.name, f"{requirement.name}{requirement.specifier}"
     found = _installed(name)
     if found is None:
@@ -135,11 +146,17 @@ def _fault_of_package(requirement: Any) -> Check | None:
 
 
 def _required(extra: str = "") -> list[Any]:
-    """What qdense requires on this machine, of its own metadata; with an extra, what that one adds too."""
+    """What qdense requires on this machine, by its own metadata; with an extra, also what that one adds."""
     from packaging.requirements import Requirement
 
     requirements = map(Requirement, importlib.metadata.requires("qdense") or [])
     return [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": extra})]
+
+
+def _added_by(extra: str) -> list[Any]:
+    """What an extra requires beyond what qdense always does."""
+    always = {requirement.name for requirement in _required()}
+    return [requirement for requirement in _required(extra) if requirement.name not in always]
 
 
 def _installed(name: str) -> str | None:
@@ -155,19 +172,19 @@ def _installed(name: str) -> str | None:
 def _cuda() -> Iterator[Check]:
     import torch
 
-    driver = _driver()
+    driver = driver_version()
     build = f"torch {torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA")
     if not torch.cuda.is_available():
         if driver is None:
-            yield Check("CUDA", NOT_HERE, f"no NVIDIA driver; {build}; everything runs on the CPU, slowly")
+            yield Check("CUDA", NOT_HERE, f"no NVIDIA driver; {build}; everything runs on the CPU, which is slow")
         elif torch.version.cuda is None:
-            remedy = "pip install --force-reinstall torch, from PyPI and not from an index of CPU builds"
-            yield Check("CUDA", BAD, f"driver {driver} is here, but {build}", remedy)
+            remedy = "pip install --force-reinstall torch, from PyPI rather than an index of CPU builds"
+            yield Check("CUDA", BAD, f"driver {driver} is installed, but {build}", remedy)
         else:
             remedy = (
                 f"Update the driver to one for CUDA {torch.version.cuda}; check nvidia-smi and CUDA_VISIBLE_DEVICES."
             )
-            yield Check("CUDA", BAD, f"driver {driver} is here, but torch finds no device; {build}", remedy)
+            yield Check("CUDA", BAD, f"driver {driver} is installed, but torch finds no device; {build}", remedy)
         return
     yield Check("CUDA", GOOD, f"{build}, driver {driver or 'unknown'}")
     for number in range(torch.cuda.device_count()):
@@ -184,13 +201,13 @@ def _device(torch: Any, number: int) -> Check:
     if capability < (8, 0):  # Ampere brought it; before, torch emulates it
         remedy = 'Set model.dtype = "float32" and adapter.dtype = "float32", or use a card from 2020 or later.'
         return Check(name, BAD, f"{detail}, no bfloat16", remedy)
-    if free_bytes < _LOW_MEMORY_BYTES:
-        return Check(name, BAD, detail, "End what else uses the card (nvidia-smi lists it).")
+    if free_bytes < LOW_MEMORY_BYTES:
+        return Check(name, BAD, detail, "Stop the other programs that use the card (nvidia-smi lists them).")
     return Check(name, GOOD, f"{detail}, bfloat16")
 
 
-def _driver() -> str | None:
-    """Version of NVIDIA's driver; None where there is none."""
+def driver_version() -> str | None:
+    """The version of NVIDIA's driver; None where there is none."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         outcome = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
@@ -200,16 +217,17 @@ def _driver() -> str | None:
 
 
 def _native_library() -> Iterator[Check]:
-    """bitsandbytes brings a library for each CUDA version, and one for CPUs; where none fits, it fails when it is called."""
+    """bitsandbytes brings a library for each CUDA version, and one for CPUs; where none fits, it fails only when called."""
     import torch
     from bitsandbytes import functional
-    from bitsandbytes.cextension import lib
+
+    from qdense.compat.bitsandbytes import native_library
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     version = f"bitsandbytes {_installed('bitsandbytes')}"
-    remedy = f"{_REINSTALL} bitsandbytes; python -m bitsandbytes tells which library it looks for"
-    path = getattr(getattr(lib, "_lib", None), "_name", None)
-    if not isinstance(getattr(lib, "_lib", None), ctypes.CDLL):
+    remedy = f"{_REINSTALL} bitsandbytes; python -m bitsandbytes shows which library it looks for"
+    path = native_library()
+    if path is None:
         yield Check("bitsandbytes", BAD, f"{version} has no native library for this machine", remedy)
         return
     values = torch.linspace(-1, 1, 4096, device=device)
@@ -220,7 +238,7 @@ def _native_library() -> Iterator[Check]:
         yield Check("bitsandbytes", BAD, f"{version}: {_one_line(failure)}", remedy)
         return
     is_good = error < 0.02
-    detail = f"{version}, {Path(path or '').name} on {device}: values through 8 bits are off by {error:.1g} at most"
+    detail = f"{version}, {Path(path).name} on {device}: values rounded to 8 bits are off by at most {error:.1g}"
     yield Check("bitsandbytes", GOOD if is_good else BAD, detail, "" if is_good else remedy)
 
 
@@ -228,24 +246,22 @@ def _kernels() -> Iterator[Check]:
     import torch
 
     if not torch.cuda.is_available():
-        yield Check("kernels", NOT_HERE, "Triton's and Liger's kernels are for CUDA; here plain PyTorch computes")
+        yield Check("kernels", NOT_HERE, "Triton's and Liger's kernels need CUDA; plain PyTorch is used instead")
         return
-    always = {requirement.name for requirement in _required()}
-    for requirement in _required("cuda"):
-        if requirement.name not in always:
-            fault = _fault_of_package(requirement)
-            found = f"{_installed(requirement.name)}: norms, rotary embeddings, SwiGLU"
-            yield replace(fault, remedy='pip install "qdense[cuda]"') if fault else Check(requirement.name, GOOD, found)
-    yield _triton("cuda")
+    for requirement in _added_by("cuda"):
+        fault = _fault_of_package(requirement)
+        found = f"{_installed(requirement.name)}: norms, rotary embeddings, SwiGLU"
+        yield replace(fault, remedy='pip install "qdense[cuda]"') if fault else Check(requirement.name, GOOD, found)
+    yield check_triton("cuda")
 
 
-def _triton(device: str) -> Check:
-    """The fused adapter compiled and run: that needs a C compiler too, which no Python package brings."""
+def check_triton(device: str) -> Check:
+    """Compile and run the fused adapter: that needs a C compiler too, which no Python package brings."""
     import torch
 
     version = _installed("triton")
     if version is None:
-        remedy = "pip install triton (on Windows: triton-windows); without it, plain PyTorch computes the adapter"
+        remedy = "pip install triton (on Windows: triton-windows); without it, the adapter runs in plain PyTorch"
         return Check("Triton", BAD, "not installed", remedy)
     from qdense.ops import denselora
 
@@ -263,15 +279,18 @@ def _triton(device: str) -> Check:
         return Check("Triton", BAD, f"{version}: {_one_line(failure)}", remedy)
     error = _relative(fused, denselora.encode(x, [encoder])[1][0])
     if error > _TOLERANCE:
-        return Check("Triton", BAD, f"{version}: off by {error:.1g}", 'Set training.kernels = "torch", and report it.')
+        return Check(
+            "Triton", BAD, f"{version}: off by {error:.1g}", 'Set training.kernels = "torch", and please report it.'
+        )
     return Check("Triton", GOOD, f"{version}: the fused adapter agrees with plain PyTorch")
 
 
 def _nf4() -> Iterator[Check]:
     """A 4-bit layer forward and backward, against the product with its own unpacked weight."""
     import torch
-    from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
+
+    from qdense.compat.bitsandbytes import never_repack, unpacked_weight
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.monotonic()
@@ -280,11 +299,10 @@ def _nf4() -> Iterator[Check]:
         layer = Linear4bit(256, 128, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to(device)
         x = torch.randn(32, 256, device=device, dtype=torch.bfloat16, requires_grad=True)
         gradient = torch.randn(32, 128, device=device, dtype=torch.bfloat16)
-    layer.support_avx512bf16_for_cpu = False  # as in a run: see qdense/modeling/load.py
+    never_repack(layer)  # as in a run
     output = layer(x)
     output.backward(gradient)
-    packed: Any = layer.weight
-    weight = dequantize_4bit(packed.data, packed.quant_state).float()
+    weight = unpacked_weight(layer).float()
     errors = (
         _relative(output, x.float() @ weight.T),
         _relative(x.grad, gradient.float() @ weight),
@@ -304,16 +322,16 @@ def _relative(found: Any, expected: Any) -> float:
     return error if error == error else float("inf")
 
 
-# --- room -------------------------------------------------------------------------------------------------------------------
+# --- space ------------------------------------------------------------------------------------------------------------------
 
 
 def _memory() -> Iterator[Check]:
     import psutil
 
     memory = psutil.virtual_memory()
-    is_low = memory.available < _LOW_MEMORY_BYTES
+    is_low = memory.available < LOW_MEMORY_BYTES
     detail = f"{_gib(memory.available)} of {_gib(memory.total)} free, {os.cpu_count()} CPUs"
-    remedy = f"Close other programs: even the demo wants {_gib(_LOW_MEMORY_BYTES)}." if is_low else ""
+    remedy = f"Close other programs: even the demo needs {_gib(LOW_MEMORY_BYTES)}." if is_low else ""
     yield Check("memory", BAD if is_low else GOOD, detail, remedy)
 
 
@@ -326,7 +344,7 @@ def _disk() -> Iterator[Check]:
         while not existing.exists():
             existing = existing.parent
         usage = shutil.disk_usage(existing)
-        is_low = usage.free < _LOW_DISK_BYTES
+        is_low = usage.free < LOW_DISK_BYTES
         detail = f"{_gib(usage.free)} of {_gib(usage.total)} free under {folder}"
         yield Check(f"disk, {what}", BAD if is_low else GOOD, detail, remedy if is_low else "")
 
@@ -334,11 +352,11 @@ def _disk() -> Iterator[Check]:
 def _cache() -> Iterator[Check]:
     root = cache_dir()
     if not root.exists():
-        yield Check("cache", GOOD, f"{root}: not there yet; it is made when something is prepared")
+        yield Check("cache", GOOD, f"{root}: does not exist yet; it is created when it is first needed")
         return
     if not (root.is_dir() and os.access(root, os.R_OK | os.W_OK | os.X_OK)):
         remedy = f"Check who owns it (ls -ld {root}), or point QDENSE_CACHE to another folder."
-        yield Check("cache", BAD, f"{root}: is no folder that can be written", remedy)
+        yield Check("cache", BAD, f"{root}: is not a folder that can be written to", remedy)
         return
     files = [path for path in root.rglob("*") if path.is_file()]
     prepared = [path for kind in ("models", "quantized") for path in _visible(root / kind)]
@@ -348,7 +366,7 @@ def _cache() -> Iterator[Check]:
         detail += f" ({', '.join(path.name for path in prepared[:8])}{', ...' if len(prepared) > 8 else ''})"
     partial = [path for path in files if path.suffix == ".part"]
     if partial:
-        detail += f"; {len(partial)} downloads begun, which go on from there"
+        detail += f"; {len(partial)} unfinished downloads, which will be resumed"
     yield Check("cache", GOOD, detail)
     if damaged := [path for path in prepared if not (path / "config.json").is_file()]:
         yield Check(
@@ -363,7 +381,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _is_left_over(path: Path) -> bool:
-    """Whether it is a file or folder in the making (see qdense/cache.py) whose process is gone."""
+    """Whether it is an unfinished file or folder (see qdense/cache.py) whose process is gone."""
     import psutil
 
     found = _BUILDING.fullmatch(path.name)
@@ -384,9 +402,9 @@ def _hub_token() -> Iterator[Check]:
     from huggingface_hub import get_token
 
     if get_token():
-        yield Check("hub token", GOOD, "there is one; it is not shown")
+        yield Check("hub token", GOOD, "found; not shown here")
     else:
-        detail = "none; models that are gated, as LLaMA is, need one: `hf auth login`, or HF_TOKEN"
+        detail = "none; gated models such as LLaMA need one: `hf auth login`, or set HF_TOKEN"
         yield Check("hub token", NOT_HERE, detail)
 
 
@@ -403,7 +421,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _without_home(text: str) -> str:
-    """The home folder's name is often a person's, and so is that of a folder elsewhere."""
+    """The home folder is often named after a person, and so may be folders elsewhere."""
     home = os.path.expanduser("~")
     for folder in {home, os.path.realpath(home)} - {"/"}:
         text = re.sub(rf"{re.escape(folder)}(?![\w.-])", "~", text)
@@ -413,9 +431,10 @@ def _without_home(text: str) -> str:
     return text
 
 
-_CHECKS: dict[str, Callable[[], Iterator[Check]]] = {
+CHECKS: dict[str, Callable[[], Iterator[Check]]] = {
     "python": _python,
     "packages": _packages,
+    "optional packages": _optional_packages,
     "CUDA": _cuda,
     "bitsandbytes": _native_library,
     "kernels": _kernels,

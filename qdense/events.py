@@ -1,4 +1,4 @@
-"""What a running job tells: the job emits these, `ui.py` draws them and `training/metrics.py` writes them. Plain data."""
+"""What a running job tells: the job emits these, `ui` draws them and `training/metrics.py` writes them. Plain data."""
 
 from __future__ import annotations
 

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
+from qdense.catalogs.choices import Activation, Sharing, ZeroInit
 from qdense.catalogs.datasets import TRAINING_SETS
-from qdense.catalogs.models import CATALOG, MODULE_LETTERS, PAPER_TARGET_MODULES
+from qdense.catalogs.families import MODULE_LETTERS, PAPER_TARGET_MODULES
+from qdense.catalogs.models import CATALOG
 from qdense.errors import RecipeError, did_you_mean
 from qdense.methods import METHODS
 
@@ -25,6 +27,7 @@ Optimizer = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adam
 TemplateName = Literal["alpaca", "llm-adapters"]
 Quantization = Literal["nf4", "int8", "none"]
 DType = Literal["bfloat16", "float32"]
+_DTYPE_BYTES: dict[DType, int] = {"bfloat16": 2, "float32": 4}
 Device = Literal["auto", "cuda", "cpu"]
 # Those that accelerate drives.
 Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
@@ -87,20 +90,23 @@ class ModelRecipe(_Table):
     dtype: DType = Field("bfloat16", description="bfloat16 or float32: what the base computes in")
     device: Device = Field("auto", description="auto, cuda or cpu")
 
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of an element of `dtype`."""
+        return _DTYPE_BYTES[self.dtype]
+
 
 class _AdapterRecipe(_Table):
     method: Annotated[str, _checked(_known_method)] = Field("denselora", description="a method's name")
     r: int = Field(32, ge=1, le=512, description="a whole number from 1 to 512")
     alpha: float | None = Field(None, gt=0, description="a positive number; left out, it is 2 r")
     dropout: float = Field(0.05, ge=0, lt=1, description="a number from 0 up to, but not including, 1")
-    activation: Literal["gelu", "silu", "tanh", "relu", "none"] = Field(
-        "gelu", description="gelu, silu, tanh, relu or none"
-    )
-    sharing: Literal["kind", "shape", "none"] = Field(
+    activation: Activation = Field("gelu", description="gelu, silu, tanh, relu or none")
+    sharing: Sharing = Field(
         "kind",
         description="kind (all layers of one module name share encoder and decoder), shape (all of one size) or none",
     )
-    zero_init: Literal["decoder", "m", "none"] = Field(
+    zero_init: ZeroInit = Field(
         "decoder",
         description="decoder, m or none: which factor starts at zero, so that the adapter adds nothing at first",
     )
@@ -115,6 +121,11 @@ class _AdapterRecipe(_Table):
     def scaling_alpha(self) -> float:
         """alpha, or the authors' 2 r where the recipe leaves it out."""
         return self.alpha if self.alpha is not None else 2.0 * self.r
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of an element of `dtype`."""
+        return _DTYPE_BYTES[self.dtype]
 
     @property
     def own(self) -> Any:

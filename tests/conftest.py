@@ -7,6 +7,8 @@ from pathlib import Path
 
 # Before torch is imported: spinning threads starve each other on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if num_workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_workers)))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _ROOT = Path(__file__).parent.parent
 os.environ.setdefault("QDENSE_CACHE", str(_ROOT / ".cache"))
@@ -20,18 +22,18 @@ from tests.helpers.models import make_tiny_model  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything defines a kernel
 
-from qdense.cli import _quiet_libraries  # noqa: E402
+from qdense.libraries import quiet_libraries  # noqa: E402
 
-_quiet_libraries()
+quiet_libraries()
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The real data beside the checkout; a user's machine has none, CI always does."""
+    """The real data beside the checkout. A user's machine has none; .ci/run requires it, and says so by the variable."""
     folder = Path(os.environ.get("QDENSE_SHARED_DATA", _ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"CI must have the shared data at {folder}")
+        if os.environ.get("QDENSE_REQUIRE_SHARED_DATA") == "1":
+            pytest.fail(f"QDENSE_REQUIRE_SHARED_DATA is set, and there is no shared data at {folder}")
         pytest.skip(f"no shared data at {folder}")
     return folder
 

@@ -4,14 +4,19 @@ import importlib
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tomllib
 
+import psutil
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from qdense import doctor
 from qdense.cli import main
+from tests.helpers import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +34,7 @@ def test_a_sound_machine_has_nothing_bad(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert f"torch {torch.__version__}" in " ".join(printed.split())
-    assert "nothing is bad" in printed
+    assert "no problems found" in printed
 
 
 def test_json_holds_every_check_and_all_versions(capsys):
@@ -40,7 +45,9 @@ def test_json_holds_every_check_and_all_versions(capsys):
     names = {check["name"] for check in report["checks"]}
     assert {"python", "packages", "CUDA", "bitsandbytes", "NF4", "memory", "disk, cache", "cache", "hub token"} <= names
     assert report["versions"]["torch"] == torch.__version__
-    assert {"python", "platform", "qdense", "commit", "triton", "liger-kernel"} <= set(report["versions"])
+    assert {"python", "platform", "qdense", "commit", "triton", "liger-kernel", "openai", "matplotlib"} <= set(
+        report["versions"]
+    )
 
 
 def test_help_imports_nothing_heavy():
@@ -64,6 +71,42 @@ def test_a_package_missing_or_too_old(monkeypatch, requirement, detail, remedy):
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: [requirement, 'ruff>=999; extra == "dev"'])
     check = check_named(requirement.partition(">")[0])
     assert (check.state, check.detail, check.remedy) == ("bad", detail, remedy)
+
+
+@pytest.mark.parametrize(
+    ("requirement", "name", "state", "detail", "remedy"),
+    [
+        ('torch>=2; extra == "plots"', "torch", "good", f"{torch.__version__}, for qdense analyze", ""),
+        (
+            'no-such-package>=1; extra == "plots"',
+            "no-such-package",
+            "not here",
+            'not installed; qdense analyze needs it: pip install "qdense[plots]"',
+            "",
+        ),
+        (
+            'torch>=99; extra == "endpoint"',
+            "torch",
+            "bad",
+            f"{torch.__version__}; torch>=99 is needed",
+            'pip install --upgrade "torch>=99"',
+        ),
+    ],
+)
+def test_packages_of_extras(monkeypatch, requirement, name, state, detail, remedy):
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: ["packaging", requirement])
+    check = check_named(name)
+    assert (check.state, check.detail, check.remedy) == (state, detail, remedy)
+
+
+def test_the_extras_of_pyproject_are_those_that_doctor_and_commands_name():
+    """The installed metadata may be older: this is read from the source."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert [Requirement(text).name for text in extras["plots"]] == ["matplotlib"]
+    assert [Requirement(text).name for text in extras["endpoint"]] == ["openai"]
+    assert not {"matplotlib", "openai"} & {Requirement(text).name for text in project["dependencies"]}
+    assert "qdense[endpoint,plots]" in extras["dev"]
 
 
 @pytest.mark.parametrize("package", ["torch", "peft", "rich", "packaging"])
@@ -117,7 +160,7 @@ def test_leftovers_of_interrupted_work(tmp_path, monkeypatch):
     (tmp_path / "data/x.json.part").write_text("[")
     checks = {check.name: check for check in doctor.diagnose()}
     assert "2 prepared models" in checks["cache"].detail
-    assert "1 downloads begun" in checks["cache"].detail
+    assert "1 unfinished downloads" in checks["cache"].detail
     assert (checks["prepared models"].state, "quantized/damaged" in checks["prepared models"].remedy) == ("bad", True)
     assert ".dead." in checks["leftovers"].remedy
     assert "at-work" not in checks["leftovers"].remedy
@@ -132,8 +175,9 @@ def test_a_cache_that_is_not_there_or_no_folder(tmp_path, monkeypatch):
 
 
 def test_no_room(monkeypatch):
-    monkeypatch.setattr(doctor, "_LOW_DISK_BYTES", 1 << 60)
-    monkeypatch.setattr(doctor, "_LOW_MEMORY_BYTES", 1 << 60)
+    scarce, full = psutil.virtual_memory()._replace(available=1000), shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: scarce)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     bad = {check.name: check for check in doctor.diagnose() if check.state == "bad"}
     assert set(bad) == {"memory", "disk, cache", "disk, here"}
     assert "QDENSE_CACHE" in bad["disk, cache"].remedy
@@ -154,7 +198,7 @@ def test_neither_token_nor_home_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("QDENSE_CACHE", str(tmp_path / "scratch" / "jane.doe" / "cache"))
     main(["doctor", "--json"])
     printed = capsys.readouterr().out
-    assert "there is one; it is not shown" in printed
+    assert "found; not shown here" in printed
     assert "secret" not in printed
     assert "jane.doe" not in printed
     assert "~/cache" in printed
@@ -195,11 +239,14 @@ class FakeCuda:
         ("580.1", "13.0", FakeCuda(free_bytes=2**20), "GPU 0", "bad", "0.0 GiB of 80.0 GiB free"),
     ],
 )
-def test_cuda_by_driver_build_and_card(monkeypatch, driver, build, cuda, name, state, words):
-    monkeypatch.setattr(doctor, "_driver", lambda: driver)
+def test_cuda_by_driver_build_and_card(monkeypatch, tmp_path, driver, build, cuda, name, state, words):
+    if driver is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho {driver}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(torch.version, "cuda", build)
-    (check,) = [check for check in doctor._cuda() if check.name == name]
+    check = check_named(name)
     assert check.state == state
     assert words in check.detail
     assert bool(check.remedy) == (state == "bad")
@@ -208,17 +255,17 @@ def test_cuda_by_driver_build_and_card(monkeypatch, driver, build, cuda, name, s
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 def test_the_fused_adapter_is_compared_with_the_plain_one(monkeypatch):
     triton = pytest.importorskip("qdense.ops.denselora_triton")
-    assert doctor._triton("cpu").state == "good"
+    assert doctor.check_triton("cpu").state == "good"
 
     encode = triton.encode
     monkeypatch.setattr(triton, "encode", lambda x, encoders: (x, (encode(x, encoders)[1][0] * 1.1,)))
-    assert "off by" in doctor._triton("cpu").detail
+    assert "off by" in doctor.check_triton("cpu").detail
 
     def fail(x, encoders):
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
     monkeypatch.setattr(triton, "encode", fail)
-    check = doctor._triton("cpu")
+    check = doctor.check_triton("cpu")
     assert check.state == "bad"
     assert "Failed to find C compiler" in check.detail
     assert "gcc" in check.remedy

@@ -1,12 +1,12 @@
 """What only a GPU can tell: kernels of others that have no CPU form, and whole runs on CUDA. tools/gpu/measure.py runs these."""
 
-import copy
+import tomllib
 
 import pytest
 import torch
 
 from qdense.data.examples import join
-from qdense.events import StepDone, TrainingDone
+from qdense.events import Notice, StepDone, TrainingDone, TrainingStarted
 from qdense.modeling.attach import attach_adapter, trainable_parameters
 from qdense.modeling.liger import use_liger
 from qdense.modeling.load import load_base
@@ -102,12 +102,19 @@ def test_recomputation_repeats_the_fused_dropout(tiny_model):
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_a_whole_run_learns_and_keeps_to_its_plan(tiny_model, tmp_path, kernels):
+def test_a_whole_run_learns_as_planned(tiny_model, tmp_path, kernels):
     recipe = recipe_for(
         tiny_model, tmp_path / "run", model__device="cuda", training__kernels=kernels,
         training__recompute="auto", training__micro_batch_size="auto", training__optimizer="paged_adamw_8bit",
     )  # fmt: skip
-    events = run(copy.deepcopy(recipe))
+    events = run(recipe)
     losses = [event.loss for event in events if isinstance(event, StepDone)]
     assert losses[-1] < losses[0]
     assert next(event for event in events if isinstance(event, TrainingDone)).peak_memory_bytes > 0
+    plan = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())["provenance"]["plan"]
+    is_fused = kernels == "triton"
+    assert plan["kernels"] == {"is_cuda": True, "is_fused": is_fused, "has_liger": is_fused}
+    assert plan["choice"] == {"micro_batch_size": 4, "recompute_layers": 0, "offload": False}
+    facts = dict(next(event for event in events if isinstance(event, TrainingStarted)).facts)
+    assert "4 rows (1,280 tokens) at a time, no layer recomputed" in facts["plan"]
+    assert not [event.text for event in events if isinstance(event, Notice) and "predicted to need" in event.text]

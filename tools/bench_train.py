@@ -32,9 +32,10 @@ import numpy as np
 import torch
 from random_base import random_base
 
-from qdense.cli import _memory, _quiet_libraries
+from qdense.cli.arguments import memory_size
 from qdense.data.examples import Example, collate, encode_rows, join, pack
 from qdense.data.sources import load_training_set
+from qdense.libraries import quiet_libraries
 from qdense.modeling.attach import attach_adapter, trainable_parameters
 from qdense.modeling.liger import use_liger
 from qdense.modeling.load import BaseModel, load_base
@@ -337,11 +338,11 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--memory", type=_memory, help="what the process may use")
+    parser.add_argument("--memory", type=memory_size, help="what the process may use")
     parser.add_argument("--only", help="ways whose names hold this text, beside the reference and the last two")
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
     arguments = parser.parse_args()
-    _quiet_libraries()
+    quiet_libraries()
     shape = model_shape(arguments.model)
     examples, batch_size, max_length = None, arguments.batch_size, arguments.max_length
     if arguments.full_batches:

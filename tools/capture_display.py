@@ -17,7 +17,7 @@ from qdense.events import StepDone, TrainingStarted, Validated
 from qdense.recipe import load_recipe
 from qdense.runs import RunFolder
 from qdense.training.metrics import read_metrics
-from qdense.ui import TrainingDisplay
+from qdense.ui.training import TrainingDisplay
 
 
 def main() -> None:

@@ -397,7 +397,8 @@ def main() -> int:
     for name in (
         "qdense.training.run",
         "qdense.benchmarks.evaluate",
-        "qdense.ui",
+        "qdense.ui.training",
+        "qdense.ui.evaluation",
         "tests.helpers.models",
     ):  # here, so that children need not
         importlib.import_module(name)

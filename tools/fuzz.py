@@ -52,10 +52,10 @@ from qdense.benchmarks import local_model
 from qdense.benchmarks.request import EvaluationRequest
 from qdense.benchmarks.results import read_completions, score_task
 from qdense.benchmarks.tasks import TASKS
-from qdense.cli import _quiet_libraries
 from qdense.data.rows import read_rows
 from qdense.errors import QDenseError
 from qdense.events import ignore
+from qdense.libraries import quiet_libraries
 from qdense.methods import METHODS
 from qdense.modeling.adapter_files import AdapterCard, save_adapter
 from qdense.modeling.attach import attach_adapter
@@ -63,7 +63,7 @@ from qdense.modeling.load import BaseModel, load_base
 from qdense.recipe import AdapterRecipe, ModelRecipe, load_recipe
 from qdense.runs import CARD_FILE, PEFT_CONFIG_FILE
 
-_SECONDS, _BYTES = 10, 2**30
+SECONDS, _BYTES = 10, 2**30
 _LIMIT_BYTES = 6 * 2**30  # no case gets more, whatever it asks for: the machine is shared
 _REAL_ROWS = _ROOT.parent / "shared" / "data" / "ft-training_set" / "math_10k_genuine_1824.json"
 # What has broken readers before, put anywhere.
@@ -428,7 +428,7 @@ def limits() -> Iterator[None]:
 
     before = resource.getrlimit(resource.RLIMIT_AS)
     signal.signal(signal.SIGALRM, ring)
-    signal.alarm(_SECONDS)
+    signal.alarm(SECONDS)
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + _LIMIT_BYTES, before[1]))
     try:
         yield
@@ -471,7 +471,7 @@ def outcome_of(check: Callable[[], None], folder: Path) -> tuple[str, str]:
     except Exception as error:
         outcome, text = MEMORY if _lacked_memory(error) else TRACEBACK, traceback.format_exc()
     took, peak = time.monotonic() - started, _memory("VmHWM") - before
-    if outcome in (REFUSED, ACCEPTED) and took > _SECONDS:
+    if outcome in (REFUSED, ACCEPTED) and took > SECONDS:
         outcome, text = HANG, f"{took:.0f} s. {text}"
     if outcome in (REFUSED, ACCEPTED) and peak > _BYTES:
         outcome, text = MEMORY, f"{peak / 2**20:.0f} MiB. {text}"
@@ -515,7 +515,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", type=Path, default=Path("/tmp/qdense-fuzz"), help="where inputs of faults go")
     arguments = parser.parse_args()
-    _quiet_libraries()
+    quiet_libraries()
     lines = [f"| input | cases | {' | '.join(OUTCOMES)} | |", f"|{'---|' * (len(OUTCOMES) + 3)}"]
     num_faults = 0
     for kind in arguments.kind or KINDS:

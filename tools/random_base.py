@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qdense.catalogs.models import CatalogModel
+from qdense.compat.bitsandbytes import never_repack
 from qdense.modeling.load import BaseModel
 
 
@@ -54,8 +55,7 @@ def random_base(shape: CatalogModel, device: torch.device, dtype: torch.dtype = 
                 weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=linear
             )
             linear.weight = packed.to(device)  # quantizes
-            if hasattr(linear, "support_avx512bf16_for_cpu"):
-                linear.support_avx512bf16_for_cpu = False  # see qdense.modeling.load._keep_autograd_on_cpu
+            never_repack(linear)
             setattr(parent, leaf, linear)
         elif isinstance(module, nn.Embedding) or module is model.lm_head:
             module.weight = nn.Parameter(values(*module.weight.shape), requires_grad=False)

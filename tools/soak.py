@@ -29,14 +29,15 @@ from rich.console import Console
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
 from qdense.benchmarks.generation import DECODINGS
 from qdense.benchmarks.tasks import TASKS
-from qdense.cli import _quiet_libraries
 from qdense.events import StepDone
+from qdense.libraries import quiet_libraries
 from qdense.provenance import git_hash, package_versions
 from qdense.recipe import recipe_from_tables
 from qdense.runs import RunFolder
 from qdense.training.metrics import read_metrics
 from qdense.training.run import train
-from qdense.ui import EvaluationDisplay, TrainingDisplay
+from qdense.ui.evaluation import EvaluationDisplay
+from qdense.ui.training import TrainingDisplay
 
 
 class Watch:
@@ -60,7 +61,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--part", type=int, default=500)
     arguments = parser.parse_args()
-    _quiet_libraries()
+    quiet_libraries()
     started, watch, faults = time.monotonic(), Watch(), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -12,7 +12,7 @@ import torch
 
 from qdense.analysis.updates import NEAR_ZERO, RunUpdates, Slice, Update
 from qdense.cache import write_atomically
-from qdense.catalogs.models import MODULE_LETTERS
+from qdense.catalogs.families import MODULE_LETTERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

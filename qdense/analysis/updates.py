@@ -1,7 +1,7 @@
 """The updates of a run's trained tensors, W_end - W_init, and statistics that compare them fairly.
 
-M of DenseLoRA is r x r, LoRA's A is r x d_in: statistics of the whole tensors would compare sizes. So each tensor is
-represented by a square slice of the same side, of rows and columns drawn at random (a tensor of that size is its own slice).
+DenseLoRA's M is r x r, LoRA's A is r x d_in: statistics of the whole tensors would compare sizes. So each tensor is
+represented by a square slice of equal side, of rows and columns drawn at random (a tensor of that size is its own slice).
 """
 
 from __future__ import annotations
@@ -22,18 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qdense.errors import AdapterError
+from qdense.methods import METHODS, Method
 from qdense.modeling.adapter_files import read_card
 from qdense.runs import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, RunFolder, find_adapter
 
 NEAR_ZERO = 0.1  # of the slice's own root mean square; 8.0% of a normal distribution lies within
-_FACTORS = {
-    "denselora_m": "M",
-    "lora_A": "A",
-    "lora_B": "B",
-    "lora_E": "E",
-    "weight": "W",
-    "lora_magnitude_vector": "magnitude",
-}
 
 
 @dataclass(frozen=True)
@@ -138,7 +131,9 @@ def load_updates(run: Path) -> RunUpdates:
     """What training changed in a finished run, from its saved initial and final values. Raises AdapterError."""
     adapter = find_adapter(run)
     folder, card = RunFolder.of_adapter(adapter), read_card(adapter)
-    if card.method == "full":
+    method = METHODS.get(card.method)
+    config: dict[str, Any] = {}
+    if method is not None and not method.is_adapter:
         initial, final = _whole_model(adapter, card.model)
     else:
         if not folder.initial.is_file():
@@ -148,31 +143,36 @@ def load_updates(run: Path) -> RunUpdates:
                 f"{folder.recipe.name}."
             )
         initial, final = _named_alike(_read(folder.initial)), _named_alike(_read(adapter / PEFT_WEIGHTS_FILE))
-    kept = _kept_ranks(adapter / PEFT_CONFIG_FILE) if card.method == "adalora" else {}
-    found = _changes(run, initial, final, kept)
+        config = json.loads((adapter / PEFT_CONFIG_FILE).read_text(encoding="utf-8"))
+    found = _changes(run, initial, final, method, config)
     if not found:
         raise AdapterError(f"{run}: none of the adapter's tensors is in {folder.initial.name}; they are not of one run")
     return RunUpdates(folder.path.resolve().name, card.method, found)
 
 
 def _changes(
-    run: Path, initial: Mapping[str, Tensor], final: Mapping[str, Tensor], kept: Mapping[str, list[bool]]
+    run: Path,
+    initial: Mapping[str, Tensor],
+    final: Mapping[str, Tensor],
+    method: Method | None,
+    config: Mapping[str, Any],
 ) -> list[Update]:
-    """The update of each tensor in `final` that was trained, layer by layer; `kept` is as of `_kept_ranks`."""
+    """The update of each tensor in `final` that was trained, layer by layer; `config` is PEFT's of the adapter."""
     found = []
     for name, end in final.items():
         if (start := initial.get(name)) is None:
             continue  # saved, not trained: a frozen part
         if not end.numel():
-            continue  # AdaLoRA has cut the layer to rank 0
-        for key, chosen in kept.items():
-            if name.startswith(f"base_model.model.{key}."):
-                start = start[:, chosen] if name.endswith("lora_B") else start[chosen]
+            continue  # the layer's rank was cut to 0
+        if method is not None:
+            start = method.left_of(config, name, start)
         if start.shape != end.shape:
             raise AdapterError(
                 f"{run}: {name} has shape {list(start.shape)} at the start and {list(end.shape)} at the end"
             )
         layer, module, factor = _place(name)
+        if method is not None:
+            factor = method.factors.get(factor, factor)
         found.append(Update(layer, module, factor, start.float().squeeze(), end.float().squeeze()))
     return sorted(found, key=lambda update: (update.layer is None, update.layer or 0))
 
@@ -202,17 +202,11 @@ def _whole_model(folder: Path, model: Mapping[str, Any]) -> tuple[dict[str, Tens
     return {name: base[name].detach() for name in changed}, changed
 
 
-def _kept_ranks(config: Path) -> dict[str, list[bool]]:
-    """Of AdaLoRA, which saves only the ranks that are left: module -> which of the initial ones these are."""
-    pattern = json.loads(config.read_text(encoding="utf-8"))["rank_pattern"] or {}
-    return {name.rpartition(".lora_E")[0]: [bool(kept) for kept in ranks] for name, ranks in pattern.items()}
-
-
 def _place(name: str) -> tuple[int | None, str, str]:
-    """Layer, module kind and factor, by a tensor's name, "...layers.3.mlp.up_proj.lora_A" or "...up_proj.weight"."""
+    """Layer, module kind and last part, of a tensor's name "...layers.3.mlp.up_proj.PART"."""
     layer = re.search(r"\.layers\.(\d+)\.", name)
     *_, module, factor = name.split(".")
-    return (int(layer[1]) if layer else None), module, _FACTORS.get(factor, factor)
+    return (int(layer[1]) if layer else None), module, factor
 
 
 @dataclass(frozen=True)
@@ -271,7 +265,7 @@ def _summary(run: str, factor: str, num_elements: Sequence[int], slices: Sequenc
 def common_side(runs: Sequence[RunUpdates]) -> int:
     """The largest side that half of the matrices of each kind have; of runs that trained vectors only, the shortest's length.
 
-    Half, because AdaLoRA cuts some to a rank or two.
+    Half, because a method that cuts ranks leaves some a rank or two.
     """
     matrices = [[u.side for u in run.of(factor) if u.final.dim() == 2] for run in runs for factor in run.factors()]
     sides = [statistics.median_high(sides) for sides in matrices if sides]

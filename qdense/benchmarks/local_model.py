@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qdense.benchmarks.generation import Completion, Prompt, generate
 from qdense.benchmarks.request import EvaluationRequest
 from qdense.benchmarks.tasks import Task
 from qdense.data.rows import Row
 from qdense.data.templates import Template, template_named
-from qdense.device import memory_total
+from qdense.device import device_name, memory_total
 from qdense.errors import AdapterError, DataError, EvaluationError
 from qdense.events import Emit, Notice
 from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card
@@ -110,7 +108,7 @@ class LocalModel:
             "decoding": decoding.record(),
             "max_new_tokens": self.max_new_tokens,
             "batch_size": self.batch_size,
-            "device": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "CPU",
+            "device": device_name(base.device),
         }
         # How the weights are stored changes no bit of a result, and depends on the memory that is free.
         self.session: dict[str, Any] = {

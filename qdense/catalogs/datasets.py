@@ -29,3 +29,24 @@ TRAINING_SETS: dict[str, UpstreamFile | None] = {
     "commonsense15k": UpstreamFile("ft-training_set/commonsense_15k.json", "3716afef6d384c475dba13f88a5a96c8032dafe2"),
     "wordproblems": None,  # qdense.data.wordproblems
 }
+
+# Test sets by the name of their benchmark (`qdense.benchmarks.tasks`); None as above.
+TEST_SETS: dict[str, UpstreamFile | None] = {
+    "gsm8k": UpstreamFile("dataset/gsm8k/test.json", "57a7a08e10e12e975e1f972d2b8125c0d4c722b1"),
+    "aqua": UpstreamFile("dataset/AQuA/test.json", "731fbb456f7a93bb4121125de09c4adcf42e5dab"),
+    "addsub": UpstreamFile("dataset/AddSub/test.json", "f3996cdf4159b4e1e4b6768865a4db72105f4e2f"),
+    "svamp": UpstreamFile("dataset/SVAMP/test.json", "98b8f1872db596f8aaff2c95d1d698a9fa13b94f"),
+    "multiarith": UpstreamFile("dataset/MultiArith/test.json", "08e996c6cd8c633cc977f5c50709a8bbfc8fadff"),
+    "singleeq": UpstreamFile("dataset/SingleEq/test.json", "cce7a868400323e30e2094a15d482c1aa743dbb0"),
+    "mawps": UpstreamFile("dataset/mawps/test.json", "eca473c5b5d398acbae0b84ede833bbbccd63add"),
+    "mathqa": UpstreamFile("dataset/mathqa/test.json", "4395ded7d91bd4fb1192ba3981f6ef00ccc88570"),
+    "boolq": UpstreamFile("dataset/boolq/test.json", "6d7edb0a8e8a6566b546ccf0d98d24e48db3fdf3"),
+    "piqa": UpstreamFile("dataset/piqa/test.json", "f7a1c260692ef31796d4763cb6334f316a754fed"),
+    "siqa": UpstreamFile("dataset/social_i_qa/test.json", "eadf221799ca394367b144c0f86ee0436db409d2"),
+    "hellaswag": UpstreamFile("dataset/hellaswag/test.json", "183c4920415f83ba4b793c4873a33e7e10bd1be5"),
+    "winogrande": UpstreamFile("dataset/winogrande/test.json", "21257263593dd4d00546e1918c88ca0f357b08ad"),
+    "arc-e": UpstreamFile("dataset/ARC-Easy/test.json", "6c0d30aaedaeca148df6bcd7aaacf7c31e6ad70f"),
+    "arc-c": UpstreamFile("dataset/ARC-Challenge/test.json", "9540685439144200b5a7e48dab9ca4655be2af09"),
+    "obqa": UpstreamFile("dataset/openbookqa/test.json", "a6e69676104bcb77237388c3b5a3f0dcbb81d1e2"),
+    "wordproblems": None,
+}

@@ -7,18 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# The paper's letters for the module kinds of a LLaMA decoder layer (Table 3: QKV, UD, QKVUD).
-MODULE_LETTERS = {
-    "Q": "q_proj",
-    "K": "k_proj",
-    "V": "v_proj",
-    "O": "o_proj",
-    "G": "gate_proj",
-    "U": "up_proj",
-    "D": "down_proj",
-}
-PAPER_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-
 
 @dataclass(frozen=True)
 class CatalogModel:

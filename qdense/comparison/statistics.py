@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 # What several runs of one recipe got right on one task: (num_seeds, num_items), 0 or 1; all tasks list the seeds in one order.
 OutcomeMatrix = NDArray[np.integer]
 
-_DRAWS_AT_A_TIME = 2**20  # numbers of a block of draws, so that many patterns of outcomes do not fill the memory
+DRAWS_AT_A_TIME = 2**20  # numbers of a block of draws, so that many patterns of outcomes do not fill the memory
 
 
 def paired_p_value(first: OutcomeMatrix, second: OutcomeMatrix) -> float:
@@ -129,6 +129,6 @@ def bootstrap_interval(
 
 
 def _blocks(num_draws: int, num_patterns: int) -> Iterator[slice]:
-    step = max(1, _DRAWS_AT_A_TIME // num_patterns)
+    step = max(1, DRAWS_AT_A_TIME // num_patterns)
     for start in range(0, num_draws, step):
         yield slice(start, min(start + step, num_draws))

@@ -1,22 +1,22 @@
 """Which items of a test set a training set holds: exactly, or nearly.
 
 Texts are compared as words: case, punctuation, white space and Unicode's variant forms do not count; a number is one word
-however it is written (1,000 = 1000, 5.0 = 5), and an operator before a number is a word too. Compared are instruction and
-input, never the answer.
+however it is written (1,000 = 1000, 5.0 = 5), and an operator before a number is a word too. The instruction and the input
+are compared, never the answer.
 
 - Exact: a training row has the same words.
 - Near: at least 80% of the item's words lie in runs of 5 words that ONE training row also holds, with numbers as they are
   or all numbers taken as equal. The row found tells the kind: "same numbers" if it holds all the item's numbers, else
-  "other numbers": the same problem with other values. An item of fewer than 12 words must be covered wholly, for one word
-  makes a new question of it ("is corn starch the same as corn flower", "... corn syrup").
-- Boilerplate counts neither way: any 3 words that more than half of a test set's items hold, and 5 of them at least
+  "other numbers": the same problem with other values. An item of fewer than 12 words must be covered entirely, because one
+  word makes it a new question ("is corn starch the same as corn flower", "... corn syrup").
+- Boilerplate counts neither way: any 3 words that more than half of a test set's items hold, and at least 5 of them
   ("Answer format: true/false"); any 5 words that more than 1% of the training rows hold, and more than 50 of them.
 
 Run length and share were chosen by reading what real data give just above and below them. Math10K (1,824 genuine rows)
 holds 124 items of AddSub exactly and 26 nearly, of mawps 31 and 40: what was read at 80-85% is the same problem, mostly with
 other names and numbers, and so is much at 70-80%. The commonsense rows decide: of ARC-Challenge all 4 near items are right,
-of BoolQ 20 of 22 (2 differ in a place), of PIQA some 36 of 47 (the rest: the same few words on another object, "can cut a
-shirt"); at 70-80%, or with runs of 4 words, different questions with like answers come in.
+of BoolQ 20 of 22 (2 differ in a place), of PIQA some 36 of 47 (the rest: the same few words about another object, "can cut a
+shirt"); at 70-80%, or with runs of 4 words, different questions with similar answers come in.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from qdense.cache import cache_dir, write_atomically
+from qdense.catalogs.datasets import TEST_SETS
 from qdense.data.rows import Row
-from qdense.data.sources import DataSet
+from qdense.data.sources import DataSet, local_test_set
+from qdense.errors import QDenseError
 
 VERSION = 1  # of the method: raise it with any change that could change a result, for results are cached
 NGRAM_WORDS = 5
@@ -100,8 +103,8 @@ def check(training: Sequence[Row], test: Sequence[Row]) -> Overlap:
 def overlaps(training: DataSet, tests: Mapping[str, DataSet]) -> dict[str, Overlap]:
     """`check` for each of `tests`, by its name, remembered in the cache by the checksums of both and the method's VERSION.
 
-    The training set is prepared only if some result is not in the cache; a damaged cache file is computed anew, and a
-    cache that cannot be written is done without.
+    The training set is prepared only if some result is not in the cache; a damaged cache file is recomputed, and a cache
+    that cannot be written is ignored.
     """
     found: dict[str, Overlap] = {}
     index: TrainingIndex | None = None
@@ -117,6 +120,24 @@ def overlaps(training: DataSet, tests: Mapping[str, DataSet]) -> dict[str, Overl
                 write_atomically(path, json.dumps({"num_items": overlap.num_items, "matches": overlap.matches}))
         found[name] = overlap
     return found
+
+
+def local_overlaps(training: DataSet, data_dir: Path | None) -> tuple[dict[str, Overlap], list[str]]:
+    """`overlaps` with every test set whose file is below `data_dir` or in the cache; nothing is downloaded.
+
+    Returns:
+        The overlaps by the name of the benchmark, and why test sets could not be read, each fault once.
+    """
+    tests, faults = {}, []
+    for name, upstream in TEST_SETS.items():
+        try:
+            test = local_test_set(upstream, data_dir)
+        except (QDenseError, OSError) as error:
+            faults.append(str(error))
+            continue
+        if test is not None:
+            tests[name] = test
+    return overlaps(training, tests), list(dict.fromkeys(faults))
 
 
 def describe(overlap: Overlap, training: DataSet, test: DataSet) -> dict[str, Any]:
@@ -262,7 +283,7 @@ def _mark(marks: np.ndarray, positions: np.ndarray, length: int, value: bool = T
 # --- the search -------------------------------------------------------------------------------------------------------------
 
 _FILTER_BITS = 24  # a table of 16 MiB sorts out n-grams that no item holds, ten times as fast as a search would
-_MAX_JOINED = 4_000_000  # (n-gram of an item, row) pairs at a time: about 300 MB
+MAX_JOINED = 4_000_000  # (n-gram of an item, row) pairs at a time: about 300 MB
 
 
 class TrainingIndex:
@@ -328,7 +349,7 @@ class TrainingIndex:
             order = np.lexsort((start, pair))
             pair, start = pair[order], start[order]
             is_first = np.concatenate([[True], pair[1:] != pair[:-1]])
-            # Runs overlap: each adds the words behind the end of the one before it.
+            # Runs overlap: each adds the words after the end of the one before it.
             end_before = np.concatenate([[0], start[:-1] + NGRAM_WORDS])
             begin = np.where(is_first, start, np.maximum(start, end_before))
             gained = counted_before[start + NGRAM_WORDS] - counted_before[begin]
@@ -361,12 +382,12 @@ class TrainingIndex:
 
 
 def _parts(item: np.ndarray, num_joined: np.ndarray) -> Iterator[slice]:
-    """Cut n-grams, which are ordered by item, between items into parts that join to `_MAX_JOINED` pairs or one item."""
+    """Cut n-grams, which are ordered by item, between items into parts that join to `MAX_JOINED` pairs or one item."""
     total = np.cumsum(num_joined)
     begin = 0
     while begin < len(item):
         done = total[begin - 1] if begin else 0
-        end = int(np.searchsorted(total, done + _MAX_JOINED, side="right"))
+        end = int(np.searchsorted(total, done + MAX_JOINED, side="right"))
         if end < len(item):
             end = int(np.searchsorted(item, item[end], side="left"))
             if end <= begin:

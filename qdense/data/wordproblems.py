@@ -16,11 +16,11 @@ NUM_TEST_ROWS = 200
 _SEED = 20250523  # the paper's date on arXiv
 _LARGEST = 60
 
-_NAMES = (
+NAMES = (
     "Ada", "Ben", "Carla", "Dmitri", "Elif", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kofi", "Lena", "Marco", "Nadia",
     "Omar", "Priya", "Quinn", "Rosa", "Samir", "Tara", "Ulrich", "Vera", "Wanda", "Yusuf",
 )  # fmt: skip
-_THINGS = (
+THINGS = (
     "apples", "balloons", "books", "buttons", "cards", "coins", "cookies", "crayons", "eggs", "flowers", "kites", "lemons",
     "marbles", "oranges", "peaches", "pencils", "seashells", "stamps", "stickers", "tickets",
 )  # fmt: skip
@@ -80,8 +80,8 @@ def _problems(patterns: tuple[tuple[str, str], ...], count: int, *, for_test: bo
             continue
         if _is_test_pair(a, b) != for_test:
             continue
-        name, other = generator.sample(_NAMES, 2)
-        problem = pattern.format(name=name, other=other, things=generator.choice(_THINGS), a=a, b=b)
+        name, other = generator.sample(NAMES, 2)
+        problem = pattern.format(name=name, other=other, things=generator.choice(THINGS), a=a, b=b)
         if problem in seen:
             continue
         seen.add(problem)

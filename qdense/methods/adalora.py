@@ -6,13 +6,26 @@ to run it: `RankSchedule.step` does.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from qdense.methods.method import AdapterSettings, LinearShapes, Method, MethodSettings
+from qdense.compat.peft import rank_averages
+from qdense.methods.costs import (
+    NO_COPIES,
+    AdapterSettings,
+    Computation,
+    Costs,
+    LinearShapes,
+    ModuleCosts,
+    low_rank,
+    no_frozen_parameters,
+    trained_readers,
+)
+from qdense.methods.method import Method, MethodSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,10 +81,15 @@ def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers
     return {kind: (d_in + d_out + 1) * r * num_layers for kind, (d_in, d_out) in shapes.items()}
 
 
+def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
+    """LoRA's at the initial rank, and A times the singular values, which is kept."""
+    r = _initial_r(at.adapter)
+    scaled = dataclasses.replace(NO_COPIES, kept=at.width * r * d_in)
+    return dataclasses.replace(low_rank(at, d_in, d_out, r=r), weights=scaled)
+
+
 class _Schedule:
     """PEFT's rank allocator, driven and saved."""
-
-    _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
     @contextmanager
     def weighing(self, model: Any, share: float) -> Iterator[None]:
@@ -86,21 +104,20 @@ class _Schedule:
         model.base_model.update_and_allocate(step)
 
     def state(self, model: Any) -> tuple[dict[str, Tensor], Any]:
-        allocator, config = model.base_model.rankallocator, model.peft_config["default"]
         averages = {
-            f"{name}/{key}": value for name in self._AVERAGES for key, value in getattr(allocator, name).items()
+            f"{name}/{key}": value for name, values in rank_averages(model).items() for key, value in values.items()
         }
-        return averages, config.rank_pattern
+        return averages, model.peft_config["default"].rank_pattern
 
     def restore(self, model: Any, tensors: Mapping[str, Tensor], values: Any) -> None:
-        allocator = model.base_model.rankallocator
+        averages = rank_averages(model)
         model.peft_config["default"].rank_pattern = values
         parameters = dict(model.base_model.model.named_parameters())
-        for name in self._AVERAGES:
-            setattr(allocator, name, {})
+        for held in averages.values():
+            held.clear()
         for place, value in tensors.items():
             name, _, key = place.partition("/")
-            getattr(allocator, name)[key] = value.to(parameters[key].device)
+            averages[name][key] = value.to(parameters[key].device)
 
     def has_settled(self, model: Any, step: int) -> bool:
         config = model.peft_config["default"]
@@ -112,6 +129,14 @@ def final_ranks(model: Any) -> list[int]:
     import torch
 
     return [int(torch.count_nonzero(p)) for name, p in model.named_parameters() if ".lora_E." in name]
+
+
+def _left_of(config: Mapping[str, Any], name: str, initial: Any) -> Any:
+    """PEFT saves only the ranks that are left."""
+    for pattern, kept in (config["rank_pattern"] or {}).items():
+        if name.startswith(f"base_model.model.{pattern.rpartition('.lora_E')[0]}."):
+            return initial[:, list(map(bool, kept))] if name.endswith("lora_B") else initial[list(map(bool, kept))]
+    return initial
 
 
 def _freeze_counters(model: Any) -> None:
@@ -127,9 +152,19 @@ METHOD = Method(
     uses=frozenset({"r", "alpha", "dropout", "target_modules"}),
     build_config=_build_config,
     count_parameters=_count_parameters,
+    costs=Costs(
+        of_input=trained_readers, of_module=_module, frozen_parameters=no_frozen_parameters, has_weight_penalty=True
+    ),
+    quantizations=("nf4", "none"),
+    why_not_quantized="PEFT's AdaLoRA multiplies fp32 inputs by bf16 factors on an 8-bit base (peft 0.21)",
+    peft_type="ADALORA",
+    sizes=("init_r",),
+    reads_base_weights=False,
+    factors={"lora_A": "A", "lora_B": "B", "lora_E": "E"},
     # The orthogonality term moves A and B from the start too, unless it is switched off.
     awake_at_start=lambda name: ".lora_E." in name,
     settings=AdaLoraSettings,
     prepare=_freeze_counters,
     schedule=_Schedule(),
+    left_of=_left_of,
 )

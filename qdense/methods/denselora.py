@@ -8,7 +8,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from qdense.methods.method import AdapterSettings, LinearShapes, Method
+from qdense.methods.costs import (
+    NO_COPIES,
+    AdapterSettings,
+    Computation,
+    Costs,
+    LinearShapes,
+    ModuleCosts,
+    no_frozen_parameters,
+)
+from qdense.methods.method import Method
 
 _USES = frozenset({"r", "alpha", "dropout", "activation", "sharing", "zero_init", "target_modules"})
 
@@ -54,6 +63,50 @@ def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers
     return {name: count + matrices[name] for name, count in _count_shared(adapter, shapes, num_layers).items()}
 
 
+def _input(at: Computation, d_in: int, num_readers: int) -> float:
+    """All readers share one copy and one mask of it; the fused kernels keep no masks."""
+    return d_in * (at.width + (0 if at.is_fused else at.mask_width))
+
+
+def _input_of_frozen(at: Computation, d_in: int, num_readers: int) -> float:
+    return 0 if at.is_fused else d_in * at.mask_width
+
+
+def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
+    """The encoding before s, after it, and mixed by M; what s after the decoder has read; masks."""
+    adapter, width, mask = at.adapter, at.width, 0 if at.is_fused else at.mask_width
+    output = 0 if at.is_fused else (width if adapter.activation != "none" else 0) + mask
+    products = adapter.r * (d_in + d_out + adapter.r)
+    moved = 2 * d_out + d_in if at.is_fused else 12 * d_out + 6 * d_in
+    return ModuleCosts(
+        kept=adapter.r * (3 * width + mask) + d_out * output,
+        in_backward=0,
+        products=products,
+        backward_products=2 * products,
+        moved=width * moved,
+        weights=NO_COPIES,
+    )
+
+
+def _module_of_frozen(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
+    """M alone has a gradient: what the frozen encoder and decoder read is not kept."""
+    module, r = _module(at, d_in, d_out), at.adapter.r
+    return dataclasses.replace(
+        module,
+        kept=module.kept - r * at.width,
+        backward_products=module.products + r * r,
+    )
+
+
+def _module_of_matrix(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
+    """No s reads the encoding, or the decoder's output."""
+    module, r, mask = _module(at, d_in, d_out), at.adapter.r, 0 if at.is_fused else at.mask_width
+    return dataclasses.replace(module, kept=r * (2 * at.width + mask) + d_out * mask)
+
+
+_COSTS = Costs(of_input=_input, of_module=_module, frozen_parameters=no_frozen_parameters, has_fused_kernels=True)
+
+
 def _awake_at_start(name: str) -> bool:
     return name.endswith(".decoder")
 
@@ -64,6 +117,12 @@ METHOD = Method(
     uses=_USES,
     build_config=lambda adapter, num_steps: _config(adapter),
     count_parameters=_count_parameters,
+    costs=_COSTS,
+    quantizations=("nf4", "int8", "none"),
+    peft_type="DENSELORA",
+    sizes=("r",),
+    reads_base_weights=False,
+    factors={"denselora_m": "M", "encoder": "encoder", "decoder": "decoder"},
     awake_at_start=_awake_at_start,
 )
 
@@ -80,6 +139,14 @@ FREEZE = dataclasses.replace(
     summary='ablation: encoder and decoder stay as drawn; M is trained, from zero (zero_init = "none": from a random start)',
     build_config=lambda adapter, num_steps: _freeze_config(adapter),
     count_parameters=_count_matrices,
+    costs=dataclasses.replace(
+        _COSTS,
+        of_input=_input_of_frozen,
+        of_module=_module_of_frozen,
+        frozen_parameters=lambda *arguments: sum(_count_shared(*arguments).values()),
+    ),
+    factors={"denselora_m": "M"},
+    marks={"freeze_shared": True},
     awake_at_start=lambda name: True,
 )
 
@@ -88,5 +155,7 @@ ONLY_MATRIX = dataclasses.replace(
     name="denselora-only-matrix",
     summary="ablation: no activations, so the adapter is a matrix and can be merged",
     uses=_USES - {"activation"},
+    costs=dataclasses.replace(_COSTS, of_module=_module_of_matrix),
+    marks={"activation": "none"},
     build_config=lambda adapter, num_steps: _config(adapter, activation="none"),
 )

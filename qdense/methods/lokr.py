@@ -11,7 +11,17 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from qdense.methods.method import AdapterSettings, LinearShapes, Method, MethodSettings
+from qdense.methods.costs import (
+    AdapterSettings,
+    Computation,
+    Costs,
+    LinearShapes,
+    ModuleCosts,
+    WeightCosts,
+    no_frozen_parameters,
+    trained_readers,
+)
+from qdense.methods.method import Method, MethodSettings
 
 
 def _known_factor(factor: int) -> int:
@@ -89,12 +99,40 @@ def _delta_weight(layer: Any, adapter_name: str, *, apply_rank_dropout: bool = F
     return layer.scaling[adapter_name] * torch.kron(factor("w1"), factor("w2"))
 
 
+def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
+    """The product is made whole, d_out x d_in, and kept for the input's gradient."""
+    weight = d_in * d_out
+    return ModuleCosts(
+        kept=0,
+        in_backward=0,
+        products=weight,
+        backward_products=2 * weight,
+        moved=3 * at.width * d_out,
+        weights=WeightCosts(
+            kept=at.width * weight,
+            in_forward=at.width * weight,  # before it is scaled
+            in_backward=2 * at.width * weight,
+            products=weight,
+            moved=4 * at.width * weight,
+        ),
+    )
+
+
 METHOD = Method(
     name="lokr",
     summary="LoKr, PEFT's: a Kronecker product",
     uses=frozenset({"r", "alpha", "target_modules"}),  # PEFT's has no dropout on the input
     build_config=_build_config,
     count_parameters=_count_parameters,
+    costs=Costs(of_input=trained_readers, of_module=_module, frozen_parameters=no_frozen_parameters),
+    quantizations=("nf4", "int8", "none"),
+    peft_type="LOKR",
+    sizes=(),  # a rank beyond the matrix means the whole matrix
+    reads_base_weights=False,
+    factors={
+        name: name.removeprefix("lokr_")
+        for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+    },
     awake_at_start=lambda name: ".lokr_w1." in name or ".lokr_w1_a." in name,
     settings=LokrSettings,
     prepare=_prepare,

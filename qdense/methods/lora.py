@@ -5,7 +5,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from qdense.methods.method import AdapterSettings, LinearShapes, Method
+from qdense.methods.costs import (
+    AdapterSettings,
+    Computation,
+    Costs,
+    LinearShapes,
+    ModuleCosts,
+    WeightCosts,
+    dropped_input,
+    low_rank,
+    no_frozen_parameters,
+    trained_readers,
+)
+from qdense.methods.method import Method
 
 
 def _config(adapter: AdapterSettings, **changes: Any) -> Any:
@@ -32,12 +44,50 @@ def _count_dora(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int)
     return {kind: lora[kind] + d_out * num_layers for kind, (_, d_out) in shapes.items()}
 
 
+def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
+    return low_rank(at, d_in, d_out, r=at.adapter.r)
+
+
+def _module_of_dora(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
+    """LoRA's, and the norm of each row of W + scaling B A, for which both are made anew in each forward.
+
+    B A is B(A(I)) with an identity of d_in x d_in. Where elements of x are dropped, the base's output is computed a second
+    time from what is left, so that autograd keeps the unpacked weight.
+    """
+    lora, weight = _module(at, d_in, d_out), d_in * d_out
+    is_computed_twice = at.mask_width > 0
+    unpacked = weight * at.unpacked_width
+    twice = weight if is_computed_twice else 0
+    return dataclasses.replace(
+        lora,
+        # The base's output and LoRA's, which the magnitude multiplies.
+        kept=lora.kept + 2 * at.width * d_out,
+        products=lora.products + twice,
+        backward_products=lora.backward_products + twice,
+        moved=12 * at.width * d_out + dropped_input(at, d_in),
+        weights=WeightCosts(
+            kept=unpacked if is_computed_twice else 0,
+            # The identity, B A, scaled, and added to W.
+            in_forward=at.width * (d_in * d_in + 3 * weight) + (0 if is_computed_twice else unpacked),
+            in_backward=0,
+            products=at.adapter.r * (weight + d_in * d_in),
+            moved=at.width * (2 * d_in * d_in + 8 * weight),
+        ),
+    )
+
+
 METHOD = Method(
     name="lora",
     summary="LoRA, PEFT's",
     uses=frozenset({"r", "alpha", "dropout", "target_modules"}),
     build_config=lambda adapter, num_steps: _config(adapter),
     count_parameters=_count_parameters,
+    costs=Costs(of_input=trained_readers, of_module=_module, frozen_parameters=no_frozen_parameters),
+    quantizations=("nf4", "int8", "none"),
+    peft_type="LORA",
+    sizes=("r",),
+    reads_base_weights=False,
+    factors={"lora_A": "A", "lora_B": "B"},
     awake_at_start=lambda name: ".lora_B." in name,
 )
 
@@ -47,5 +97,11 @@ DORA = dataclasses.replace(
     summary="DoRA, PEFT's: LoRA for the direction of the weights, a trained magnitude; unpacks every weight in each forward",
     build_config=lambda adapter, num_steps: _config(adapter, use_dora=True),
     count_parameters=_count_dora,
+    costs=dataclasses.replace(METHOD.costs, of_module=_module_of_dora),
+    quantizations=("nf4", "none"),
+    why_not_quantized="PEFT's DoRA loses the scales of 8-bit weights when it unpacks them on a CPU (peft 0.21)",
+    reads_base_weights=True,
+    factors={**METHOD.factors, "lora_magnitude_vector": "magnitude"},
+    marks={"use_dora": True},
     awake_at_start=lambda name: ".lora_B." in name or ".lora_magnitude_vector." in name,
 )

@@ -4,43 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from qdense.methods.costs import AdapterSettings, Costs, LinearShapes
+
 if TYPE_CHECKING:  # importing the methods imports no torch
     from torch import Tensor
-
-# Module kind -> (d_in, d_out) of one decoder layer's linear modules.
-LinearShapes = Mapping[str, tuple[int, int]]
 
 
 class MethodSettings(BaseModel):
     """Settings of one method alone: the table [adapter.<method>] of a recipe. Each field's description says what is accepted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class AdapterSettings(Protocol):
-    """What a method may read of a recipe's [adapter] table; `own` is its table of settings."""
-
-    @property
-    def r(self) -> int: ...
-    @property
-    def scaling_alpha(self) -> float: ...
-    @property
-    def dropout(self) -> float: ...
-    @property
-    def activation(self) -> str: ...
-    @property
-    def sharing(self) -> str: ...
-    @property
-    def zero_init(self) -> str: ...
-    @property
-    def target_modules(self) -> Sequence[str]: ...
-    @property
-    def own(self) -> Any: ...
 
 
 class RankSchedule(Protocol):
@@ -63,9 +41,11 @@ class RankSchedule(Protocol):
         """Whether the ranks will stay as they are: only such weights may be kept as the best."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
-    """An adaptation method.
+    """An adaptation method: all that the rest of qdense knows of it.
+
+    What planning, loading and analysis decide by has no default: a method that does not state it fails when it is made.
 
     Attributes:
         name: the value of `adapter.method`.
@@ -74,17 +54,25 @@ class Method:
         build_config: ([adapter] table, number of optimizer steps) -> PEFT configuration; None where PEFT has no part in it.
         count_parameters: ([adapter] table, shapes of one layer's target modules, number of layers) -> trainable parameters by
             module kind.
+        costs: what it costs a training step.
+        quantizations: those of a base that it works on.
+        peft_type: the `peft_type` of its adapter_config.json; None where PEFT has no part in it.
+        sizes: the keys of that file that are sizes of tensors: one larger than every saved tensor is refused on loading.
+        reads_base_weights: whether its forward reads the base's weights, which must then lie in memory as they were loaded.
+        factors: the last part of a trained tensor's name (but for PEFT's adapter name and ".weight") -> what analysis calls it.
+        marks: what its configuration says that those of other methods of the same PEFT type do not.
         awake_at_start: whether the parameter of this name must have a gradient at step 1. The others are behind a
             matrix that starts at zero: they get theirs once it has moved, at step 3 at the latest, since linear warm-up
             makes the first update's learning rate 0.
         targets: the module kinds that it adapts.
         settings: the type of its own table [adapter.<name>], if it has one.
-        quantizations: those of a base that it works on.
         why_not_quantized: the reason for those that are missing.
         num_calibration_rows, calibrate: how many training rows it looks at first, and what it does with them: ([adapter] table,
             PEFT configuration, base's model, batches of `input_ids` and `attention_mask`).
         prepare: is given the PeftModel after it was made or loaded, to mend what PEFT leaves broken.
         schedule: see `RankSchedule`.
+        left_of: (adapter_config.json, saved tensor's name, its initial value) -> what of the initial value the saved tensor is
+            to be compared with, for a method that cuts ranks.
     """
 
     name: str
@@ -92,17 +80,24 @@ class Method:
     uses: frozenset[str]
     build_config: Callable[[AdapterSettings, int], Any] | None
     count_parameters: Callable[[AdapterSettings, LinearShapes, int], dict[str, int]]
+    costs: Costs
+    quantizations: tuple[str, ...]
+    peft_type: str | None
+    sizes: tuple[str, ...]
+    reads_base_weights: bool
+    factors: Mapping[str, str]
+    marks: Mapping[str, Any] = field(default_factory=dict)
     awake_at_start: Callable[[str], bool] = lambda name: True
     targets: Callable[[AdapterSettings], Sequence[str]] = lambda adapter: adapter.target_modules
     settings: type[MethodSettings] | None = None
-    quantizations: tuple[str, ...] = ("nf4", "int8", "none")
     why_not_quantized: str = ""
     num_calibration_rows: Callable[[AdapterSettings], int] = lambda adapter: 0
     calibrate: Callable[[AdapterSettings, Any, Any, Sequence[Any]], None] = lambda adapter, config, model, batches: None
     prepare: Callable[[Any], None] = lambda model: None
     schedule: RankSchedule | None = None
+    left_of: Callable[[Mapping[str, Any], str, Any], Any] = lambda config, name, initial: initial
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it adds tensors of its own, by PEFT; full fine-tuning trains the base's."""
+        """Whether it adds tensors of its own, by PEFT, rather than training the base's."""
         return self.build_config is not None

@@ -7,7 +7,18 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from qdense.methods.method import AdapterSettings, LinearShapes, Method, MethodSettings
+from qdense.methods.costs import (
+    NO_COPIES,
+    AdapterSettings,
+    Computation,
+    Costs,
+    LinearShapes,
+    ModuleCosts,
+    added_output,
+    dropped_input,
+    frozen_readers,
+)
+from qdense.methods.method import Method, MethodSettings
 
 
 class NoraSettings(MethodSettings):
@@ -57,12 +68,37 @@ def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers
     return {kind: 2 * adapter.r * _r_inner(adapter) * num_layers for kind in shapes}
 
 
+def _count_frozen(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> int:
+    """The outer pair: (d_in + d_out) r for each layer."""
+    return sum(d_in + d_out for d_in, d_out in shapes.values()) * adapter.r * num_layers
+
+
+def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
+    """Both inner factors' inputs, of r and r_inner, are kept; the frozen outer pair's are not."""
+    r, r_inner = at.adapter.r, _r_inner(at.adapter)
+    frozen, trained = r * (d_in + d_out), 2 * r * r_inner
+    return ModuleCosts(
+        kept=at.width * (r + r_inner),
+        in_backward=0,
+        products=frozen + trained,
+        backward_products=frozen + 2 * trained,
+        moved=added_output(at, d_out) + dropped_input(at, d_in),
+        weights=NO_COPIES,
+    )
+
+
 METHOD = Method(
     name="nora",
     summary="NoRA: a trained pair inside the frozen SVD of the weight",
     uses=frozenset({"r", "alpha", "dropout", "target_modules"}),
     build_config=_build_config,
     count_parameters=_count_parameters,
+    costs=Costs(of_input=frozen_readers, of_module=_module, frozen_parameters=_count_frozen),
+    quantizations=("nf4", "int8", "none"),
+    peft_type="NORA",
+    sizes=("r", "r_inner"),
+    reads_base_weights=False,  # only when a fresh adapter is made
+    factors={"nora_inner_a": "A", "nora_inner_b": "B"},
     awake_at_start=lambda name: ".nora_inner_b." in name,
     settings=NoraSettings,
     num_calibration_rows=lambda adapter: int(adapter.own.calibration_rows),

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from qdense.methods.method import AdapterSettings, LinearShapes, Method
+from qdense.methods.costs import (
+    NO_COPIES,
+    AdapterSettings,
+    Computation,
+    Costs,
+    LinearShapes,
+    ModuleCosts,
+    no_frozen_parameters,
+)
+from qdense.methods.method import Method
 
 _TARGETS = ("down_proj",)
 
@@ -20,11 +29,29 @@ def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers
     return {kind: 2 * d_out * num_layers for kind, (_, d_out) in shapes.items()}
 
 
+def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
+    """The output that is scaled is kept."""
+    return ModuleCosts(
+        kept=at.width * d_out,
+        in_backward=0,
+        products=0,
+        backward_products=0,
+        moved=4 * at.width * d_out,
+        weights=NO_COPIES,
+    )
+
+
 METHOD = Method(
     name="red",
     summary="RED: a scale and a bias on each down_proj output; give it adapter.dtype = float32, for bf16 is coarse next to 1",
     uses=frozenset(),
     build_config=_build_config,
     count_parameters=_count_parameters,
+    costs=Costs(of_input=lambda at, d_in, num_readers: 0, of_module=_module, frozen_parameters=no_frozen_parameters),
+    quantizations=("nf4", "int8", "none"),
+    peft_type="RED",
+    sizes=(),
+    reads_base_weights=False,
+    factors={"red_scale": "scale", "red_bias": "bias"},
     targets=lambda adapter: _TARGETS,
 )

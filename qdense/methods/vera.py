@@ -6,7 +6,18 @@ from typing import Any
 
 from pydantic import Field
 
-from qdense.methods.method import AdapterSettings, LinearShapes, Method, MethodSettings
+from qdense.methods.costs import (
+    NO_COPIES,
+    AdapterSettings,
+    Computation,
+    Costs,
+    LinearShapes,
+    ModuleCosts,
+    added_output,
+    dropped_input,
+    frozen_readers,
+)
+from qdense.methods.method import Method, MethodSettings
 
 
 class VeraSettings(MethodSettings):
@@ -33,6 +44,26 @@ def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers
     return {kind: (d_out + adapter.own.r) * num_layers for kind, (_, d_out) in shapes.items()}
 
 
+def _count_frozen(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> int:
+    """One pair for all layers, as wide as the widest module's input and output."""
+    d_in, d_out = (max(sizes) for sizes in zip(*shapes.values(), strict=True))
+    return int(adapter.own.r * (d_in + d_out))
+
+
+def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
+    """What the vectors multiply is kept: a product of length r, and one of d_out."""
+    r = at.adapter.own.r
+    products = r * (d_in + d_out)
+    return ModuleCosts(
+        kept=at.width * (r + d_out),
+        in_backward=0,
+        products=products,
+        backward_products=products,  # the pair is frozen
+        moved=added_output(at, d_out) + dropped_input(at, d_in) + 2 * at.width * r,
+        weights=NO_COPIES,
+    )
+
+
 METHOD = Method(
     name="vera",
     summary="VeRA, PEFT's: two vectors for each layer on one frozen random pair",
@@ -40,6 +71,12 @@ METHOD = Method(
     uses=frozenset({"dropout", "target_modules"}),
     build_config=_build_config,
     count_parameters=_count_parameters,
+    costs=Costs(of_input=frozen_readers, of_module=_module, frozen_parameters=_count_frozen),
+    quantizations=("nf4", "int8", "none"),
+    peft_type="VERA",
+    sizes=("r",),
+    reads_base_weights=False,
+    factors={"vera_lambda_b": "b", "vera_lambda_d": "d"},
     awake_at_start=lambda name: ".vera_lambda_b." in name,
     settings=VeraSettings,
 )

@@ -20,21 +20,16 @@ from safetensors.torch import load_file, save_file
 
 import qdense.tuners  # noqa: F401  (registers our methods, so that PEFT can load them)
 from qdense.cache import write_atomically
+from qdense.compat.bitsandbytes import never_repack
 from qdense.errors import AdapterError
-from qdense.methods import METHODS
+from qdense.methods import METHODS, PEFT_TYPES, method_of, sizes_in
 from qdense.modeling.attach import adapter_tensors, trainable_parameters
 from qdense.modeling.fingerprint import Fingerprint
 from qdense.modeling.load import BaseModel
 from qdense.runs import CARD_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 
-_PEFT_TYPES = {
-    "DENSELORA", "NORA", "RED", "LORA", "ADALORA", "VERA", "LOKR", "LOHA", "IA3", "OFT", "BOFT", "HRA", "FOURIERFT", "RANDLORA",
-    "VBLORA", "LN_TUNING", "MISS", "SHIRA", "C3A",
-}  # fmt: skip
 _LARGEST = 1e6  # value of a trained tensor; a flipped bit makes 1e38, whose products overflow
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Which values of a configuration are sizes of tensors. Not LoKr's: there a rank beyond the matrix means the whole matrix.
-_SIZES = ("r", "init_r", "r_inner", "n_frequency", "num_vectors", "vector_length")
 
 
 @dataclass(frozen=True)
@@ -140,7 +135,9 @@ def read_card(folder: Path) -> AdapterCard:
         raise AdapterError(f"{path}: not a readable adapter configuration: {error!r}") from None
     if not isinstance(name, str) or not isinstance(method, str):
         raise AdapterError(f"{path}: base_model_name_or_path and peft_type must be names")
-    return AdapterCard(model={"name": name}, fingerprint=None, template="alpaca", method=method.lower())
+    known = method_of(config)
+    called = method.lower() if known is None else known.name
+    return AdapterCard(model={"name": name}, fingerprint=None, template="alpaca", method=called)
 
 
 def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
@@ -166,7 +163,10 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
     if not (folder / PEFT_WEIGHTS_FILE).is_file():
         # PEFT would take the folder's name for a hub id and ask there
         raise AdapterError(f"{folder}: has no {PEFT_WEIGHTS_FILE}")
-    peft_type = _check_configuration(folder, base)
+    # What mends PEFT goes by what is loaded, and not by the name that a card gives it.
+    loaded = method_of(_checked_configuration(folder, base))
+    if loaded is None or loaded.reads_base_weights:
+        never_repack(base.model)
     try:
         model = PeftModel.from_pretrained(base.model, folder, autocast_adapter_dtype=False)
     except (torch.OutOfMemoryError, MemoryError):
@@ -183,14 +183,13 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
     # PEFT makes the tensors in the base's dtype; take the saved one, and the saved values again, which were rounded.
     for name, tensor in adapter_tensors(model):
         tensor.data = weights[name].to(tensor.device)
-    # What mends PEFT goes by what was loaded, and not by the name that a card gives it.
-    if (loaded := METHODS.get(peft_type.lower())) is not None:
+    if loaded is not None:
         loaded.prepare(model)
     return model
 
 
-def _check_configuration(folder: Path, base: BaseModel) -> str:
-    """Its PEFT type.
+def _checked_configuration(folder: Path, base: BaseModel) -> dict[str, Any]:
+    """Its adapter_config.json.
 
     Raises:
         AdapterError: PEFT would read other files for this type (X-LoRA, prompts), or does not know it; or no tensor has the
@@ -198,24 +197,24 @@ def _check_configuration(folder: Path, base: BaseModel) -> str:
     """
     path = folder / PEFT_CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(f"{path}: not a readable adapter configuration: {error!r}") from None
-    if not isinstance(found, str) or found not in _PEFT_TYPES:
-        raise AdapterError(f"{path}: peft_type = {found!r}: known are {', '.join(sorted(_PEFT_TYPES))}")
+    if not isinstance(found, str) or found not in PEFT_TYPES:
+        raise AdapterError(f"{path}: peft_type = {found!r}: known are {', '.join(sorted(PEFT_TYPES))}")
     try:
         with safe_open(folder / PEFT_WEIGHTS_FILE, framework="pt") as tensors:
             shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (no dict)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder}: the adapter does not fit {base.name}: {error}") from error
     largest = max((size for shape in shapes for size in shape), default=0)
-    patterns = config.get("rank_pattern")
-    sizes = {key: config.get(key) for key in _SIZES} | (patterns if isinstance(patterns, dict) else {})
-    for key, size in sizes.items() if found != "LOKR" else ():
+    keys, patterns = sizes_in(config), config.get("rank_pattern")
+    sizes = {key: config.get(key) for key in keys} | (patterns if keys and isinstance(patterns, dict) else {})
+    for key, size in sizes.items():
         if isinstance(size, int) and size > largest:
             raise AdapterError(f"{path}: {key} = {size}: no tensor in its {PEFT_WEIGHTS_FILE} is that large")
-    return found
+    return config
 
 
 def _load_whole_model(base: BaseModel, folder: Path) -> Any:

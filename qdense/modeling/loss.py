@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qdense.compat.transformers import loss_computed_by
 from qdense.ops.cross_entropy import linear_cross_entropy
 
 
@@ -35,13 +36,12 @@ def without_logits(model: Any) -> Iterator[None]:
         hidden = logits[:, :-1]  # each token predicts the next
         return linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels[:, 1:].flatten(), num_items_in_batch)
 
-    previous = core.loss_function
-    head.forward, core.loss_function = _hand_through, loss_function
+    head.forward = _hand_through
     try:
-        yield
+        with loss_computed_by(core, loss_function):
+            yield
     finally:
         del head.forward
-        core.loss_function = previous
 
 
 def _hand_through(hidden: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qdense.cache import appearing_folder, require_free_space
+from qdense.compat.peft import refuse_unmergeable
 from qdense.data.templates import template_named
 from qdense.data.wordproblems import test_rows
 from qdense.errors import AdapterError
@@ -132,7 +133,7 @@ def _merge_layers(model: Any, into_nf4: bool) -> dict[str, float]:
     """Merge each adapted layer in fp32 and round; returns the share of each layer's update that the rounding cost."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    model.base_model._check_merge_allowed()
+    refuse_unmergeable(model)
     lost = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer) or not hasattr(layer, "merge"):

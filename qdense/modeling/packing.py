@@ -16,16 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from qdense.catalogs.families import CAUSAL_ONLY
+from qdense.compat.transformers import attention_set_to
+
 _NAME = "qdense_packed"
-# Their attention is causal and nothing else: no soft cap, no sink, and a window only where the configuration names one.
-_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 
 def why_not_packed(model: Any) -> str | None:
     """The reason that this model's rows cannot be packed; None if they can."""
     config = model.config
-    if config.model_type not in _MODEL_TYPES:
-        return f"packing is known to be right for {', '.join(_MODEL_TYPES)}, not for {config.model_type}"
+    if config.model_type not in CAUSAL_ONLY:
+        return f"packing is known to be right for {', '.join(CAUSAL_ONLY)}, not for {config.model_type}"
     layer_types = set(getattr(config, "layer_types", None) or ())
     has_window = "sliding_attention" in layer_types or (not layer_types and getattr(config, "sliding_window", None))
     return "its attention has a sliding window" if has_window else None
@@ -35,13 +36,8 @@ def why_not_packed(model: Any) -> str | None:
 def packed_attention(model: Any) -> Iterator[None]:
     """Within, forward and backward take packed rows only: `input_ids` (1, tokens), `position_ids` that start at 0 with each row,
     `cu_seq_lens_q` (rows + 1,), int32, `max_length_q`, and neither attention mask nor cache."""
-    config = model.config
-    previous = config._attn_implementation
-    config._attn_implementation = _NAME
-    try:
+    with attention_set_to(model, _NAME):
         yield
-    finally:
-        config._attn_implementation = previous
 
 
 def _attend(

@@ -2,8 +2,6 @@
 
 A recomputed layer keeps its input only, which may wait in host memory; its MLP may run in tiles of the sequence, so that
 its wide activations exist for one tile at a time, in forward and in backward. Losses and gradients stay what they were.
-
-Written against torch 2.11 to 2.13 and transformers 5.17 to 5.23.
 """
 
 from __future__ import annotations
@@ -17,8 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qdense.compat.torch import checkpointed_inputs
+from qdense.compat.transformers import (
+    checkpoint_function,
+    is_recomputable,
+    replace_checkpoint_function,
+    set_recomputed,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Recompute:
     mlp_tile_tokens: int | None = None
 
 
-def apply_recompute(model: Any, recompute: Recompute) -> None:
+def apply_recompute(model: Any, recompute: Recompute, host: HostMemory | None = None) -> None:
     """Make the model's training steps follow `recompute`, in place of what an earlier call said.
 
     Call it between steps, with the adapter in place. The embeddings' output is not made to require a gradient, as
@@ -50,6 +54,7 @@ def apply_recompute(model: Any, recompute: Recompute) -> None:
 
     Args:
         model: a LLaMA-like model of Transformers, bare or in a PeftModel, on one device.
+        host: where offloaded inputs wait; None for memory of this call's own.
 
     Raises:
         ValueError: the model has no decoder layers that Transformers can recompute, or a setting is out of range.
@@ -72,12 +77,12 @@ def apply_recompute(model: Any, recompute: Recompute) -> None:
     else:
         core.gradient_checkpointing_disable()
     core.disable_input_require_grads()
-    host = _HostMemory()
+    host = host or HostMemory()
     for index, layer in enumerate(layers):
         is_recomputed = index < num_layers
-        layer.gradient_checkpointing = is_recomputed
+        set_recomputed(layer, is_recomputed)
         if is_recomputed and recompute.offload:
-            layer._gradient_checkpointing_func = _Offloaded(layer._gradient_checkpointing_func, host, index)
+            replace_checkpoint_function(layer, _Offloaded(checkpoint_function(layer), host, index))
         _untile(layer)
         if is_recomputed and tile_tokens is not None:
             layer.mlp.forward = _TiledForward(layer.mlp, tile_tokens)
@@ -87,7 +92,7 @@ def _decoder_layers(core: nn.Module) -> list[Any]:
     """The model's list of decoder layers. Raises ValueError if there is none that Transformers can recompute."""
     for module in core.modules():
         layers = list(module) if isinstance(module, nn.ModuleList) else []
-        if layers and all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
+        if layers and all(map(is_recomputable, layers)):
             return layers
     raise ValueError(f"{type(core).__name__} has no list of decoder layers that Transformers can recompute.")
 
@@ -102,31 +107,31 @@ class _Offloaded:
     around it. What the layers share (position embeddings, masks, bounds of packed rows) comes by name and is not saved.
     """
 
-    def __init__(self, checkpoint: Callable[..., Any], host: _HostMemory, index: int) -> None:
+    def __init__(self, checkpoint: Callable[..., Any], host: HostMemory, index: int) -> None:
         self.checkpoint, self.host, self.index = checkpoint, host, index
 
     def __call__(self, function: Callable[..., Any], hidden: Tensor, *others: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.checkpoint(function, hidden, *others)
         # autograd keeps `pack` as long as what it packed: it must not hold `hidden` itself.
-        address, shape, parked = hidden.data_ptr(), hidden.shape, list[weakref.ref[_Parked]]()
+        source, parked = weakref.ref(hidden), list[weakref.ref[_Parked]]()
 
         def pack(saved: Tensor) -> Any:
-            if saved.data_ptr() != address or saved.shape != shape:
+            if saved is not source():
                 return saved
             waiting = self.host.park(saved, self.index)
             parked.append(weakref.ref(waiting))
             return waiting
 
         try:
-            with saved_tensors_hooks(pack, _fetch):
+            with checkpointed_inputs(pack, _fetch):
                 output = self.checkpoint(function, hidden, *others)
         finally:
             # The copy has had the layer's computation to finish in. Its source may be freed, and overwritten, from here on.
             for reference in parked:
                 if (waiting := reference()) is not None:
                     waiting.wait_until_copied()
-        assert parked, "torch's checkpoint no longer saves its inputs through saved_tensors_hooks"
+        assert parked, "torch's checkpoint no longer saves its inputs through the hooks around it"
         return output
 
 
@@ -134,25 +139,30 @@ def _fetch(packed: Any) -> Any:
     return packed.fetch() if isinstance(packed, _Parked) else packed
 
 
-class _HostMemory:
-    """Buffers for tensors that leave the device for a while: pinned ones for CUDA, used again as they come free."""
+class HostMemory:
+    """Buffers for tensors that leave the device for a while: pinned ones for CUDA, used again as they come free.
+
+    Attributes:
+        free: the buffers that hold nothing now: uint8, (capacity,) each.
+    """
 
     def __init__(self) -> None:
-        self.free: list[Tensor] = []  # uint8, (capacity,)
+        self.free: list[Tensor] = []
         self._latest: Callable[[], _Parked | None] = lambda: None
         self._stream: torch.cuda.Stream | None = None
 
     def park(self, source: Tensor, index: int) -> _Parked:
         """Start copying layer `index`'s input (any shape and dtype) to the host."""
         num_bytes = source.numel() * source.element_size()
-        parked = _Parked(self, self._take(num_bytes, is_pinned=source.is_cuda), num_bytes, source, index)
+        parked = _Parked(self, self.take(num_bytes, is_pinned=source.is_cuda), num_bytes, source, index)
         latest = self._latest()
         if latest is not None and latest.index == index - 1:
             parked.previous = latest
         self._latest = weakref.ref(parked)
         return parked
 
-    def _take(self, num_bytes: int, *, is_pinned: bool) -> Tensor:
+    def take(self, num_bytes: int, *, is_pinned: bool) -> Tensor:
+        """A buffer of at least `num_bytes`, no longer free: the smallest that fits, or a new one."""
         fitting = [position for position, buffer in enumerate(self.free) if len(buffer) >= num_bytes]
         if fitting:
             return self.free.pop(min(fitting, key=lambda position: len(self.free[position])))
@@ -181,7 +191,7 @@ class _HostMemory:
 class _Parked:
     """One layer's input in host memory. In backward its copy to the device starts one layer ahead of the need."""
 
-    def __init__(self, host: _HostMemory, buffer: Tensor, num_bytes: int, source: Tensor, index: int) -> None:
+    def __init__(self, host: HostMemory, buffer: Tensor, num_bytes: int, source: Tensor, index: int) -> None:
         self.host, self.buffer, self.device, self.index = host, buffer, source.device, index
         self.previous: _Parked | None = None  # the layer before, whose backward comes next
         self.returning: tuple[Tensor, Callable[[], None]] | None = None

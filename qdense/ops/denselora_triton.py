@@ -25,8 +25,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qdense.compat.torch import is_seen_by_others, is_view
 from qdense.ops import denselora
-from qdense.ops.kernels import is_interpreted
+from qdense.ops.interpreter import is_interpreted
 
 # BLOCK SIZES
 
@@ -110,7 +111,7 @@ def _mix(h: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _keep(seed: tl.tensor, rows: tl.tensor, columns: tl.tensor, THRESHOLD: tl.constexpr) -> tl.tensor:
+def keep_tile(seed: tl.tensor, rows: tl.tensor, columns: tl.tensor, THRESHOLD: tl.constexpr) -> tl.tensor:
     """The mask (rows, columns); without dropout all True, which the compiler removes."""
     if THRESHOLD == 0:
         keep = tl.full([rows.shape[0], columns.shape[0]], True, tl.int1)
@@ -259,14 +260,14 @@ def _encode_kernel(
     total = tl.zeros([BLOCK_ROWS, BLOCK_RANK], tl.float32)
     for start in range(0, width, BLOCK_WIDTH):
         columns = start + tl.arange(0, BLOCK_WIDTH)
-        x_tile = _drop(_load(x, rows, columns, num_rows, width), _keep(x_seed, rows, columns, THRESHOLD))
+        x_tile = _drop(_load(x, rows, columns, num_rows, width), keep_tile(x_seed, rows, columns, THRESHOLD))
         encoder_tile = _load(encoder, ranks, columns, rank, width)
         total = _dot(x_tile, tl.trans(encoder_tile), total)
     u_tile = _round(total * scale, u.dtype.element_ty)
     _store(u, rows, ranks, num_rows, rank, u_tile)
     # s of the rounded u: the backward pass has no other.
     activated = _activate(u_tile.to(tl.float32), ACTIVATION) * scale
-    _store(encoded, rows, ranks, num_rows, rank, _drop(activated, _keep(encoded_seed, rows, ranks, THRESHOLD)))
+    _store(encoded, rows, ranks, num_rows, rank, _drop(activated, keep_tile(encoded_seed, rows, ranks, THRESHOLD)))
 
 
 @triton.jit(do_not_specialize=["encoded_seed", "num_rows"])
@@ -287,7 +288,7 @@ def _encode_slope_kernel(
     ranks = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     gradient = _load(encoded_gradient, rows, ranks, num_rows, rank).to(tl.float32)
     slope = _slope(_load(u, rows, ranks, num_rows, rank).to(tl.float32), ACTIVATION)
-    keep = _keep(encoded_seed, rows, ranks, THRESHOLD)
+    keep = keep_tile(encoded_seed, rows, ranks, THRESHOLD)
     _store(u_gradient, rows, ranks, num_rows, rank, _drop(gradient * slope * (scale * scale), keep))
 
 
@@ -321,7 +322,7 @@ def _encode_backward_kernel(
     for start in range(chunk * chunk_rows, end, BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)
         du = _load(u_gradient, rows, ranks, end, rank)
-        keep = _keep(x_seed, rows, columns, THRESHOLD)
+        keep = keep_tile(x_seed, rows, columns, THRESHOLD)
         if encoder_gradient is not None:
             x_tile = _drop(_load(x, rows, columns, end, width), keep)
             total = _dot(tl.trans(du), x_tile, total)
@@ -334,7 +335,7 @@ def _encode_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["seed", "num_rows"])
-def _drop_kernel(
+def drop_kernel(
     source: tl.tensor,  # (num_rows, width)
     target: tl.tensor,  # (num_rows, width)
     seed: tl.tensor,
@@ -349,7 +350,7 @@ def _drop_kernel(
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     tile = _load(source, rows, columns, num_rows, width).to(tl.float32)
-    tile = _drop(tile, _keep(seed, rows, columns, THRESHOLD))
+    tile = _drop(tile, keep_tile(seed, rows, columns, THRESHOLD))
     if IS_ADDED:
         tile += _load(target, rows, columns, num_rows, width).to(tl.float32)
     _store(target, rows, columns, num_rows, width, tile)
@@ -386,7 +387,7 @@ def _decode_kernel(
         decoder_tile = _load(decoder, columns, ranks, width, rank)
         p = _dot(mixed_tile, tl.trans(decoder_tile), p)
     tile = _load(source, rows, columns, num_rows, width).to(tl.float32)
-    keep = _keep(seed, rows, columns, THRESHOLD)
+    keep = keep_tile(seed, rows, columns, THRESHOLD)
     if IS_BACKWARD:
         tile = _drop(tile * scale * _slope(p, ACTIVATION), keep)
     else:
@@ -429,7 +430,7 @@ def _decode_backward_kernel(
         mixed_tile = _load(mixed, rows, ranks, end, rank)
         p = _dot(mixed_tile, tl.trans(decoder_tile), tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32))
         dp = _load(gradient, rows, columns, end, width).to(tl.float32) * scale * _slope(p, ACTIVATION)
-        dp = _round(_drop(dp, _keep(seed, rows, columns, THRESHOLD)), mixed.dtype.element_ty)
+        dp = _round(_drop(dp, keep_tile(seed, rows, columns, THRESHOLD)), mixed.dtype.element_ty)
         if decoder_gradient is not None:
             total = _dot(tl.trans(dp), mixed_tile, total)
         _store(
@@ -532,9 +533,9 @@ def _to_be_added_to(gradient: Tensor) -> Tensor:
     is not theirs: the gradient of a sum is that of each term, and a caller of autograd.grad keeps what he passes. Then the
     tensor, or the one of which it is a view, has another holder. (A hook that stores the gradient is not seen.)
     """
-    base = gradient._base  # of a 3-D product: it is held by its view and by this variable
-    is_shared = gradient._use_count() > 1 or (base is not None and base._use_count() > 2)  # type: ignore[attr-defined]
-    return gradient.clone(memory_format=torch.contiguous_format) if is_shared else gradient.contiguous()
+    if is_seen_by_others(gradient):
+        return gradient.clone(memory_format=torch.contiguous_format)
+    return gradient.contiguous()
 
 
 def _encode_backward(
@@ -576,11 +577,11 @@ def _encode_backward_wide(
         dropped = x
         if threshold:
             dropped = torch.empty_like(x)
-            _drop_kernel[grid](x, dropped, x_seed, *x.shape, IS_ADDED=False, **constants)
+            drop_kernel[grid](x, dropped, x_seed, *x.shape, IS_ADDED=False, **constants)
         encoder_gradient = u_gradient.T @ dropped
         del dropped  # before there is another of its size
     if x_gradient is not None:
-        _drop_kernel[grid](u_gradient @ encoder, x_gradient, x_seed, *x.shape, IS_ADDED=True, **constants)
+        drop_kernel[grid](u_gradient @ encoder, x_gradient, x_seed, *x.shape, IS_ADDED=True, **constants)
     return encoder_gradient
 
 
@@ -626,7 +627,7 @@ class _Decode(torch.autograd.Function):
         ctx: Any, output: Tensor, mixed: Tensor, decoder: Tensor, scaling: float, activation: str, dropout: float
     ) -> Tensor:
         # A view (nn.Linear with a bias returns one, of 3-D inputs) may be written too, but then autograd copies gradients.
-        if output.is_contiguous() and not output._is_view() and not (output.is_leaf and output.requires_grad):
+        if output.is_contiguous() and not is_view(output) and not (output.is_leaf and output.requires_grad):
             source = result = output
             ctx.mark_dirty(output)
         else:

@@ -1,15 +1,16 @@
-"""Which kernels compute the adapter: plain PyTorch, or the fused ones."""
+"""Which kernels compute the adapter, plain PyTorch or the fused ones, and which can be had for the base."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from types import ModuleType
 
 from torch import Tensor
 
+from qdense.catalogs.families import LIGER_TESTED
 from qdense.ops import denselora
+from qdense.ops.interpreter import is_interpreted
 
 KERNELS = ("auto", "torch", "triton")
 _choice = "auto"
@@ -36,9 +37,13 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def is_interpreted() -> bool:
-    """Whether Triton runs in its interpreter, which needs no GPU and is slow: for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def why_no_liger(model_type: str) -> str | None:
+    """The reason that a base of this type cannot have Liger's kernels; None if it can."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return 'liger-kernel is not installed (pip install "qdense[cuda]")'
+    if model_type not in LIGER_TESTED:
+        return f"Liger's kernels are known to be right for {', '.join(LIGER_TESTED)}, not for {model_type}"
+    return None
 
 
 def adapter_ops(x: Tensor) -> ModuleType:

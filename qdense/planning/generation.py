@@ -15,7 +15,7 @@ def generation_bytes(
     model: ModelRecipe, shape: CatalogModel, *, num_sequences: int, new_tokens: int, is_cuda: bool
 ) -> dict[str, int]:
     """What completing so many sequences at a time needs, by what it is for. On a CPU, NF4 weights may be unpacked."""
-    width = 4 if model.dtype == "float32" else 2
+    width = model.dtype_bytes
     weights, tables = base_bytes(model, shape, unpacked=not is_cuda)
     tokens = _PROMPT_TOKENS + new_tokens
     cache = num_sequences * tokens * 2 * shape.num_layers * shape.kv_size * width

@@ -1,35 +1,19 @@
-"""This machine as a plan sees it, and the shapes of a model that may have to be fetched."""
+"""This machine as a plan sees it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import psutil
-import torch
-
 from qdense.catalogs.models import CatalogModel
-from qdense.device import choose_device
-from qdense.errors import ModelError
-from qdense.modeling.liger import why_no_liger
-from qdense.modeling.locate import locate_model
-from qdense.ops.kernels import has_triton
+from qdense.device import choose_device, device_name, memory_free, memory_of_process
+from qdense.ops.kernels import has_triton, why_no_liger
 from qdense.planning.memory import Kernels
 from qdense.planning.plan import Machine
-from qdense.planning.shapes import model_shape
 from qdense.planning.speed import card_named
-from qdense.recipe import ModelRecipe, Recipe
+from qdense.recipe import Recipe
 
 _CPU_SHARE = 0.9  # of the memory that is free: other programs want some
 _WORKSPACE_BYTES = 200 * 2**20  # cuBLAS, kernels; the context is taken off the free memory already
-
-
-def fetched_shape(recipe: ModelRecipe) -> CatalogModel:
-    """The model's shapes, its files fetched if that is the only way to know them. Raises ModelError."""
-    try:
-        return model_shape(recipe.name)
-    except ModelError:
-        folder, _ = locate_model(recipe.name, recipe.revision, lambda text: None)
-        return model_shape(str(folder))
 
 
 def this_machine(recipe: Recipe, shape: CatalogModel) -> Machine:
@@ -39,11 +23,10 @@ def this_machine(recipe: Recipe, shape: CatalogModel) -> Machine:
     is_fused = has_triton() and (wants == "triton" or (wants == "auto" and is_cuda))
     kernels = Kernels(is_cuda, is_fused, has_liger=is_fused and why_no_liger(shape.model_type) is None)
     if is_cuda:
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        name = torch.cuda.get_device_name(device)
-        return Machine(name, kernels, free_bytes, _WORKSPACE_BYTES, card_named(name))
-    process_bytes = psutil.Process().memory_info().rss
-    memory_bytes = process_bytes + int(_CPU_SHARE * psutil.virtual_memory().available)
+        name = device_name(device)
+        return Machine(name, kernels, memory_free(device), _WORKSPACE_BYTES, card_named(name))
+    process_bytes = memory_of_process()
+    memory_bytes = process_bytes + int(_CPU_SHARE * memory_free(device))
     return Machine("this machine", kernels, memory_bytes, process_bytes)
 
 

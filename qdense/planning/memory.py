@@ -1,32 +1,34 @@
 """Where each byte of a training run goes, from shapes alone.
 
-An optimizer step runs micro-batch by micro-batch; memory is highest in one of three moments of one:
+An optimizer step runs micro-batch by micro-batch; memory is highest in one of four moments of one:
 
-    loss       the checkpoints of recomputed layers, everything that the others keep, and a slice of logits
+    forward    the checkpoints of recomputed layers, everything that the others keep, and what the last module computes with
+    loss       the same, with a slice of logits in place of the latter
     recompute  the checkpoints, one recomputed layer's activations, and the gradients that run through it
     backward   as for the loss, but for the logits: the gradients that run through the last kept layer
 
 The last layers keep their activations and the first are recomputed, so that kept activations are gone when the first
-recomputation needs room. Coefficients are counts of the tensors that autograd keeps, layer by layer, as written below;
-tests/test_planning.py holds them to the tensors of real steps. Memory inside one operation is not in it.
+recomputation needs room. Coefficients are counts of the tensors that autograd keeps, layer by layer: the base's as written
+below, an adapter's as its method states them (`qdense.methods.costs`);
+tests/planning/test_memory.py holds them to the tensors of real steps. Memory inside one operation is not in it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from qdense.catalogs.families import MLP_GROUPS, SAME_INPUT
 from qdense.catalogs.models import CatalogModel
 from qdense.methods import METHODS
+from qdense.methods.costs import Computation, WeightCosts
 from qdense.ops.slices import logits_slice_tokens
-from qdense.planning.parameters import count_parameters
+from qdense.planning.parameters import count_frozen, count_parameters
 from qdense.recipe import ModelRecipe, Recipe
 
 # NF4 with double quantization: 4 bits, a byte for each 64 elements, and a float for each 256 of these bytes.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 _INT8_BYTES = 1.0  # and a scale for each row, which is little
 _OPTIMIZER_BYTES = {"paged_adamw_8bit": 2 * (1 + 4 / 256), "adamw_8bit": 2 * (1 + 4 / 256)}  # others: two fp32 moments
-_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-_IN_MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the highest moment, by what they are for; `moment` is one of loss, recompute, backward."""
+    """Bytes at the highest moment, by what they are for; `moment` is one of forward, loss, recompute, backward."""
 
     moment: str
     breakdown: dict[str, int] = field(default_factory=dict)
@@ -77,7 +79,11 @@ def memory_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels, choice: Cho
     # Offloaded: one on its way out or in, one in use.
     num_checkpoints = min(2, choice.recompute_layers) if choice.offload else choice.recompute_layers
     checkpoints = num_checkpoints * checkpoint
-    kept = num_kept * int(tokens * layer.saved())
+    held = int(tokens * ((shape.num_layers - 1) * layer.held() + layer.held(is_first=True)))
+    weights = layer.saved_weights()
+    kept = num_kept * int(tokens * layer.saved() + weights)
+    if num_kept == shape.num_layers:
+        kept -= int(tokens * (layer.saved() - layer.saved(is_first=True)))
     # The last hidden states, and the final norm's input.
     tail = tokens * shape.hidden_size * (width + layer.norm_width)
 
@@ -85,42 +91,53 @@ def memory_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels, choice: Cho
     # Logits in fp32 twice; the hidden states and their gradient.
     logits = slice_tokens * shape.vocab_size * 8 + tokens * shape.hidden_size * 2 * width
     is_tiled = choice.mlp_tile_tokens is not None
-    in_mlp = shape.hidden_size * width if is_tiled else layer.saved_in_mlp()
+    in_mlp = shape.hidden_size * width if is_tiled else layer.saved_in_mlp(is_recomputed=True)
     again = tokens * layer.saved(is_recomputed=True, has_tiled_mlp=is_tiled)
     # Backward through the MLP; or, tiled, through a tile and then the norm before it; and last through attention.
-    passing = tokens * layer.passing()
+    passing, at_product = tokens * layer.passing(), tokens * layer.passing_product()
     if choice.mlp_tile_tokens is not None:
-        tile = min(tokens, choice.mlp_tile_tokens) * (layer.saved_in_mlp() + layer.passing())
-        passing = max(tile, tokens * layer.passing_norm())
+        largest = max(layer.passing(), layer.passing_product())
+        tile = min(tokens, choice.mlp_tile_tokens) * (layer.saved_in_mlp(is_recomputed=True) + largest)
+        passing, at_product = max(tile, tokens * layer.passing_norm()), 0
     after_mlp = again - tokens * (in_mlp + shape.hidden_size * layer.norm_width)
-    recomputing = max((again, passing), (after_mlp, tokens * layer.passing_attention()), key=sum)
-    unpacked = layer.dequantization_bytes
-    moments = {"loss": (kept + tail, 0, logits, 0)}
+    in_forward, in_backward = (int(size) for size in layer.passing_weights())
+    unpacked, hidden = layer.unpacked_in_backward, tokens * shape.hidden_size * width
+    recomputing = max(
+        (again, 0, in_forward),
+        (again, hidden, in_backward),
+        (again, passing, unpacked),
+        (again, at_product, 0),
+        (after_mlp, tokens * layer.passing_attention(), unpacked),
+        key=sum,
+    )
+    # Activations, passing gradients, logits, copies of weights.
+    moments = {"loss": (kept + tail, 0, logits, 0), "forward": (kept, 0, 0, in_forward)}
     if choice.recompute_layers:
-        moments["recompute"] = (int(recomputing[0]), int(recomputing[1]), 0, unpacked)
+        activations, gradients, copies = recomputing
+        moments["recompute"] = (int(activations + weights), int(gradients), 0, int(copies))
     if num_kept:
-        # Of the last layer, what lies behind the MLP's product is free by the time that most gradients are there.
-        freed = tokens * layer.freed_at_product()
-        gradients = max(0.0, tokens * layer.passing() - freed)
-        moments["backward"] = (kept, int(gradients), 0, unpacked)
+        # Of the last layer, what comes after the MLP's product is free by the time that most gradients are there.
+        gradients = max(0.0, tokens * (layer.passing() - layer.freed_at_product()))
+        passed = max((gradients, unpacked), (tokens * layer.passing_product(), 0), (hidden, in_backward), key=sum)
+        moments["backward"] = (kept, int(passed[0]), 0, int(passed[1]))
     moment = max(moments, key=lambda name: sum(moments[name]))
-    activations, passing, logits, unpacked = moments[moment]
+    activations, passing, logits, copies = moments[moment]
     return Memory(
         moment,
         {
             **_static(recipe, shape),
             "checkpoints": checkpoints,
-            "activations": activations,
+            "activations": activations + held,
             "passing_gradients": int(passing),
             "logits": logits,
-            "dequantization": unpacked,
+            "copies_of_weights": copies,
         },
     )
 
 
 def base_bytes(model: ModelRecipe, shape: CatalogModel, *, unpacked: bool = False) -> tuple[int, int]:
     """The base's layers, and its embeddings with the output layer; `unpacked` counts NF4 weights in the compute dtype."""
-    width = _width(model.dtype)
+    width = model.dtype_bytes
     linears = shape.num_layers * sum(d_in * d_out for d_in, d_out in shape.linear_shapes().values())
     per_element = {"nf4": NF4_BYTES, "int8": _INT8_BYTES, "none": float(width)}[model.quantization]
     if unpacked and model.quantization == "nf4":
@@ -132,100 +149,138 @@ def base_bytes(model: ModelRecipe, shape: CatalogModel, *, unpacked: bool = Fals
 
 def _static(recipe: Recipe, shape: CatalogModel) -> dict[str, int]:
     """What is there from the first step to the last."""
-    width = _width(recipe.model.dtype)
+    width = recipe.model.dtype_bytes
     weights, tables = base_bytes(recipe.model, shape)
     adapter = recipe.adapter
     method = METHODS[adapter.method]
-    trained = count_parameters(shape, adapter).trainable_parameters
-    adapter_width = _width(adapter.dtype) if method.is_adapter else width
+    trained, frozen = count_parameters(shape, adapter).trainable_parameters, count_frozen(shape, adapter)
+    adapter_width = adapter.dtype_bytes if method.is_adapter else width
     has_masters = adapter.master_weights and adapter_width == 2
     gradient = 4 if has_masters else adapter_width
     moments = _OPTIMIZER_BYTES.get(recipe.training.optimizer, 8.0)
     return {
         "weights": weights,
         "embeddings_and_head": tables,
-        "adapter": trained * adapter_width if method.is_adapter else 0,
-        "gradients": trained * gradient,
+        "adapter": (trained + frozen) * adapter_width if method.is_adapter else 0,
+        "gradients": trained * gradient * (2 if method.costs.has_weight_penalty else 1),
         "optimizer": int(trained * (moments + (4 if has_masters else 0))),
     }
 
 
+def computation_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels) -> Computation:
+    """What the costs of the recipe's method depend on, beside shapes."""
+    adapter, method = recipe.adapter, METHODS[recipe.adapter.method]
+    width = adapter.dtype_bytes if method.is_adapter else recipe.model.dtype_bytes
+    has_dropout = "dropout" in method.uses and adapter.dropout > 0
+    shapes = shape.linear_shapes()
+    return Computation(
+        adapter=adapter,
+        shapes={kind: shapes[kind] for kind in method.targets(adapter) if kind in shapes},
+        width=width,
+        base_width=recipe.model.dtype_bytes,
+        # On CUDA a mask of PyTorch's is of bytes; on a CPU it is in the dtype of what it drops.
+        mask_width=0 if not has_dropout else 1 if kernels.is_cuda else width,
+        quantization=recipe.model.quantization,
+        is_cuda=kernels.is_cuda,
+        is_fused=kernels.is_fused and method.costs.has_fused_kernels,
+    )
+
+
 class _Layer:
-    """Bytes for each token of one decoder layer."""
+    """Bytes of one decoder layer: for each token, and however many there are."""
 
     def __init__(self, recipe: Recipe, shape: CatalogModel, kernels: Kernels) -> None:
         self.shape, self.kernels, self.recipe = shape, kernels, recipe
-        adapter = recipe.adapter
-        self.width = _width(recipe.model.dtype)
+        self.width = recipe.model.dtype_bytes
         self.norm_width = self.width if kernels.has_liger else 4  # Transformers' norm keeps an fp32 copy of its input
-        self.targets = set(METHODS[adapter.method].targets(adapter))
-        self.is_denselora = adapter.method.startswith("denselora")
-        self.is_fused = kernels.is_fused and self.is_denselora
-        has_dropout = "dropout" in METHODS[adapter.method].uses and adapter.dropout > 0
-        # On CUDA a mask of PyTorch's is of bytes; on a CPU it is in the dtype of what it drops. The fused kernels keep none.
-        self.adapter_width = _width(adapter.dtype) if METHODS[adapter.method].is_adapter else self.width
-        self.mask = 0 if self.is_fused or not has_dropout else 1 if kernels.is_cuda else self.adapter_width
-        largest = max(d_in * d_out for d_in, d_out in shape.linear_shapes().values())
-        self.dequantization_bytes = largest * self.width if recipe.model.quantization == "nf4" else 0
+        self.costs, self.computation = METHODS[recipe.adapter.method].costs, computation_of(recipe, shape, kernels)
+        adapted = [self.computation.shapes.keys() & group for group in SAME_INPUT]
+        self._first_group = next((index for index, kinds in enumerate(adapted) if kinds), 0)
+        copy = self.width * max(d_in * d_out for d_in, d_out in shape.linear_shapes().values())
+        quantization = recipe.model.quantization
+        # bitsandbytes unpacks a quantized weight in backward; on a CPU an 8-bit one in forward too.
+        self.unpacked_in_backward = 0 if quantization == "none" else copy
+        self._unpacked_in_forward = copy if quantization == "int8" and not kernels.is_cuda else 0
+        self._holds_inputs = quantization == "int8"
 
-    def saved(self, *, is_recomputed: bool = False, has_tiled_mlp: bool = False) -> float:
-        """What autograd keeps of one layer until its backward pass."""
-        shape, width = self.shape, self.width
-        norms = 2 * shape.hidden_size * self.norm_width
+    def saved(self, *, is_recomputed: bool = False, has_tiled_mlp: bool = False, is_first: bool = False) -> float:
+        """Bytes of a token that autograd keeps of one layer until its backward pass.
+
+        Args:
+            is_first: of the layer before which nothing is trained: it keeps nothing before its first adapted modules.
+        """
+        before = self._before_groups()
         if is_recomputed and self.kernels.has_liger:
-            norms -= shape.hidden_size * width  # the first one's input is the checkpoint
+            before[0] -= self.shape.hidden_size * self.width  # its input is the checkpoint
+        saved = sum(before[self._first_group + 1 :] if is_first else before)
+        saved += sum(self._group(group, is_recomputed=is_recomputed) for group in SAME_INPUT)
+        if has_tiled_mlp:
+            saved += self.width * self.shape.hidden_size - self.saved_in_mlp(is_recomputed=True)
+        return saved
+
+    def _before_groups(self) -> list[float]:
+        """What is kept of the operations before each group of modules: a norm, attention, a norm, the MLP's product."""
+        shape, width = self.shape, self.width
+        norm = shape.hidden_size * self.norm_width
         # Without a mask, q, k, v and the output; sdpa with one (padded rows) has k and v repeated for each head.
         repeated = shape.kv_size if self.recipe.training.packing else shape.q_size
         attention = width * (2 * shape.q_size + 2 * repeated) + 4 * shape.num_heads
-        adapters = self._adapters(self.targets - _IN_MLP)
-        mlp = width * shape.hidden_size if has_tiled_mlp else self.saved_in_mlp()
-        return norms + attention + adapters + mlp
-
-    def saved_in_mlp(self) -> float:
-        shape, width = self.shape, self.width
         # silu's input, its output, and what that is multiplied by; Liger computes the output again
         product = width * shape.intermediate_size * (2 if self.kernels.has_liger else 3)
-        return product + self._adapters(self.targets & _IN_MLP)
+        return [norm, attention, norm, product]
 
-    def _adapters(self, targets: set[str]) -> float:
-        shapes, total = self.shape.linear_shapes(), 0.0
-        for group in _SAME_INPUT:
-            adapted = [kind for kind in group if kind in targets]
-            if not adapted:
-                continue
-            total += self._input(shapes[adapted[0]][0], len(adapted))
-            total += sum(self._output(shapes[kind][1]) for kind in adapted)
-        return total
+    def saved_in_mlp(self, *, is_recomputed: bool = False) -> float:
+        return self._before_groups()[-1] + sum(self._group(group, is_recomputed=is_recomputed) for group in MLP_GROUPS)
 
-    def _input(self, d_in: int, num_readers: int) -> float:
-        """Of the input that one or more adapters read: itself, or what dropout has left of it, and the mask."""
-        method, width = self.recipe.adapter.method, self.adapter_width
-        if method == "red":
+    def _group(self, group: tuple[str, ...], *, is_recomputed: bool = False) -> float:
+        """Of modules that read the same input: of the input, and of what the adapted ones make of it."""
+        adapted = [self.computation.shapes[kind] for kind in group if kind in self.computation.shapes]
+        if not adapted:
             return 0.0
-        copies = num_readers if self.mask and not self.is_denselora else 1  # DenseLoRA's share one
-        kept = 0 if method in ("vera", "nora") else width  # what reads it is frozen
-        return d_in * (kept + self.mask) * copies
+        kept = self.costs.of_input(self.computation, adapted[0][0], len(adapted))
+        if self._holds_inputs and not is_recomputed and not self.computation.is_input_copied:
+            kept = 0.0  # the base holds it
+        return kept + sum(self.costs.of_module(self.computation, *shape).kept for shape in adapted)
 
-    def _output(self, d_out: int) -> float:
-        adapter, width = self.recipe.adapter, self.adapter_width
-        if self.is_denselora:
-            encodings = adapter.r * (3 * width + self.mask)  # before s, after it, mixed by M
-            has_activation = adapter.method != "denselora-only-matrix" and adapter.activation != "none"
-            return encodings + (0 if self.is_fused else d_out * ((width if has_activation else 0) + self.mask))
-        # DoRA scales the sum of base and adapter, VeRA and RED what they add or change, output by output.
-        outputs = {"dora": 2, "vera": 2, "red": 1}.get(adapter.method, 0)
-        return width * (d_out * outputs + (0 if adapter.method in ("red", "full") else adapter.r))
+    def held(self, *, is_first: bool = False) -> float:
+        """Bytes of a token that the frozen modules of one layer hold until the step's backward pass has ended.
+
+        bitsandbytes' 8-bit product keeps its input beside autograd, even of a layer that is recomputed (0.50).
+        """
+        shapes = self.shape.linear_shapes()
+        groups = SAME_INPUT[self._first_group :] if is_first else SAME_INPUT
+        return self.width * sum(shapes[group[0]][0] for group in groups) if self._holds_inputs else 0.0
+
+    def _weight_costs(self) -> list[WeightCosts]:
+        return [self.costs.of_module(self.computation, *shape).weights for shape in self.computation.shapes.values()]
+
+    def saved_weights(self) -> float:
+        """Bytes that autograd keeps of one layer however many tokens there are."""
+        return sum(weights.kept for weights in self._weight_costs())
+
+    def passing_weights(self) -> tuple[float, float]:
+        """Bytes as large as weights that exist while one module computes, at most: in forward, and in backward."""
+        of_modules = self._weight_costs()
+        forward = max((weights.in_forward for weights in of_modules), default=0)
+        return max(self._unpacked_in_forward, forward), max((weights.in_backward for weights in of_modules), default=0)
 
     def freed_at_product(self) -> float:
         """What of a layer is free by the time that backward has reached the product in the MLP: down_proj's."""
-        return self._adapters(self.targets & {"down_proj"})
+        return self._group(MLP_GROUPS[1])
 
     def passing(self) -> float:
         """Gradients and what is computed beside them while backward runs through an MLP, at most; measured, not derived."""
         hidden, wide = self.width * self.shape.hidden_size, self.width * self.shape.intermediate_size
-        if self.is_fused or not self.mask:
-            return 2.0 * wide + (hidden if self.is_fused else 0)
-        return max(2.0 * wide, 1.25 * wide + 4.0 * hidden)
+        of_modules = [self.costs.of_module(self.computation, *shape) for shape in self.computation.shapes.values()]
+        beside = max((module.in_backward for module in of_modules), default=0)
+        if self.computation.is_fused or not self.computation.mask_width:
+            return 2.0 * wide + (hidden if self.computation.is_fused else 0) + beside
+        return max(2.0 * wide, 1.25 * wide + 4.0 * hidden) + beside
+
+    def passing_product(self) -> float:
+        """The same, through the MLP's product: its gradient and those of its factors."""
+        hidden, wide = self.width * self.shape.hidden_size, self.width * self.shape.intermediate_size
+        return max(0.0, 3.0 * wide + hidden - self.freed_at_product())
 
     def passing_norm(self) -> float:
         """The same, through a norm: Transformers' computes in fp32, one operation after the other."""
@@ -242,8 +297,3 @@ class _Layer:
         if not self.kernels.is_cuda:
             return gradients
         return gradients + 4 * shape.q_size + (0 if shape.kv_size == shape.q_size else 2 * width * shape.q_size)
-
-
-def _width(dtype: str) -> int:
-    """Bytes of an element."""
-    return 4 if dtype == "float32" else 2

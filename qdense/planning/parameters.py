@@ -32,14 +32,8 @@ class ParameterCount:
 def count_parameters(model: str | CatalogModel, adapter: AdapterRecipe) -> ParameterCount:
     """Count for a model, given its shapes or a name of it. Raises ModelError where the name tells no shapes."""
     entry = model_shape(model) if isinstance(model, str) else model
-    shapes = entry.linear_shapes()
     method = METHODS[adapter.method]
-    targets = method.targets(adapter)
-    unknown = [name for name in targets if name not in shapes]
-    if unknown:
-        raise ModelError(f"{entry.name}: has no module {unknown[0]}{did_you_mean(unknown[0], shapes)}")
-    chosen = {name: shapes[name] for name in shapes if name in targets}
-    by_module = method.count_parameters(adapter, chosen, entry.num_layers)
+    by_module = method.count_parameters(adapter, _adapted_shapes(entry, adapter), entry.num_layers)
     trainable = sum(by_module.values())
     added = trainable if method.is_adapter else 0
     return ParameterCount(
@@ -51,3 +45,17 @@ def count_parameters(model: str | CatalogModel, adapter: AdapterRecipe) -> Param
         percent=100 * trainable / (entry.num_parameters + added),
         by_module=by_module,
     )
+
+
+def count_frozen(shape: CatalogModel, adapter: AdapterRecipe) -> int:
+    """Elements that the adapter holds and does not train. Raises ModelError for target modules that the model lacks."""
+    chosen = _adapted_shapes(shape, adapter)
+    return METHODS[adapter.method].costs.frozen_parameters(adapter, chosen, shape.num_layers) if chosen else 0
+
+
+def _adapted_shapes(entry: CatalogModel, adapter: AdapterRecipe) -> dict[str, tuple[int, int]]:
+    shapes, targets = entry.linear_shapes(), METHODS[adapter.method].targets(adapter)
+    unknown = [name for name in targets if name not in shapes]
+    if unknown:
+        raise ModelError(f"{entry.name}: has no module {unknown[0]}{did_you_mean(unknown[0], shapes)}")
+    return {name: shapes[name] for name in shapes if name in targets}

@@ -156,7 +156,7 @@ def make_plan(recipe: Recipe, shape: CatalogModel, machine: Machine, choice: Cho
         for name, card in cards.items()
         if machine.kernels.is_cuda
     }
-    checkpoint_width = shape.hidden_size * (4 if recipe.model.dtype == "float32" else 2)
+    checkpoint_width = shape.hidden_size * recipe.model.dtype_bytes
     plan = Plan(machine, choice, memory, recipe.data.max_length, shape.num_layers, checkpoint_width, speeds)
     return plan if plan.fits else replace(plan, remedies=tuple(_remedies(recipe, shape, machine)))
 

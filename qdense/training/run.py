@@ -17,22 +17,22 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from qdense.benchmarks.tasks import TASKS
 from qdense.cache import appearing_folder, require_free_space, write_atomically
 from qdense.catalogs.datasets import TRAINING_SETS
-from qdense.data.contamination import overlaps
+from qdense.data.contamination import local_overlaps
 from qdense.data.examples import Encoded, Example, collate, encode_rows, split_rows
-from qdense.data.sources import DataSet, load_training_set, local_test_set
-from qdense.device import choose_device, device_name, memory_total, peak_memory
-from qdense.errors import QDenseError, RunError, RunStopped
+from qdense.data.sources import DataSet, load_training_set
+from qdense.device import choose_device, device_description, memory_total, peak_memory
+from qdense.errors import RunError, RunStopped
 from qdense.events import Emit, Notice, TrainingDone, TrainingStarted, ignore
 from qdense.methods import METHODS
 from qdense.modeling.adapter_files import AdapterCard, save_adapter, save_trainable
 from qdense.modeling.attach import attach_adapter, trainable_parameters
 from qdense.modeling.liger import use_liger
 from qdense.modeling.load import BaseModel, load_base
+from qdense.modeling.locate import fetched_shape
 from qdense.ops.kernels import use_kernels
-from qdense.planning.machine import fetched_shape, slow_kernels, this_machine
+from qdense.planning.machine import slow_kernels, this_machine
 from qdense.planning.memory import Choice
 from qdense.planning.plan import Plan, make_plan
 from qdense.provenance import git_hash, package_versions
@@ -164,7 +164,7 @@ def _record(run: RunFolder, prepared: _Prepared, *, is_new: bool) -> None:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": device_name(base.device),
+        "device": device_description(base.device),
         "git_hash": git_hash(),
         "versions": package_versions(),
         "data": {"origin": data.origin, "sha256": data.checksum, "num_rows": len(data.rows)},
@@ -334,18 +334,10 @@ def _num_steps(recipe: Recipe, num_examples: int, emit: Emit) -> int:
 
 def _warn_of_test_items(name: str, data: DataSet, data_dir: Path | None, emit: Emit) -> None:
     """Say which benchmarks the training set holds items of, as far as their test files are here: nothing is downloaded."""
-    tests, faults = {}, []
-    for task in TASKS.values():
-        try:
-            test = local_test_set(task.file, data_dir)
-        except (QDenseError, OSError) as error:  # no reason not to train
-            faults.append(str(error))
-            continue
-        if test is not None:
-            tests[task.name] = test
+    found, faults = local_overlaps(data, data_dir)
     held = [
         f"{task} ({overlap.num_exact:,} exact, {overlap.num_near:,} near of {overlap.num_items:,})"
-        for task, overlap in overlaps(data, tests).items()
+        for task, overlap in found.items()
         if overlap.matches
     ]
     if held:
@@ -356,7 +348,7 @@ def _warn_of_test_items(name: str, data: DataSet, data_dir: Path | None, emit: E
                 "warning",
             )
         )
-    for fault in dict.fromkeys(faults):
+    for fault in faults:
         emit(Notice(f"not looked for in the training set: {fault}", "warning"))
 
 
@@ -401,7 +393,7 @@ def _facts(
     modules = ", ".join(name.removesuffix("_proj") for name in method.targets(adapter))
     epochs = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.epochs:g} epochs"
     return (
-        ("base", f"{recipe.model.name} ({recipe.model.quantization}, {recipe.model.dtype}) on {device_name(base.device)}"),
+        ("base", f"{recipe.model.name} ({recipe.model.quantization}, {recipe.model.dtype}) on {device_description(base.device)}"),
         ("adapter", f"{adapter.method}{settings_of_adapter} on {modules}"),
         ("trainable", f"{num_trainable:,} parameters, {share:.3g}% of the model, {dtype}"),
         ("data", f"{recipe.data.path or recipe.data.name}: {len(training.examples):,} rows"

@@ -1,6 +1,6 @@
 """What our PEFT tuners share: where they adapt, a linear layer that carries adapters, and the tuner that puts it in place.
 
-Written against peft 0.21.
+Which of PEFT's methods it overrides, and what breaks without that: qdense/compat/peft.py.
 """
 
 from __future__ import annotations
@@ -11,15 +11,11 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-from peft.utils.quantization_utils import resolve_quantization_backend
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from qdense.catalogs.models import PAPER_TARGET_MODULES
-
-# Decoders of Transformers whose linear layers have LLaMA's names.
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3")
+from qdense.catalogs.families import LLAMA_NAMED, PAPER_TARGET_MODULES
+from qdense.compat.peft import adapters_to_merge, holds_tensors_by_adapter, quantization_backend
 
 
 @dataclass
@@ -66,11 +62,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         linear = self.get_base_layer()
-        self.quantization_backend = resolve_quantization_backend(linear)
+        self.quantization_backend = quantization_backend(linear)
         assert isinstance(linear, nn.Linear)  # bitsandbytes' 4-bit and 8-bit layers are subclasses of it
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.merged_adapters: list[str] = []
-        self._disable_adapters = False
 
     def read(self, adapter: str, x: Tensor) -> tuple[Tensor, Any]:
         """What `adapter` takes of the layer's input `x` (..., d_in), after the input that the frozen layer is to read."""
@@ -97,7 +92,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """Parameters and buffers of `adapter` in this layer."""
         for name in self.adapter_layer_names + self.other_param_names:
             container = getattr(self, name)
-            if isinstance(container, nn.ParameterDict | BufferDict) and adapter in container:
+            if holds_tensors_by_adapter(container) and adapter in container:
                 yield container[adapter]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -120,7 +115,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters to the weight, in fp32 and rounded once. The tuner has checked that they can be merged."""
-        for adapter in check_adapters_to_merge(self, adapter_names):
+        for adapter in adapters_to_merge(self, adapter_names):
             if self.has_adapter(adapter):
                 self._add_to_weight(self.get_delta_weight(adapter), check_finite=safe_merge)
                 self.merged_adapters.append(adapter)
@@ -147,7 +142,7 @@ class LinearTuner(BaseTuner):
     method_name: str
     tuner_layer_cls: type[AdaptedLinear]
     target_module_mapping = {  # noqa: RUF012  (PEFT's own name and type)
-        model_type: list(PAPER_TARGET_MODULES) for model_type in LLAMA_LIKE
+        model_type: list(PAPER_TARGET_MODULES) for model_type in LLAMA_NAMED
     }
 
     def update_layer(self, layer: Any, adapter_name: str, config: Any, kind: str, key: str) -> None:
@@ -174,7 +169,7 @@ class LinearTuner(BaseTuner):
                 f"target_modules ({peft_config.target_modules})."
             )
         layer = self.tuner_layer_cls(target)
-        layer._active_adapter = adapter_name
+        layer.set_adapter(adapter_name)
         self.update_layer(layer, adapter_name, peft_config, target_name, current_key)
         self._replace_module(parent, target_name, layer, target)
 

@@ -30,12 +30,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
+from qdense.compat.peft import PeftTypeName, buffers_by_adapter, cast_input, is_targeted, register
 from qdense.tuners.base import AdaptedLinear, LinearTuner, LinearTunerConfig
-from qdense.tuners.registry import PeftTypeName, register
 
 NORA = PeftTypeName("NORA")
 SPLITS = ("both", "left", "right")
@@ -207,8 +205,8 @@ class NoraLinear(AdaptedLinear):
         super().__init__(base_layer)
         self.nora_inner_a = nn.ParameterDict({})
         self.nora_inner_b = nn.ParameterDict({})
-        self.nora_outer_a = BufferDict({}, persistent=True)
-        self.nora_outer_b = BufferDict({}, persistent=True)
+        self.nora_outer_a = buffers_by_adapter()
+        self.nora_outer_b = buffers_by_adapter()
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
 
@@ -249,7 +247,7 @@ class NoraLinear(AdaptedLinear):
     def adapt(self, adapter: str, taken: Tensor, output: Tensor) -> Tensor:
         outer_a = self.nora_outer_a[adapter]
         delta = nora_delta(
-            F.dropout(self._cast_input_dtype(taken, outer_a.dtype), self.dropout[adapter], self.training),
+            F.dropout(cast_input(self, taken, outer_a.dtype), self.dropout[adapter], self.training),
             outer_a,
             self.nora_inner_a[adapter],
             self.nora_inner_b[adapter],
@@ -280,7 +278,7 @@ class NoraModel(LinearTuner):
         targets = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and check_target_module_exists(config, name)
+            if isinstance(module, nn.Linear) and is_targeted(config, name)
         }
         if not targets:
             raise ValueError(

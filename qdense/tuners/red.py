@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qdense.tuners.base import LLAMA_LIKE, AdaptedLinear, LinearTuner, LinearTunerConfig
-from qdense.tuners.registry import PeftTypeName, register
+from qdense.catalogs.families import LLAMA_NAMED
+from qdense.compat.peft import PeftTypeName, cast_input, register
+from qdense.tuners.base import AdaptedLinear, LinearTuner, LinearTunerConfig
 
 RED = PeftTypeName("RED")
 
@@ -73,7 +74,7 @@ class RedLinear(AdaptedLinear):
 
     def adapt(self, adapter: str, taken: Tensor, output: Tensor) -> Tensor:
         scale, bias = self.red_scale[adapter], self.red_bias[adapter]
-        return red_output(self._cast_input_dtype(output, scale.dtype), scale, bias).to(output.dtype)
+        return red_output(cast_input(self, output, scale.dtype), scale, bias).to(output.dtype)
 
 
 class RedModel(LinearTuner):
@@ -82,7 +83,7 @@ class RedModel(LinearTuner):
     prefix = "red_"
     method_name = "RED"
     tuner_layer_cls = RedLinear
-    target_module_mapping = {model_type: ["down_proj"] for model_type in LLAMA_LIKE}  # noqa: RUF012  (PEFT's own type)
+    target_module_mapping = {model_type: ["down_proj"] for model_type in LLAMA_NAMED}  # noqa: RUF012  (PEFT's own type)
 
     def _refuse_unmergeable(self, adapter_names: list[str] | None) -> None:
         raise ValueError(

@@ -15,8 +15,8 @@ from qdense.cli import main
 from qdense.errors import QDenseError
 from qdense.modeling.load import load_base
 from qdense.recipe import ModelRecipe
+from tests.helpers.methods import TRAINED, bases_of, method_recipe
 from tests.helpers.runs import run
-from tests.methods.test_methods import TRAINED, bases_of, method_recipe
 
 
 def of(change, initial=None):
@@ -132,6 +132,8 @@ def test_updates_of_every_method(runs, method):
         "lora": ["A", "B"],
         "dora": ["A", "B", "magnitude"],
         "adalora": ["A", "B", "E"],
+        "hira": ["A", "B"],
+        "randlora": ["gamma", "lambda"],
         "full": ["W"],
     }
     if method in factors:
@@ -165,10 +167,19 @@ def test_adalora_is_compared_rank_by_rank(runs):
 
 def test_full_fine_tuning_is_measured_from_the_base(runs, tiny_model):
     base = load_base(ModelRecipe(name=str(tiny_model), quantization="none", device="cpu")).model
-    for update in load_updates(runs("full")).updates:
+    trained = load_file(runs("full") / "adapter" / "model.safetensors")
+    updates = load_updates(runs("full")).updates
+    kinds = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    assert {(update.layer, update.module) for update in updates} == {
+        (layer, kind) for layer in (0, 1) for kind in kinds
+    }
+    assert len(updates) == 2 * len(kinds)
+    for update in updates:
         part = "mlp" if update.module in ("up_proj", "down_proj") else "self_attn"
-        weight = base.get_submodule(f"model.layers.{update.layer}.{part}.{update.module}").weight
-        assert torch.equal(update.initial, weight.detach().float())
+        name = f"model.layers.{update.layer}.{part}.{update.module}.weight"
+        assert torch.equal(update.initial, base.get_parameter(name).detach().float())
+        assert torch.equal(update.final, trained[name].float())
+        assert not torch.equal(update.initial, update.final)
 
 
 # --- the command --------------------------------------------------------------------------------------------------------

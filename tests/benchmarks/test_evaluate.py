@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -21,6 +22,7 @@ from qdense.modeling.adapter_files import AdapterCard, load_adapter, save_adapte
 from qdense.modeling.attach import attach_adapter, trainable_parameters
 from qdense.modeling.load import load_base
 from qdense.recipe import AdapterRecipe, ModelRecipe
+from tests.helpers.memory import refuse_memory
 from tests.helpers.runs import recipe_for
 from tests.helpers.runs import run as train_run
 
@@ -197,7 +199,8 @@ def test_each_start_is_told_by_itself(finished_run, tmp_path, monkeypatch):
     path = Path(first["folder"]) / "wordproblems.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
     monkeypatch.setattr(completions_module, "git_hash", lambda: "second")
-    monkeypatch.setattr("qdense.modeling.load._has_memory_to_unpack", lambda *a: False)
+    scarce = psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: scarce)  # so the weights stay packed
     events = []
     second = evaluate(request, events.append)
     assert second["folder"] == first["folder"]
@@ -340,18 +343,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(tiny_model, tmp_path, 
     model = {"name": str(tiny_model), "quantization": "none", "dtype": "float32"}
     whole = lines_of(evaluate(request_for(None, model=model), ignore))
     shutil.rmtree(tmp_path / "runs")
-    from qdense.benchmarks import generation
-
-    forward = generation._Batch.forward
-    refused = []
-
-    def small(self, model, tokens):
-        if len(tokens) > 2:
-            refused.append(len(tokens))
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, model, tokens)
-
-    monkeypatch.setattr(generation._Batch, "forward", small)
+    refused = refuse_memory(monkeypatch, lambda model, input_ids: input_ids.shape[1] == 1 and len(input_ids) > 2)
     events = []
     summary = evaluate(request_for(None, model=model, batch_size=8), events.append)
     assert lines_of(summary) == whole

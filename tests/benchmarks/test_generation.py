@@ -2,13 +2,15 @@
 
 import itertools
 import math
+import random
 from dataclasses import replace
+from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig
 
-from qdense.benchmarks import generation
 from qdense.benchmarks.generation import DECODINGS, Prompt, generate, longest_first
 from qdense.errors import EvaluationError
 from qdense.modeling.load import load_base
@@ -83,19 +85,25 @@ def by_transformers(base, prompt, num_beams):
 def test_tokens_are_those_of_transformers_one_prompt_at_a_time(base, name, eos, monkeypatch):
     monkeypatch.setattr(base.model.generation_config, "eos_token_id", eos)
     wanted = prompts(60)
-    joins = []
-    monkeypatch.setattr(
-        generation, "_joined", lambda *pair, joined=generation._joined: (joins.append(1), joined(*pair))[1]
-    )
     expected = {(p.index, 0): by_transformers(base, p, DECODINGS[name].num_beams) for p in wanted}
     if eos is EOS:
         assert {finish for _, _, finish in expected.values()} == {"eos", "length"}  # both ways to end are seen
     assert len({num_tokens for _, num_tokens, _ in expected.values()}) > 8  # and ends at all lengths
     assert sum(len(set(text)) > 2 for text, _, _ in expected.values()) > 20  # and texts of several tokens
+    passes = []  # (rows, tokens of each) of every forward pass
+    handle = base.model.register_forward_pre_hook(
+        lambda _, arguments, named: passes.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
     for batch_size in (1, 3, 7, 16, 64):
         found = complete(base, wanted, DECODINGS[name], batch_size)
         assert {key: (c.completion, c.num_tokens, c.finish) for key, c in found.items()} == expected
-    assert len(joins) > 5  # places were filled while others went on
+    handle.remove()
+    joined = [
+        read
+        for (read, length), (rows, _) in itertools.pairwise(passes)
+        if length > 1 and rows > read * DECODINGS[name].num_beams
+    ]
+    assert len(joined) > 5  # places were filled while others went on
 
 
 def test_samples_depend_on_nothing_but_seed_item_and_number(base):
@@ -110,36 +118,41 @@ def test_samples_depend_on_nothing_but_seed_item_and_number(base):
     assert sum(other[key].completion != together[key].completion for key in other) > 12
 
 
-def test_samples_follow_the_models_probabilities(base):
+def tokens_drawn(base, model, wanted, decoding):
+    """One token for each prompt."""
+    token_of = {text: token for token, text in enumerate(base.tokenizer.texts)} | {"": 256}
+    found = generate(base, model, wanted, decoding, max_new_tokens=1, stop=(), batch_size=len(wanted))
+    return torch.tensor([token_of[completion.completion] for completion in found])
+
+
+def test_samples_follow_the_models_probabilities(base, monkeypatch):
     """One token, drawn 4,000 times, against the softmax of transformers' logits, cut off at top_p."""
+    monkeypatch.setattr(base.model.generation_config, "eos_token_id", 256)
     ids = prompts(1)[0].input_ids
     decoding = replace(DECODINGS["sample"], temperature=8.0, top_p=0.5)
-    wanted = [Prompt(0, sample, ids) for sample in range(4000)]
-    search = generation._Tokens(decoding, generation._Endings(base, (), 1))
-    search.take(wanted)
+    drawn = tokens_drawn(base, base.model, [Prompt(0, sample, ids) for sample in range(4000)], decoding)
+    counts = drawn.bincount(minlength=258)
     with torch.no_grad():
         logits = base.model(torch.tensor([ids])).logits[0, -1]
-    drawn = search._choose(logits.expand(4000, -1)).bincount(minlength=258)
     probabilities = torch.softmax(logits / decoding.temperature, dim=-1)
     order = probabilities.argsort(descending=True)
     kept = order[: int((probabilities[order].cumsum(0) < 0.5).sum()) + 1]
-    assert set(drawn.nonzero()[:, 0].tolist()) <= set(kept.tolist())
+    assert set(counts.nonzero()[:, 0].tolist()) <= set(kept.tolist())
     expected = probabilities[kept] / probabilities[kept].sum() * 4000
-    chi_squared = float((((drawn[kept] - expected) ** 2) / expected).sum())
+    chi_squared = float((((counts[kept] - expected) ** 2) / expected).sum())
     degrees = len(kept) - 1
     assert degrees > 5
     assert chi_squared < degrees + 4 * math.sqrt(2 * degrees)
 
 
-def test_a_draw_that_rounds_to_one_stays_within_top_p(base):
-    search = generation._Tokens(
-        replace(DECODINGS["sample"], temperature=1.0, top_p=0.5), generation._Endings(base, (), 1)
-    )
-    search.take(prompts(1))
-    search.generators = [type("Last", (), {"random": lambda self: 1 - 2**-53})()]
-    logits = torch.zeros(1, 1000)
-    logits[0, 700:] = 5.0
-    assert search._choose(logits).item() >= 700
+def test_a_draw_that_rounds_to_one_stays_within_top_p(base, monkeypatch):
+    monkeypatch.setattr(base.model.generation_config, "eos_token_id", 256)
+    monkeypatch.setattr(random, "Random", lambda seed: Namespace(random=lambda: 1 - 2**-53))
+    logits = torch.zeros(1, 1, 258)
+    logits[..., 100:200] = 5.0
+    decoding = replace(DECODINGS["sample"], temperature=1.0, top_p=0.5)
+    (token,) = tokens_drawn(base, lambda **_: Namespace(logits=logits), [Prompt(0, 0, [1, 2])], decoding)
+    assert 100 <= token < 200
 
 
 class Scripted:
@@ -207,71 +220,72 @@ def test_markers_end_in_any_kind_of_token(base, vocabulary, spelt):
             pieces = {i: text for text, i in vocabulary.items()}
             return "".join(pieces[i] for i in tokens).replace("\u2581", " ").replace("<0x3A>", ":")
 
-    model = type("Model", (), {"generation_config": type("Config", (), {"eos_token_id": None})})
-    endings = generation._Endings(replace(base, tokenizer=Pieces(), model=model), ("### Response:",), 9)
-    assert [endings.finish(spelt[: end + 1]) for end in range(len(spelt))] == [None] * (len(spelt) - 1) + ["stop"]
-    assert endings.completion(Prompt(0, 0, [1]), spelt, "stop").completion.strip() == "7"
+    model = Namespace(generation_config=Namespace(eos_token_id=None))
+    (found,) = generate(
+        replace(base, tokenizer=Pieces(), model=model), Scripted([[*spelt, *spelt]]), [Prompt(0, 0, [1, 0])],
+        DECODINGS["greedy"], max_new_tokens=9, stop=("### Response:",), batch_size=1,
+    )  # fmt: skip
+    assert (found.completion.strip(), found.finish, found.num_tokens) == ("7", "stop", len(spelt))
 
 
-def failing(function, number):
-    """`function`, out of memory at this call of it."""
-    calls = itertools.count(1)
+class RefusedMemory(TorchFunctionMode):
+    """Within it, memory runs out at one call of a function of torch: the call of that number whose arguments fit."""
 
-    def call(*args, **kwargs):
-        if next(calls) == number:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return function(*args, **kwargs)
+    def __init__(self, function, number=1, fits=lambda *arguments, **named: True):
+        super().__init__()
+        self.function, self.number, self.fits = function, number, fits
+        self.num_calls = 0
 
-    return call
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        named = named or {}
+        if function is self.function and self.fits(*arguments, **named):
+            self.num_calls += 1
+            if self.num_calls == self.number:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return function(*arguments, **named)
 
 
 @pytest.mark.parametrize("name", ["greedy", "beam4"])
 @pytest.mark.parametrize(
-    ("owner", "function"), [("", "_prefill"), ("", "_joined"), ("_Batch", "select"), ("_Layer", "place")]
+    ("function", "numbers"),
+    [
+        (torch.nn.functional.embedding, (1, 2, 30)),  # reading prompts, or one token more
+        (torch.cat, (2, 100)),  # prompts join those under way
+        (torch.nn.functional.pad, (1, 100)),  # the cache, or the mask, grows
+        (torch.Tensor.index_select, (1, 20)),  # sequences have ended: the others are kept
+    ],
 )
-def test_memory_that_runs_out_anywhere_loses_nothing(base, monkeypatch, name, owner, function):
+def test_memory_that_runs_out_anywhere_loses_nothing(base, name, function, numbers):
     wanted = prompts(30)
     whole = complete(base, wanted, DECODINGS[name], 4)
-    owner = getattr(generation, owner) if owner else generation
-    sizes = []
-    for number in (1, 2):
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, function, failing(getattr(owner, function), number))
+    for number in numbers:
+        sizes = []
+        with RefusedMemory(function, number):
             assert complete(base, wanted, DECODINGS[name], 4, smaller_batch=sizes.append) == whole
-    assert sizes == [2, 2]
+        assert sizes == [2]
 
 
-def test_memory_that_runs_out_when_a_sequence_ends_does_not_lose_it(base, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "function", "fits"),
+    [
+        # of a beam search: the tokens of the beams that go on cannot be put on the device
+        ("beam4", torch.tensor, lambda values, device=None, **_: device is not None and 4 <= len(values) < 8 * 4),
+        # of a greedy search: those of the rows that go on cannot be copied
+        (
+            "greedy",
+            torch.Tensor.__getitem__,
+            lambda values, rows: isinstance(rows, list) and values.dtype == torch.int64,
+        ),
+    ],
+)
+def test_memory_that_runs_out_when_a_sequence_ends_does_not_lose_it(base, name, function, fits):
     wanted = prompts(12)
-    whole = complete(base, wanted, DECODINGS["beam4"], 8)
+    whole = complete(base, wanted, DECODINGS[name], 8)
     sizes = []
-    with monkeypatch.context() as patch:
-        make = torch.tensor
-        refuse = failing(make, 6)
-        patch.setattr(generation.torch, "tensor", lambda *a, **k: (refuse if "device" in k else make)(*a, **k))
-        assert complete(base, wanted, DECODINGS["beam4"], 8, smaller_batch=sizes.append) == whole
+    with RefusedMemory(function, fits=fits) as refused:
+        assert complete(base, wanted, DECODINGS[name], 8, smaller_batch=sizes.append) == whole
+    assert refused.num_calls > 1
     assert sizes == [4]
-
-    class Chosen(list):  # of a greedy search: the rows that go on cannot be copied, once
-        tolist = list.copy
-
-        def __getitem__(self, rows):
-            Chosen.__getitem__ = lambda self, rows: torch.tensor(list(self))[rows]
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    whole = complete(base, wanted, DECODINGS["greedy"], 8)
-    choose, is_first = generation._Tokens._choose, [True]
-
-    def choose_once(self, logits):
-        chosen = choose(self, logits)
-        if is_first and any(token in self.endings.eos for token in chosen.tolist()):
-            is_first.clear()
-            return Chosen(chosen.tolist())
-        return chosen
-
-    monkeypatch.setattr(generation._Tokens, "_choose", choose_once)
-    assert complete(base, wanted, DECODINGS["greedy"], 8, smaller_batch=sizes.append) == whole
-    assert sizes == [4, 4]
 
 
 def test_places_are_filled_as_they_come_free(base, monkeypatch):
@@ -294,22 +308,23 @@ def test_places_are_filled_as_they_come_free(base, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
-def test_memory_that_does_not_do_for_one_sequence_is_told(base, monkeypatch, error):
-    def fail(*args, **kwargs):
+def test_memory_that_does_not_do_for_one_sequence_is_told(base, error):
+    def fail(**inputs):
         raise error
 
-    monkeypatch.setattr(generation, "_prefill", fail)
     sizes = []
     with pytest.raises(EvaluationError, match=r"out of memory with one sequence .* prompt of \d+ tokens"):
-        list(generate(base, base.model, prompts(5), DECODINGS["greedy"], max_new_tokens=4, stop=(), batch_size=5,
+        list(generate(base, fail, prompts(5), DECODINGS["greedy"], max_new_tokens=4, stop=(), batch_size=5,
                       smaller_batch=sizes.append))  # fmt: skip
     assert sizes == [2, 1]
 
 
-def test_other_runtime_errors_come_through(base, monkeypatch):
-    monkeypatch.setattr(generation, "_prefill", lambda *a: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
+def test_other_runtime_errors_come_through(base):
+    def fail(**inputs):
+        raise RuntimeError("shapes do not match")
+
     with pytest.raises(RuntimeError, match="shapes"):
-        list(generate(base, base.model, prompts(2), DECODINGS["greedy"], max_new_tokens=4, stop=(), batch_size=2))
+        list(generate(base, fail, prompts(2), DECODINGS["greedy"], max_new_tokens=4, stop=(), batch_size=2))
 
 
 def test_the_longest_prompt_comes_first():

@@ -23,7 +23,7 @@ from qdense.modeling.attach import attach_adapter
 from qdense.modeling.load import load_base
 from qdense.modeling.smollm2 import prepare_smollm2
 from qdense.recipe import AdapterRecipe, ModelRecipe
-from tests.benchmarks import test_scoring  # not from it: its tests would be collected here too
+from tests.helpers.completions import LETTERS, NUMBERS, OPTIONS, STORED, TRUTHS
 
 FIXTURES = ("multiarith", "singleeq", "mathqa", "siqa", "hellaswag", "arc-e", "obqa")
 
@@ -157,8 +157,8 @@ def test_the_command(fixtures, tmp_path, capsys):
     assert "wrote 2 tasks" in printed
     assert f"--include_path {tmp_path / 'out'} --tasks qdense_obqa,qdense_siqa" in printed
     for arguments, message in (
-        (["--template", "alpaca"], "--template: of exported tasks"),
-        (["--decoding", "greedy"], "--decoding: of exported tasks"),
+        (["--template", "alpaca"], "--template: only for exported tasks"),
+        (["--decoding", "greedy"], "--decoding: only for exported tasks"),
         (["--export", "lm-eval", ""], "name the folder"),
     ):
         assert main(["tasks", "obqa", *arguments]) == 2
@@ -175,16 +175,15 @@ def test_the_command(fixtures, tmp_path, capsys):
 # --- the rule, without a model ------------------------------------------------------------------------------------------------
 
 
-def awkward(*tests):
-    """The completions of test_scoring.py's tables."""
-    return [case[0] for test in tests for mark in test.pytestmark for case in mark.args[1]]
+def texts_of(table):
+    return [completion for completion, _, _ in table]
 
 
 AWKWARD = {
-    "gsm8k": (awkward(test_scoring.test_numbers), [str(n) for n in (576, 12, 0.75, 4, -3, 7, 110, 5, 13, 79, 1234.5)]),
-    "aqua": (awkward(test_scoring.test_letters), list("ABCDE")),
-    "piqa": (awkward(test_scoring.test_options), ["solution1", "solution2"]),
-    "boolq": (awkward(test_scoring.test_true_and_false), ["true", "false"]),
+    "gsm8k": (texts_of(NUMBERS), [str(n) for n in (576, 12, 0.75, 4, -3, 7, 110, 5, 13, 79, 1234.5)]),
+    "aqua": (texts_of(LETTERS), list("ABCDE")),
+    "piqa": (texts_of(OPTIONS), ["solution1", "solution2"]),
+    "boolq": (texts_of(TRUTHS), ["true", "false"]),
 }
 EDGES = [
     "8",
@@ -213,7 +212,7 @@ def test_awkward_completions(shared_data, tmp_path, name):
     assert {True, False} == set(found)
 
 
-@pytest.mark.parametrize("name", test_scoring.STORED)
+@pytest.mark.parametrize("name", STORED)
 def test_stored_completions_item_by_item(shared_data, tmp_path, name):
     exported(name, tmp_path, shared_data)
     task = manager(tmp_path).load(f"qdense_{name}")["tasks"][f"qdense_{name}"]
@@ -224,7 +223,7 @@ def test_stored_completions_item_by_item(shared_data, tmp_path, name):
         found = score(task, list(task.eval_docs), texts)
         assert found == paper(name, [row["answer"] for row in rows], texts)
         if shift == 0:
-            assert sum(found) == test_scoring.STORED[name][0]
+            assert sum(found) == STORED[name][0]
         elif name != "mawps":  # its `output` is empty
             assert 0 < sum(found) < len(found)
 
@@ -247,7 +246,7 @@ def test_a_group_is_the_plain_mean_of_its_tasks(shared_data, tmp_path):
     results = simple_evaluate(Stored(), tasks=[name], task_manager=manager(tmp_path), bootstrap_iters=0)
     accuracies = {}
     for task in GROUPS["math"]:
-        num_correct, _, num_items = test_scoring.STORED[task]
+        num_correct, _, num_items = STORED[task]
         accuracies[task] = results["results"][f"qdense_{task}"]["exact_match,paper"]
         assert accuracies[task] == pytest.approx(num_correct / num_items)
     group = results["groups"]["qdense_math"]["exact_match,paper"]
@@ -272,6 +271,7 @@ def adapter(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_the_harness_gets_the_same_completions_and_scores(adapter, shared_data, tmp_path, monkeypatch):
     from lm_eval import simple_evaluate
@@ -323,6 +323,7 @@ def completions(summary, name):
     return {record["index"]: record["completion"] for record in map(json.loads, lines)}
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_the_harness_command_loads_a_denselora_adapter(adapter, tmp_path):
     """What `qdense tasks --export` tells a user to type. By itself the harness ends in KeyError: 'DENSELORA'."""

@@ -17,7 +17,7 @@ from qdense.comparison.evaluations import load_evaluation
 from qdense.comparison.published import PUBLISHED, UNCERTAIN, WORKED_BACK, published_models, published_rows
 from qdense.comparison.statistics import bootstrap_interval
 from qdense.errors import EvaluationError
-from qdense.ui import show_comparison
+from qdense.ui.comparison import show_comparison
 from tests.helpers.evaluations import recipe_tables, write_evaluation
 
 # A run right on 12 of 20 items, and one right on 7 more of them and wrong on 0 of its: McNemar 2 / 2^7.
@@ -515,7 +515,7 @@ def test_published_rows_need_no_run(capsys):
 def test_mistakes_on_the_command_line(tmp_path, capsys):
     published = ["compare", "--published", "llama3-8b", "--output"]
     assert main([*published, str(tmp_path / "o.xlsx")]) == 2
-    assert "its ending must be one of .json, .csv, .md, .txt, or name a --format" in capsys.readouterr().err
+    assert "its suffix must be one of .json, .csv, .md, .txt, or name a --format" in capsys.readouterr().err
     (tmp_path / "file").touch()
     long = tmp_path / ("n" * 300 + ".md")
     for place, named in ((tmp_path / "file" / "o.md", tmp_path / "file"), (long, long), (tmp_path, tmp_path)):

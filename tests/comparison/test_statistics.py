@@ -175,7 +175,7 @@ def test_the_bootstrap_repeats_itself_and_does_not_depend_on_its_blocks(monkeypa
     whole = bootstrap_interval(tasks)
     assert whole == bootstrap_interval(tasks)
     assert whole != bootstrap_interval(tasks, seed=1)
-    monkeypatch.setattr(statistics, "_DRAWS_AT_A_TIME", 1000)
+    monkeypatch.setattr(statistics, "DRAWS_AT_A_TIME", 1000)
     assert bootstrap_interval(tasks) == whole
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from qdense.benchmarks.tasks import TASKS
 from qdense.cache import cache_dir
-from qdense.catalogs.datasets import TRAINING_SETS, UpstreamFile
+from qdense.catalogs.datasets import TEST_SETS, TRAINING_SETS, UpstreamFile
 from qdense.cli import main
 from qdense.data import contamination, sources, wordproblems
-from qdense.data.contamination import EXACT, OTHER_NUMBERS, SAME_NUMBERS, check, overlaps, words
+from qdense.data.contamination import EXACT, OTHER_NUMBERS, SAME_NUMBERS, check, local_overlaps, overlaps, words
 from qdense.data.download import git_blob_id
 from qdense.data.rows import Row, read_rows
 from qdense.data.sources import DataSet, local_test_set
@@ -243,7 +243,7 @@ def slow_check(training, test):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_against_the_slow_reference(seed, monkeypatch):
-    monkeypatch.setattr(contamination, "_MAX_JOINED", 300)  # many parts
+    monkeypatch.setattr(contamination, "MAX_JOINED", 300)  # many parts
     generator = random.Random(seed)
     vocabulary = [*"abcdefgh", "3", "4", "5.5", "12"][: 6 + seed % 7]
     frame = "please tell me now" if seed % 2 else ""
@@ -436,6 +436,36 @@ def test_mistakes_end_with_status_2(arguments, message, capsys):
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.out == ""
+
+
+# --- against all test sets that are here -----------------------------------------------------------------------------------
+
+
+def test_all_local_test_sets_are_looked_through(data_dir, no_download):
+    training = DataSet(read_rows(data_dir / TRAINING_SETS["math10k"].path), "train")
+    found, faults = local_overlaps(training, data_dir)
+    assert faults == []
+    assert {name: (overlap.num_exact, overlap.num_near, overlap.num_items) for name, overlap in found.items()} == {
+        "addsub": (1, 1, 3),
+        "svamp": (0, 0, 1),
+        "wordproblems": (0, 0, TASKS["wordproblems"].num_items),
+    }
+
+
+def test_test_sets_that_cannot_be_read_are_told_once_each(data_dir, tmp_path, no_download):
+    training = DataSet(rows(STORY.format(1, 2)), "train")
+    (data_dir / TASKS["svamp"].file.path).write_text("[{")
+    found, (fault,) = local_overlaps(training, data_dir)
+    assert "SVAMP" in fault
+    assert "not valid JSON" in fault
+    assert set(found) == {"addsub", "wordproblems"}
+    found, faults = local_overlaps(training, tmp_path / "nowhere")
+    assert faults == [f"{tmp_path / 'nowhere'}: no such data folder (given by --data-dir or QDENSE_DATA)"]
+    assert set(found) == {"wordproblems"}
+
+
+def test_every_benchmark_has_its_test_set_and_no_other():
+    assert {name: task.file for name, task in TASKS.items()} == TEST_SETS
 
 
 # --- at the start of training -----------------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def test_word_problems_are_true_and_test_is_disjoint_from_training():
             assert int(result) >= 0
             pairs.setdefault(name, set()).add(tuple(sorted(numbers)))
             skeleton = re.sub(r"\d+", "#", row.instruction)
-            for word in (*wordproblems._NAMES, *wordproblems._THINGS):
+            for word in (*wordproblems.NAMES, *wordproblems.THINGS):
                 skeleton = re.sub(rf"\b{word}\b", "@", skeleton)
             skeletons.setdefault(name, set()).add(skeleton)
     assert not pairs["training"] & pairs["test"]
@@ -242,9 +242,9 @@ def test_too_few_rows_say_so():
 # --- tokens -----------------------------------------------------------------------------------------------------------------
 
 
-def encoded(rows, **settings):
+def encoded(rows, tokenizer=None, **settings):
     settings = {"template": "alpaca", "max_length": 512, "train_on": "all"} | settings
-    return encode_rows(rows, range(len(rows)), make_tokenizer(), SimpleNamespace(**settings))
+    return encode_rows(rows, range(len(rows)), tokenizer or make_tokenizer(), SimpleNamespace(**settings))
 
 
 def test_whole_rows_end_in_eos_and_count_in_full():
@@ -256,6 +256,19 @@ def test_whole_rows_end_in_eos_and_count_in_full():
     assert ids[-1] == 256
     assert np.array_equal(result.examples[0].labels, ids)
     assert (result.num_truncated, result.num_without_answer, result.num_dropped) == (0, 0, 0)
+
+
+def test_a_tokenizer_that_appends_eos_itself_gives_one():
+    from tokenizers.processors import TemplateProcessing
+
+    own = make_tokenizer()
+    own.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 256)])
+    assert own("a")["input_ids"][-1] == 256
+    row = Row("Add 1 and 1.", "", "It is 2.")
+    for train_on in ("all", "response"):
+        (found,), (expected,) = (encoded([row], t, train_on=train_on).examples for t in (own, None))
+        assert found.input_ids.tolist() == expected.input_ids.tolist()
+        assert found.labels.tolist() == expected.labels.tolist()
 
 
 def test_loss_on_the_response_leaves_the_prompt_out_to_the_token():

@@ -1,48 +1,37 @@
 """Every method through a whole run: it learns, resumes exactly, is saved, loaded, scored; and is refused where it cannot work."""
 
+import ast
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
+import psutil
 import pytest
 import safetensors.torch
 import torch
 
+import qdense
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
 from qdense.benchmarks.generation import DECODINGS
 from qdense.benchmarks.tasks import TASKS
 from qdense.cli import main
 from qdense.errors import EvaluationError, QDenseError, RecipeError
 from qdense.events import CheckpointSaved, Notice, StepDone
-from qdense.methods import METHODS
+from qdense.methods import METHODS, PEFT_TYPES, Method, method_of, sizes_in
 from qdense.methods.adalora import final_ranks
+from qdense.methods.costs import Costs, ModuleCosts, WeightCosts
 from qdense.modeling import merge as merge_module
 from qdense.modeling.adapter_files import load_adapter, read_card
-from qdense.modeling.attach import adapter_tensors, attach_adapter
+from qdense.modeling.attach import adapter_tensors, attach_adapter, trainable_parameters
 from qdense.modeling.load import load_base
 from qdense.recipe import AdapterRecipe, ModelRecipe
 from qdense.training import run as run_module
 from qdense.training.metrics import read_metrics
+from tests.helpers.methods import TRAINED, bases_of, method_recipe
 from tests.helpers.runs import recipe_for, run
 
-TRAINED = [name for name in METHODS if name != "none"]
 IDS = torch.arange(40).reshape(2, 20)
-
-
-def bases_of(method):
-    return [quantization for quantization in METHODS[method].quantizations if quantization != "int8"]
-
-
-def method_recipe(tiny_model, output, method, quantization, **changes):
-    return recipe_for(
-        tiny_model,
-        output,
-        quantization=quantization,
-        adapter__method=method,
-        training__optimizer="adamw_torch",
-        **changes,
-    )
 
 
 def logits_of(model):
@@ -117,7 +106,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny_model, tmp_path, method, mo
     assert timeless[0] == timeless[1]
 
 
-@pytest.mark.parametrize("method", ["adalora", "full", "lokr", "denselora-freeze"])
+@pytest.mark.parametrize("method", ["adalora", "full", "lokr", "denselora-freeze", "hira", "randlora"])
 def test_it_is_scored(tiny_model, tmp_path, method, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(method_recipe(tiny_model, tmp_path / "run", method, bases_of(method)[0], training__max_steps=3))
@@ -134,6 +123,83 @@ def test_it_is_scored(tiny_model, tmp_path, method, monkeypatch):
     if method == "full":
         with pytest.raises(EvaluationError, match=r"--with-base: .* is a whole model \(full\)"):
             evaluate(replace(request, with_base=True), lambda event: None)
+
+
+# --- what a method must say of itself ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["costs", "quantizations", "peft_type", "sizes", "reads_base_weights", "factors"])
+def test_a_method_that_is_silent_is_refused(name):
+    """None is taken for LoRA's."""
+    stated = {field.name: getattr(METHODS["lora"], field.name) for field in fields(Method)}
+    Method(**stated)
+    del stated[name]
+    with pytest.raises(TypeError, match=f"missing .*'{name}'"):
+        Method(**stated)
+
+
+@pytest.mark.parametrize("costs", [Costs, ModuleCosts, WeightCosts])
+def test_costs_that_are_silent_are_refused(costs):
+    optional = {"has_fused_kernels", "has_weight_penalty"}
+    for field in fields(costs):
+        stated = {other.name: 0 for other in fields(costs) if other is not field}
+        if field.name not in optional:
+            with pytest.raises(TypeError, match=f"missing .*'{field.name}'"):
+                costs(**stated)
+
+
+@pytest.mark.parametrize("package", ["planning", "modeling", "analysis", "comparison"])
+def test_nothing_is_decided_by_a_method_s_name(package):
+    """No text in their code is a method's name; but "none" is a quantization too."""
+    files = list((Path(qdense.__file__).parent / package).rglob("*.py"))
+    assert files
+    for file in files:
+        texts = {node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)}
+        assert not texts & (METHODS.keys() - {"none"}), file
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].is_adapter])
+def test_what_peft_is_told_is_recognized(tiny_model, tmp_path, method):
+    """By its configuration as it is saved, whatever a card says; and analysis has a name for each trained tensor."""
+    recipe = method_recipe(tiny_model, tmp_path, method, "none")
+    model = attach_adapter(load_base(recipe.model), recipe.adapter, 10)
+    model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert method_of(config) is METHODS[method]
+    assert config["peft_type"] in PEFT_TYPES
+    assert all(isinstance(config[key], int) for key in METHODS[method].sizes)
+    names = {name.removesuffix(".weight").removesuffix(".default") for name, _ in trainable_parameters(model)}
+    assert {name.rpartition(".")[2] for name in names} <= METHODS[method].factors.keys()
+
+
+def test_adapters_of_no_method_here_are_taken_with_care():
+    assert method_of({"peft_type": "LOHA"}) is None
+    assert "LOHA" in PEFT_TYPES
+    assert "r" in sizes_in({"peft_type": "LOHA"})
+
+
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if "nf4" in METHODS[name].quantizations and name != "none"]
+)
+def test_scored_on_a_packed_base_it_says_what_it_said_in_training(tiny_model, tmp_path, method, monkeypatch):
+    """Where memory is short, an evaluation leaves NF4 packed; a CPU with AVX512-BF16 then repacks what nobody reads."""
+    recipe = method_recipe(tiny_model, tmp_path / "run", method, "nf4", training__learning_rate=0.05)
+    run(recipe)
+    folder = tmp_path / "run" / "adapter"
+    wanted = logits_of(load_adapter(load_base(recipe.model), folder, read_card(folder)))
+    memory = type("Memory", (), {"available": 1000})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    base = load_base(recipe.model, for_training=False)
+    assert base.stored_as == "nf4"
+    linear = base.model.model.layers[0].mlp.up_proj
+    could_repack = linear.support_avx512bf16_for_cpu
+    linear.support_avx512bf16_for_cpu = True  # on any CPU: what decides is looked at, not run
+    loaded = load_adapter(base, folder, read_card(folder))
+    reads_weights = method in ("dora", "hira")
+    assert linear.support_avx512bf16_for_cpu is not reads_weights
+    linear.support_avx512bf16_for_cpu &= could_repack
+    found = logits_of(loaded)
+    assert torch.equal(found, wanted) if reads_weights else (found - wanted).norm() < 0.05 * wanted.norm()
 
 
 # --- one recipe for all -----------------------------------------------------------------------------------------------
@@ -169,6 +235,12 @@ def test_settings_of_a_method_are_checked_like_all_else(tiny_model, tmp_path):
     ("changes", "message"),
     [
         ({"adapter__method": "full"}, r'model.quantization = "nf4" .*method full needs "none": weights of 4 or 8 bits'),
+        ({"quantization": "int8", "adapter__method": "hira"}, r'method hira needs "nf4" or "none": PEFT\'s HiRA'),
+        ({"quantization": "int8", "adapter__method": "dora"}, r'method dora needs "nf4" or "none": PEFT\'s DoRA'),
+        (
+            {"quantization": "int8", "adapter__method": "adalora"},
+            r'method adalora needs "nf4" or "none": PEFT\'s AdaLoRA',
+        ),
         ({"adapter__activation": "relu"}, r'needs adapter.zero_init = "none": ReLU has zero slope at 0'),
         ({"adapter__method": "densloRA"}, "unknown method"),
     ],
@@ -287,7 +359,7 @@ def test_what_is_shared(tiny_model, tmp_path, sharing, num_pairs):
 # --- merging ----------------------------------------------------------------------------------------------------------
 
 
-MERGEABLE = ["denselora-only-matrix", "lora", "dora", "adalora", "vera", "lokr", "nora"]
+MERGEABLE = ["denselora-only-matrix", "lora", "dora", "adalora", "hira", "vera", "randlora", "lokr", "nora"]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from types import SimpleNamespace as Namespace
 
@@ -17,8 +18,7 @@ from qdense.modeling.loss import without_logits
 from qdense.modeling.packing import packed_attention, why_not_packed
 from qdense.ops.cross_entropy import IGNORED
 from qdense.recipe import ModelRecipe
-from qdense.training import loop as loop_module
-from qdense.training.loop import TrainingLoop
+from tests.helpers.memory import refuse_memory
 from tests.helpers.packed import arguments, example, examples_of
 from tests.helpers.runs import adapter_bytes, recipe_for, run
 
@@ -86,7 +86,7 @@ def test_no_row_sees_another(base):
     with torch.no_grad(), packed_attention(base.model):
         one, two = (base.model(**arguments(join([e, second])), use_cache=False).logits[0, 12:] for e in (first, other))
     assert torch.equal(one, two)
-    assert base.model.config._attn_implementation == "sdpa"
+    base.model(input_ids=torch.tensor([[1, 2]]))  # which the attention of packed rows would refuse
 
 
 def test_a_mask_is_refused_and_so_are_models_with_more_than_causal_attention(base):
@@ -120,30 +120,25 @@ def test_packing_does_not_change_training(tiny_model, tmp_path, checkpointing):
     assert tokens[0] == tokens[1]
 
 
-def test_models_that_cannot_be_packed_are_padded_and_say_so(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop_module, "why_not_packed", lambda model: "for a reason")
-    events = run(recipe_for(tiny_model, tmp_path / "run", training__max_steps=1))
-    assert any(isinstance(event, Notice) and "for a reason; rows are padded" in event.text for event in events)
+def test_models_that_cannot_be_packed_are_padded_and_say_so(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "windowed")
+    config = json.loads((tmp_path / "windowed" / "config.json").read_text())
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4096}
+    (tmp_path / "windowed" / "config.json").write_text(json.dumps(config))
+    events = run(recipe_for(tmp_path / "windowed", tmp_path / "run", training__max_steps=1))
+    told = [event.text for event in events if isinstance(event, Notice) and "rows are padded" in event.text]
+    assert len(told) == 1
+    assert "its attention has a sliding window; rows are padded" in told[0]
 
 
 def test_memory_that_runs_out_halves_the_micro_batches_and_nothing_else(tiny_model, tmp_path, monkeypatch):
     """The run ends as one that had the smaller micro-batches from the start; a resumed one keeps them."""
-    original = TrainingLoop.token_loss
-    failures = []
-
-    def starved(self, model, batch, num_labels):
-        if model.training and len(batch["rows"]) > 2:
-            failures.append(self.step)
-            torch.rand(3)  # part of a forward: dropout masks were drawn
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(self, model, batch, num_labels)
-
     settings = {"training__micro_batch_size": 4, "training__packing": False, "training__max_steps": 4}
     small = {**settings, "training__micro_batch_size": 2}
     expected = run(recipe_for(tiny_model, tmp_path / "small", **small))
-    monkeypatch.setattr(TrainingLoop, "token_loss", starved)
+    refused = refuse_memory(monkeypatch, lambda model, input_ids: model.training and len(input_ids) > 2)
     events = run(recipe_for(tiny_model, tmp_path / "starved", **settings))
-    assert failures == [0]
+    assert refused == [4]
     told = [event.text for event in events if isinstance(event, Notice) and "out of memory" in event.text]
     assert len(told) == 1
     assert "step 1: " in told[0]
@@ -154,22 +149,19 @@ def test_memory_that_runs_out_halves_the_micro_batches_and_nothing_else(tiny_mod
     shutil.rmtree(tmp_path / "starved" / "adapter")
     shutil.rmtree(tmp_path / "starved" / "checkpoints" / "checkpoint-4")
     run(recipe_for(tiny_model, tmp_path / "starved", **settings), resume=True)
-    assert failures == [0]
+    assert refused == [4]
     assert adapter_bytes(tmp_path / "starved") == adapter_bytes(tmp_path / "small")
 
 
 def test_memory_that_runs_out_with_single_rows_has_all_layers_recomputed(tiny_model, tmp_path, monkeypatch):
-    original = TrainingLoop.token_loss
-
-    def starved(self, model, batch, num_labels):
-        if model.training and self.choice.recompute_layers < 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(self, model, batch, num_labels)
+    def keeps_a_layer(model, input_ids):
+        return model.training and not all(layer.gradient_checkpointing for layer in model.model.layers)
 
     settings = {"training__micro_batch_size": 1, "training__max_steps": 2}
     expected = run(recipe_for(tiny_model, tmp_path / "expected", **settings))
-    monkeypatch.setattr(TrainingLoop, "token_loss", starved)
+    refused = refuse_memory(monkeypatch, keeps_a_layer)
     events = run(recipe_for(tiny_model, tmp_path / "starved", **settings, training__recompute="auto"))
+    assert refused == [1]
     (told,) = [event.text for event in events if isinstance(event, Notice) and "out of memory" in event.text]
     assert 'training.recompute = "all"' in told
     assert losses(events, StepDone) == losses(expected, StepDone)
@@ -177,10 +169,7 @@ def test_memory_that_runs_out_with_single_rows_has_all_layers_recomputed(tiny_mo
 
 
 def test_memory_that_runs_out_with_single_rows_stops_the_run(tiny_model, tmp_path, monkeypatch):
-    def starved(self, model, batch, num_labels):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(TrainingLoop, "token_loss", starved)
+    refuse_memory(monkeypatch, lambda model, input_ids: True)
     told = r"step 1: out of memory, one row at a time.*Planned: .* GiB.*used at most: .* GiB of .* GiB.*data.max_length"
     with pytest.raises(RunError, match=told):
         run(recipe_for(tiny_model, tmp_path / "run"))

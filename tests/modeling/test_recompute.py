@@ -9,20 +9,19 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qdense.data.examples import Example, join
-from qdense.modeling import recompute as recompute_module
 from qdense.modeling.load import load_base
 from qdense.modeling.loss import without_logits
 from qdense.modeling.packing import packed_attention
-from qdense.modeling.recompute import Recompute, apply_recompute
+from qdense.modeling.recompute import HostMemory, Recompute, apply_recompute
 from qdense.recipe import ModelRecipe
 from qdense.training.optimizer import build_optimizer
 from qdense.tuners import DenseLoraConfig
-from tests.helpers.memory import TensorMemory
+from tests.helpers.memory import LateHostMemory, TensorMemory, UncountedHostMemory
 from tests.helpers.models import tiny_config
 
 LAYERS, TOKENS, TILE = 4, 21, 8  # tiles of 8, 8 and 5 tokens
@@ -272,27 +271,45 @@ def test_without_early_stop_tiles_run_once_more_and_are_right(dense):
     apply_recompute(dense, PLAIN)
 
 
+def mlp_calls(model):
+    """How often each layer's MLP runs in a forward pass: once, or once for each tile."""
+    calls = [0] * len(layers_of(model))
+    handles = []
+    for index, layer in enumerate(layers_of(model)):
+
+        def count(*_, index=index):
+            calls[index] += 1
+
+        handles.append(layer.mlp.down_proj.register_forward_pre_hook(count))
+    with torch.no_grad():
+        model(**BATCH)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
 def test_settings_replace_each_other_and_leave_nothing(dense):
-    expected, core = step(dense), dense.get_base_model()
-    mlp = layers_of(dense)[0].mlp
+    expected, core, layers = step(dense), dense.get_base_model(), layers_of(dense)
+    mlp, needs_gradient = layers[0].mlp, []
+    handle = layers[0].register_forward_pre_hook(lambda _, inputs: needs_gradient.append(inputs[0].requires_grad))
 
     def own_forward(hidden):
         return type(mlp).forward(mlp, hidden)
 
     mlp.forward = own_forward
     for recompute in (Recompute(4, True, 5), Recompute(2, False, TILE), Recompute(3, True), Recompute(1), PLAIN):
-        apply_recompute(dense, recompute)
-        layers = layers_of(dense)
-        tiled = [isinstance(layer.mlp.forward, recompute_module._TiledForward) for layer in layers]
-        offloaded = [
-            isinstance(layer._gradient_checkpointing_func, recompute_module._Offloaded) and layer.gradient_checkpointing
-            for layer in layers
-        ]
+        host = HostMemory()
+        apply_recompute(dense, recompute, host)
+        expected_calls = [1] * LAYERS
+        if recompute.mlp_tile_tokens:
+            expected_calls[: recompute.num_layers] = [-(-TOKENS // recompute.mlp_tile_tokens)] * recompute.num_layers
+        assert mlp_calls(dense) == expected_calls
         is_recomputed = [index < recompute.num_layers for index in range(LAYERS)]
         assert [layer.gradient_checkpointing for layer in layers] == is_recomputed
-        assert tiled == [recompute.mlp_tile_tokens is not None and chosen for chosen in is_recomputed]
-        assert offloaded == [recompute.offload and chosen for chosen in is_recomputed]
-        assert not core.get_input_embeddings()._forward_hooks
+        step(dense)
+        assert len(host.free) == (recompute.num_layers if recompute.offload else 0)
+    handle.remove()
+    assert set(needs_gradient) == {False}  # the embeddings' output
     assert vars(mlp)["forward"] is own_forward
     del mlp.forward
     assert all("forward" not in vars(layer.mlp) for layer in layers)
@@ -326,8 +343,9 @@ def test_tiles_of_no_tokens_and_models_without_layers(dense):
 @pytest.fixture
 def offloading(dense):
     """The model, three of its four layers offloaded, and the host memory that they share."""
-    apply_recompute(dense, Recompute(3, offload=True))
-    yield dense, layers_of(dense)[0]._gradient_checkpointing_func.host
+    host = HostMemory()
+    apply_recompute(dense, Recompute(3, offload=True), host)
+    yield dense, host
     apply_recompute(dense, PLAIN)
 
 
@@ -351,6 +369,24 @@ def test_no_offloaded_input_stays_on_the_device(offloading):
     loss.backward()
     apply_recompute(model, Recompute(3))
     assert inputs_alive(model)[0] == [True] * 4
+
+
+def test_the_input_alone_waits_in_host_memory():
+    """Not another tensor that lies at the input's address: what a layer is given beside it stays where it is."""
+
+    class Layer(GradientCheckpointingLayer):
+        def forward(self, hidden, other):
+            return hidden.square() * other
+
+    model, host = LlamaForCausalLM(tiny_config()), HostMemory()
+    model.model.layers = nn.ModuleList([Layer()])
+    apply_recompute(model.train(), Recompute(1, offload=True), host)
+    hidden = torch.randn(2, 3, requires_grad=True)
+    other = hidden.detach()
+    assert other.data_ptr() == hidden.data_ptr()
+    model.model.layers[0](hidden, other).sum().backward()
+    torch.testing.assert_close(hidden.grad, 2 * other.square())
+    assert [len(buffer) for buffer in host.free] == [32]  # 2 * 3 * 4 bytes, rounded up
 
 
 def addresses(host):
@@ -391,8 +427,8 @@ def test_everything_is_let_go_when_no_backward_follows(offloading):
 @pytest.mark.parametrize("tile", [None, TILE])
 def test_everything_is_let_go_when_memory_runs_out(dense, where, tile):
     expected = tiled_with_autograd(dense, 3) if tile else step(dense)
-    apply_recompute(dense, Recompute(3, True, tile))
-    host = layers_of(dense)[0]._gradient_checkpointing_func.host
+    host = HostMemory()
+    apply_recompute(dense, Recompute(3, True, tile), host)
     starts = 0
 
     def fail(module, arguments):
@@ -431,43 +467,19 @@ def test_two_forwards_before_their_backwards(offloading):
     assert_same_bits(result, both())
 
 
-class LateCopies:
-    """Copies as late as a stream of their own may make them: when the computation waits for one, in order."""
-
-    def __init__(self, layers):
-        self.waiting, self.events = [], []
-        for index, layer in enumerate(layers):
-            layer.self_attn.register_forward_pre_hook(lambda *_, index=index: self.events.append(f"compute {index}"))
-            layer.mlp.register_forward_hook(self.note_waiting)
-
-    def note_waiting(self, *_):
-        if self.waiting:
-            self.events.append("copy during the layer")
-
-    def start_copy(self, target, source, device):
-        target.fill_(float("nan"))
-        entry = (target, source)
-        self.waiting.append(entry)
-        self.events.append("copy")
-
-        def wait():
-            if any(other is entry for other in self.waiting):
-                while True:
-                    done = self.waiting.pop(0)
-                    with torch.no_grad():
-                        done[0].copy_(done[1])
-                    if done is entry:
-                        break
-
-        return wait
-
-
-def test_copies_overlap_and_are_waited_for(monkeypatch):
+def test_copies_overlap_and_are_waited_for():
     model = adapted(denselora())
     expected = step(model)
-    copies = LateCopies(layers_of(model))
-    monkeypatch.setattr(recompute_module._HostMemory, "start_copy", lambda host, *copy: copies.start_copy(*copy))
-    apply_recompute(model, Recompute(3, offload=True))
+    copies = LateHostMemory()
+
+    def note_waiting(*_):
+        if copies.waiting:
+            copies.events.append("copy during the layer")
+
+    for index, layer in enumerate(layers_of(model)):
+        layer.self_attn.register_forward_pre_hook(lambda *_, index=index: copies.events.append(f"compute {index}"))
+        layer.mlp.register_forward_hook(note_waiting)
+    apply_recompute(model, Recompute(3, offload=True), copies)
     model.zero_grad()
     torch.manual_seed(7)
     loss = model(**BATCH).loss
@@ -484,11 +496,10 @@ def test_copies_overlap_and_are_waited_for(monkeypatch):
     assert_same_bits(step(model), expected)
 
 
-def test_a_copy_under_way_is_waited_for_when_backward_breaks_off(monkeypatch):
+def test_a_copy_under_way_is_waited_for_when_backward_breaks_off():
     model = adapted(denselora())
-    copies = LateCopies(layers_of(model))
-    monkeypatch.setattr(recompute_module._HostMemory, "start_copy", lambda host, *copy: copies.start_copy(*copy))
-    apply_recompute(model, Recompute(3, offload=True))
+    copies = LateHostMemory()
+    apply_recompute(model, Recompute(3, offload=True), copies)
 
     def fail(module, gradients):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -505,7 +516,7 @@ def test_a_copy_under_way_is_waited_for_when_backward_breaks_off(monkeypatch):
 
 def memory(model, recompute):
     """Bytes of tensors on the device at the end of forward, and at the peak of backward."""
-    apply_recompute(model, recompute)
+    apply_recompute(model, recompute, UncountedHostMemory())
     ids = IDS[:1].repeat(1, 12)
     with TensorMemory() as tensors:
         loss = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits.sum()
@@ -516,15 +527,7 @@ def memory(model, recompute):
     return after_forward, tensors.peak_bytes
 
 
-def test_each_means_saves_the_memory_it_is_there_for(monkeypatch):
-    # Host buffers are made where TensorMemory does not look.
-    take = recompute_module._HostMemory._take
-
-    def take_unseen(host, num_bytes, *, is_pinned):
-        with _disable_current_modes():
-            return take(host, num_bytes, is_pinned=is_pinned)
-
-    monkeypatch.setattr(recompute_module._HostMemory, "_take", take_unseen)
+def test_each_means_saves_the_memory_it_is_there_for():
     config = tiny_config(num_hidden_layers=6, intermediate_size=512)
     model = adapted(denselora(), LlamaForCausalLM(config).requires_grad_(False))
     tokens = 12 * TOKENS
@@ -558,8 +561,8 @@ def test_on_cuda():
     ids = IDS.repeat(4, 40).cuda()
     batch = {"input_ids": ids, "labels": ids, "use_cache": False}
     expected, tiled = step(model, batch), tiled_with_autograd(model, 3, batch)
-    apply_recompute(model, Recompute(3, offload=True))
-    host = layers_of(model)[0]._gradient_checkpointing_func.host
+    host = HostMemory()
+    apply_recompute(model, Recompute(3, offload=True), host)
     for _ in range(3):
         assert_same_bits(step(model, batch), expected)
         assert len(host.free) == 3

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from qdense.modeling.loss import without_logits
 from qdense.ops import cross_entropy
 from qdense.ops.cross_entropy import IGNORED, linear_cross_entropy
+from tests.helpers.memory import TensorMemory
 from tests.helpers.tuners import fresh_base
 
 
@@ -74,11 +75,36 @@ def test_bf16_is_as_near_to_fp32_as_pytorchs_own():
         assert (ours.grad - exact.grad).norm() <= 1.05 * (own.grad - exact.grad).norm()
 
 
+def test_a_gradient_is_rounded_once_after_its_division():
+    """An output layer of identity hands the logits' gradients through: they are the exact ones, rounded to bf16."""
+    size = 128
+    logits = torch.randn(5, size, generator=torch.Generator().manual_seed(4)).bfloat16().requires_grad_()
+    targets = torch.arange(5)
+    linear_cross_entropy(logits, torch.eye(size, dtype=torch.bfloat16), targets, divisor=3.0).backward()
+    exact = (logits.detach().double().softmax(1) - F.one_hot(targets, size)) / 3
+    assert (logits.grad != exact.bfloat16()).double().mean() < 0.01  # fp32 may fall on the other side of a tie
+
+
 def test_a_frozen_weight_gets_no_gradient_and_no_target_gives_no_number():
     hidden, weight, targets = leaves(6, 4, 9)
     linear_cross_entropy(hidden, weight.requires_grad_(False), targets).backward()
     assert weight.grad is None
     assert linear_cross_entropy(hidden, weight, torch.full((6,), IGNORED)).isnan()
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_a_further_slice_takes_no_more_memory_than_the_first(monkeypatch, needs_gradient):
+    monkeypatch.setattr(cross_entropy, "logits_slice_tokens", lambda width, is_cuda: 8)
+
+    def peak(num_tokens):
+        hidden, weight, _ = leaves(num_tokens, 4, 5000)
+        with TensorMemory() as tensors:
+            linear_cross_entropy(hidden.requires_grad_(needs_gradient), weight.detach(), torch.arange(num_tokens))
+        return tensors.peak_bytes
+
+    slice_bytes = 8 * 5000 * 4
+    assert peak(8) >= slice_bytes
+    assert peak(32) - peak(8) < slice_bytes / 10
 
 
 def batch():

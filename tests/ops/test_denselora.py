@@ -1,11 +1,13 @@
 """The equation against hand-computed numbers, finite differences, and itself in other words."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from qdense.catalogs.choices import Activation
 from qdense.ops.denselora import ACTIVATIONS, DropoutMasks, decode, denselora_delta, denselora_delta_weight, encode
 
 
@@ -47,6 +49,10 @@ def test_hand_computed_dropout_masks():
         masks=masks,
     )
     assert delta.item() == pytest.approx(expected, abs=1e-14)
+
+
+def test_every_activation_that_may_be_named_is_there():
+    assert list(ACTIVATIONS) == list(get_args(Activation))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from qdense.ops import denselora
-from qdense.ops.kernels import adapter_ops, has_triton, is_interpreted, use_kernels
+from qdense.ops.interpreter import is_interpreted
+from qdense.ops.kernels import adapter_ops, has_triton, use_kernels
 
 CPU = torch.ones(2)
 CUDA = SimpleNamespace(device=torch.device("cuda"))  # no such tensor can be made here

@@ -5,15 +5,14 @@ import json
 import shutil
 import sys
 import time
-from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qdense.benchmarks.completions import SessionLog, completions_on_file
-from qdense.benchmarks.evaluate import EvaluationRequest
-from qdense.benchmarks.local_model import load_model
+from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
+from qdense.benchmarks.generation import DECODINGS
 from qdense.benchmarks.results import read_completions
 from qdense.benchmarks.tasks import TASKS
 from qdense.data.rows import read_rows
@@ -65,7 +64,7 @@ def test_the_fuzzer_sees_faults(tmp_path, monkeypatch):
     assert outcome(misplaced) == fuzz.NO_PLACE
     assert outcome(greedy) == fuzz.MEMORY
     assert outcome(greedy_and_polite) == fuzz.MEMORY
-    monkeypatch.setattr(fuzz, "_SECONDS", 1)
+    monkeypatch.setattr(fuzz, "SECONDS", 1)
     assert outcome(lambda: time.sleep(3)) == fuzz.HANG
 
 
@@ -161,17 +160,34 @@ def test_a_folder_in_place_of_completions(tmp_path):
         read_completions(tmp_path, 3)
 
 
+@pytest.fixture(scope="module")
+def bare_evaluation(tiny_model, tmp_path_factory):
+    """(request, folder) of a short evaluation of the base."""
+    request = EvaluationRequest(
+        [TASKS["wordproblems"]], None, {"name": str(tiny_model), "device": "cpu"}, with_base=False,
+        decoding=DECODINGS["greedy"], limit=1, max_new_tokens=1, batch_size=1,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("evaluation"))
+        yield request, Path(evaluate(request, ignore)["folder"]).absolute()
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("finish", []), ("finish", None), ("num_tokens", "x"), ("num_prompt_tokens", None)]
 )
-def test_completions_of_an_earlier_start_of_wrong_types(tmp_path, key, value):
-    sound = {"index": 0, "completion": "x", "num_prompt_tokens": 1, "num_tokens": 1, "finish": "eos", "sample": 0}
-    path = tmp_path / "gsm8k.jsonl"
-    path.write_text(json.dumps(sound) + "\n")
-    assert len(completions_on_file(path)) == 1
-    path.write_text(json.dumps(sound) + "\n" + json.dumps(sound | {"index": 1, key: value}) + "\n")
-    with pytest.raises(EvaluationError, match=rf"gsm8k\.jsonl, line 2: not a completion of ours \({key} must be"):
-        completions_on_file(path)
+def test_completions_of_an_earlier_start_of_wrong_types(bare_evaluation, key, value):
+    request, folder = bare_evaluation
+    path = folder / "wordproblems.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + json.dumps(json.loads(whole) | {"index": 1, key: value}) + "\n")
+    try:
+        with pytest.raises(
+            EvaluationError, match=rf"wordproblems\.jsonl, line 2: not a completion of ours \({key} must be"
+        ):
+            evaluate(request, ignore)
+    finally:
+        path.write_text(whole)
+    evaluate(request, ignore)
 
 
 def test_damaged_parquet(tmp_path):
@@ -182,12 +198,18 @@ def test_damaged_parquet(tmp_path):
         pyarrow.Table.from_pylist([{"instruction": "a", "output": "b"}] * 9), tmp_path / "r.parquet"
     )
     content = (tmp_path / "r.parquet").read_bytes()
-    num_read = 0
+    assert len(read_rows(tmp_path / "r.parquet")) == 9
+    read, refusals = [], []
     for at in range(4, len(content) - 8, 7):
         (tmp_path / "r.parquet").write_bytes(content[:at] + b"\xff\xff\xff" + content[at + 3 :])
-        with suppress(DataError):  # anything else fails the test
-            num_read += bool(read_rows(tmp_path / "r.parquet"))
-    assert num_read < 20  # of about 130: where nothing is checked, text is other text
+        try:
+            read.append(read_rows(tmp_path / "r.parquet"))
+        except DataError as error:  # anything else fails the test
+            refusals.append(str(error))
+    assert all(f"{tmp_path / 'r.parquet'}: " in refusal for refusal in refusals)
+    assert len(refusals) > 4 * len(read)  # where nothing is checked, text is other text
+    assert refusals
+    assert all(len(rows) == 9 for rows in read)
 
 
 @pytest.fixture(scope="module")
@@ -266,9 +288,9 @@ def test_an_unknown_template_is_named_with_its_adapter(saved, tmp_path):
     shutil.copytree(sound, tmp_path / "a")
     path = tmp_path / "a" / "qdense.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"template": "alpacca"}))
-    request = EvaluationRequest([TASKS["gsm8k"]], tmp_path / "a", {}, with_base=False)
+    request = EvaluationRequest([TASKS["wordproblems"]], tmp_path / "a", {}, with_base=False)
     with pytest.raises(AdapterError, match=r'/a: unknown template "alpacca".*--template'):
-        load_model(request, tmp_path / "a", ignore)
+        evaluate(request, ignore)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +332,10 @@ def test_cards_of_wrong_types(saved, tmp_path, content, message):
         read_card(tmp_path / "a")
 
 
-def test_sessions_that_are_no_list(tmp_path):
-    (tmp_path / "sessions.json").write_text("{}")
+def test_sessions_that_are_no_list(bare_evaluation):
+    request, folder = bare_evaluation
+    whole = (folder / "sessions.json").read_text()
+    (folder / "sessions.json").write_text("{}")
     with pytest.raises(EvaluationError, match=r"sessions\.json: damaged"):
-        SessionLog(tmp_path / "sessions.json", None, lambda event: None)
+        evaluate(request, ignore)
+    (folder / "sessions.json").write_text(whole)

@@ -26,7 +26,7 @@ from qdense.runs import RunFolder
 from qdense.training import resume as resume_module
 from qdense.training.metrics import read_metrics
 from qdense.training.run import train
-from qdense.ui import TrainingDisplay
+from qdense.ui.training import TrainingDisplay
 from tests.helpers import ROOT
 from tests.helpers.runs import adapter_bytes, change_losses, killed_run, recipe_for, run
 
@@ -113,12 +113,12 @@ def test_a_signal_in_the_last_step_lets_the_run_finish(tiny_model, tmp_path, unc
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_exit_status_of_a_command_that_a_signal_ends(name, status):
     script = (
-        "import os, signal\nfrom qdense import cli\n"
-        f"cli._params = lambda arguments: os.kill(os.getpid(), signal.{name})\n"
+        "import os, signal\nfrom qdense import cli\nfrom qdense.cli import params\n"
+        f"params.run = lambda arguments: os.kill(os.getpid(), signal.{name})\n"
         "raise SystemExit(cli.main(['params', 'llama3-8b']))"
     )
     outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (outcome.returncode, "stopped; go on" in outcome.stderr) == (status, True)
+    assert (outcome.returncode, "stopped; to continue" in outcome.stderr) == (status, True)
     assert "Traceback" not in outcome.stderr
 
 
@@ -289,8 +289,11 @@ def test_a_run_outlives_the_reader_of_its_output(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_display_whose_stream_fails_draws_on(is_terminal):
+    attempts = []
+
     class Gone(io.StringIO):
         def write(self, text):
+            attempts.append(text)
             raise OSError(5, "Input/output error")
 
     with TrainingDisplay(Console(file=Gone(), force_terminal=is_terminal)) as show:
@@ -299,6 +302,8 @@ def test_a_display_whose_stream_fails_draws_on(is_terminal):
         show(StepDone(1, 0.1, float("nan"), 1e-3, float("inf"), 10, 5.0, 2**20, 2.0))
         show(StepDone(2, 0.2, 1.5, 1e-3, 0.1, 10, 5.0, 2**20, 4.0))
         show.render()
+    assert attempts  # it did draw, and the failure went no further
+    assert (show.step.step, show.step.loss) == (2, 1.5)
 
 
 # --- without a network ---------------------------------------------------------------------------------------------------

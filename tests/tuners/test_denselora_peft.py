@@ -37,6 +37,40 @@ def test_layer_computes_the_equation(tiny_model):
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
 
 
+def delta_of(layer, x):
+    pair = layer.shared["default"]
+    return denselora_delta(
+        x, pair.encoder, layer.denselora_m["default"], pair.decoder, scaling=layer.scaling["default"]
+    )
+
+
+def test_layers_given_another_input_than_their_siblings_encode_their_own(tiny_model):
+    """q, k and v encode one input together; of two tensors, whatever their shapes, neither's encoding serves the other."""
+    attention = adapted(tiny_model).eval().base_model.model.model.layers[0].self_attn
+    x, y = torch.randn(2, 3, 64)
+    assert torch.equal(attention.q_proj(x), attention.q_proj.base_layer(x) + delta_of(attention.q_proj, x))
+    assert torch.equal(attention.k_proj(y), attention.k_proj.base_layer(y) + delta_of(attention.k_proj, y))
+    assert torch.equal(attention.v_proj(x), attention.v_proj.base_layer(x) + delta_of(attention.v_proj, x))
+
+
+@pytest.mark.parametrize(
+    ("block", "kinds"), [("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj"))]
+)
+def test_layers_that_read_the_same_input_share_its_dropout_mask(tiny_model, block, kinds):
+    model = adapted(tiny_model, target_modules=list(kinds), dropout=0.5).train()
+    layers = [model.get_submodule(f"base_model.model.model.layers.0.{block}.{kind}") for kind in kinds]
+    for layer in layers:  # of ones: each element of an encoding is the sum of what is kept of the input
+        with torch.no_grad():
+            layer.shared["default"].encoder.fill_(1.0)
+    x = torch.arange(1.0, 65.0).expand(20, 64).contiguous()
+    encodings = [layer.read("default", x)[1] for layer in layers]
+    for encoding in encodings[1:]:
+        # Each element of an encoding is dropped for itself: where both are there, they are of the same masked input.
+        both = (encoding != 0) & (encodings[0] != 0)
+        assert both.any()
+        assert torch.equal(encoding[both], encodings[0][both])
+
+
 def test_shared_tensors_are_one_object_and_saved_once(tiny_model, tmp_path):
     model = adapted(tiny_model)
     layers = model.base_model.model.model.layers
@@ -210,6 +244,19 @@ def test_deleting_another_adapter_leaves_a_frozen_one_frozen(tiny_model, tmp_pat
     model.load_adapter(tmp_path, "second")
     model.delete_adapter("second")
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == []
+
+
+@pytest.mark.parametrize("freeze_shared", [False, True])
+def test_the_adapter_that_succeeds_a_deleted_one_is_trainable(tiny_model, freeze_shared):
+    """PEFT makes the next adapter active and its layers trainable; so are its encoders and decoders, unless they stay frozen."""
+    model = adapted(tiny_model)
+    config = DenseLoraConfig(r=2, zero_init="none", freeze_shared=freeze_shared, target_modules=["q_proj", "o_proj"])
+    model.add_adapter("second", config)
+    model.delete_adapter("default")
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    of_second = {name for name, _ in model.named_parameters() if "second" in name}
+    assert len(of_second) == 2 * 2 + 2 * 2
+    assert trainable == {name for name in of_second if not (freeze_shared and "denselora_shared" in name)}
 
 
 def test_merging_into_nf4_is_refused(tiny_model):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qdense import NoraConfig
-from qdense.catalogs.models import PAPER_TARGET_MODULES
+from qdense.catalogs.families import PAPER_TARGET_MODULES
 from qdense.tuners.nora import NoraLinear, calibrate, nora_delta, outer_pair
 from tests.helpers.models import meta_model
 from tests.helpers.tuners import BASES, TOKENS, fresh_base, logits, train, trainable
@@ -151,8 +151,14 @@ def test_calibration_by_hand():
     torch.testing.assert_close(statistics["q_proj"], torch.tensor([2.0, 8 / 3]))
 
 
-def test_calibration_of_a_model(tiny_model):
+def test_calibration_of_a_model(tiny_model, monkeypatch):
     base = fresh_base(tiny_model, "nf4", "bfloat16").train()
+    calls, register = [], torch.nn.Module.register_forward_pre_hook
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "register_forward_pre_hook",
+        lambda module, hook: register(module, lambda *given: (calls.append(1), hook(*given))[1]),
+    )
     config = config_of(exponent=1.0)
     seen = []
     handle = base.model.layers[1].mlp.up_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -164,7 +170,9 @@ def test_calibration_of_a_model(tiny_model):
     expected = seen[0][mask.bool()].float().abs().mean(0)
     torch.testing.assert_close(statistics["model.layers.1.mlp.up_proj"], expected)
     assert base.training
-    assert not any(module._forward_pre_hooks for module in base.modules())
+    num_calls = len(calls)
+    base(input_ids=TOKENS)
+    assert len(calls) == num_calls > 0, "its hooks are still there"
     config.statistics = statistics
     aware = get_peft_model(copy.deepcopy(base), config)
     plain = get_peft_model(base, config_of())

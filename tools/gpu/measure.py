@@ -35,7 +35,7 @@ from bench_train import Bench, Figures, Way, matmul_flops, random_examples, spre
 from random_base import random_base
 
 from qdense.catalogs.models import CATALOG
-from qdense.cli import _quiet_libraries
+from qdense.libraries import quiet_libraries
 from qdense.modeling.load import BaseModel
 from qdense.planning.memory import Choice, Kernels
 from qdense.planning.plan import CUDA_CONTEXT_BYTES, Machine, longest_context, make_plan
@@ -60,6 +60,7 @@ GOALS = {
     "longest context on 24 / 16 / 12 / 8 GB: above 78,475 / 40,724 / 21,848 / 2,972": "context",
     "evaluation in 4 bits: tokens/s": "generate",
     "fused adapter against plain PyTorch, operation by operation": "adapter",
+    "kernels on the device beside the wall clock: what waits for Python": "profile",
 }
 
 
@@ -68,6 +69,7 @@ class Report:
     """Sections by stage, those of earlier calls kept; written after each."""
 
     path: Path
+    commit: str
     sections: dict[str, str] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
 
@@ -77,21 +79,20 @@ class Report:
             self.record = json.loads(earlier.read_text())
             self.sections = self.record.pop("sections")
 
+    def add(self, stage: str, section: str) -> None:
+        """A stage's section, with what it was measured on under its heading: an earlier call may have had another card."""
+        versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+        made = (
+            f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {datetime.now(UTC):%Y-%m-%d}, commit {self.commit}, "
+            f"{versions}: `{_COMMAND} {stage}`"
+        )
+        heading, _, rest = section.partition("\n\n")
+        self.sections[stage] = f"{heading}\n\n{made}\n\n{rest}"
+
     def write(self) -> None:
-        if torch.cuda.is_available():
-            device = f"{torch.cuda.get_device_name()}, driver CUDA {torch.version.cuda}"
-        else:
-            device = "none: nothing is measured yet"
-        lines = [
-            "# Measured on a GPU",
-            "",
-            f"Device: {device}. {datetime.now(UTC):%Y-%m-%d}, commit {git_hash()}, "
-            + ", ".join(f"{name} {version}" for name, version in package_versions().items())
-            + ".",
-            "",
-            f"    {_COMMAND.removesuffix(' --only')}",
-            "",
-        ]
+        lines = ["# Measured on a GPU", ""]
+        if not self.sections:
+            lines += ["Nothing is measured yet.", ""]
         for section in self.sections.values():
             lines += [section, ""]
         missing = [(goal, stage) for goal, stage in GOALS.items() if stage not in self.sections]
@@ -216,6 +217,32 @@ class Stages:
             )
         return "## Predicted and measured memory\n\n" + "\n".join(lines)
 
+    def profile(self) -> str:
+        """One step each: the wall clock, and how long the device computes within it."""
+        lines = ["| step | wall, ms | kernels, ms | launches | longest kernels, ms |", "|---|---|---|---|---|"]
+        layers = _SHAPE.num_layers
+        for rows, length, depth in ((4, 2048, layers), (1, 2048, 0), (4, 256, layers)):
+            for method in ("denselora", None):
+                recipe = _recipe(batch_size=rows, max_length=length)
+                bench = Bench(recipe, self.base, random_examples([length] * rows * 6, _SHAPE.vocab_size))
+                way = Way("one", method, 32, Choice(rows, depth), is_fused=True)
+                steps = bench.stepper(way, Figures())
+                for _ in range(3):
+                    next(steps)
+                start = time.perf_counter()
+                next(steps)
+                wall = time.perf_counter() - start
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+                    next(steps)
+                steps.close()  # type: ignore[attr-defined]  # a generator
+                kernels = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
+                total = sum(event.self_device_time_total for event in kernels) / 1e3
+                top = "; ".join(f"{event.key[:40]} {event.self_device_time_total / 1e3:.0f}" for event in kernels[:6])
+                count = sum(event.count for event in kernels if event.self_device_time_total)
+                what = f"{method or 'base alone'}, {rows} x {length}, {depth} layers recomputed"
+                lines.append(f"| {what} | {1e3 * wall:.0f} | {total:.0f} | {count:,} | {top} |")
+        return "## Kernels and the wall clock\n\n" + "\n".join(lines)
+
     def context(self) -> str:
         """The longest row on imitated cards: a step of Unsloth's length plus 5%, then of 90% of what the plan predicts."""
         lines = [
@@ -223,7 +250,7 @@ class Stages:
             "|---|---|---|---|---|---|",
         ]
         total_bytes = torch.cuda.get_device_properties(self.device).total_memory
-        for gigabytes, published in _UNSLOTH.items():
+        for gigabytes, published in sorted(_UNSLOTH.items()):  # the longest rows take minutes: last
             memory_bytes = gigabytes * _GIB
             machine = Machine.card_of(memory_bytes)
             predicted = longest_context(_recipe(batch_size=1, max_length=2048), _SHAPE, machine)
@@ -231,7 +258,7 @@ class Stages:
             ran, took, reserved = [], [], []
             try:
                 for length in sorted({int(1.05 * published), int(0.9 * predicted)}):
-                    if self.seconds_left < 60:
+                    if self.seconds_left < 20 + length / 1200:
                         ran.append(f"{length:,} not tried")
                         continue
                     recipe = _recipe(batch_size=1, max_length=length)
@@ -242,6 +269,8 @@ class Stages:
                     ran.append(figures.fault or f"{length:,}")
                     took.append(f"{figures.first_seconds:.0f}")
                     reserved.append(f"{figures.reserved_bytes / _GIB:.1f} GiB")
+                    # Pinned buffers of the last length would stay beside those of the next, and fill the host.
+                    torch._C._host_emptyCache()
             finally:
                 torch.cuda.set_per_process_memory_fraction(1.0)
             cells = (
@@ -322,7 +351,7 @@ class Stages:
 
     def _bench(self, name: str, bench: Bench) -> str:
         card = card_named(torch.cuda.get_device_name())
-        choice = make_plan(bench.recipe, _SHAPE, Machine.card_of(24 * _GIB)).choice
+        choice = make_plan(bench.recipe, _SHAPE, Machine.card_of(24 * _GIB, card=card)).choice
         chosen = ways(bench.recipe, choice, _SHAPE.num_layers, is_cuda=True)
         found = bench.run(chosen, self.steps)
         size = bench.recipe.training.batch_size
@@ -393,11 +422,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=stages, default=stages, help="these stages")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=9.5, help="no stage begins after these")
+    parser.add_argument("--commit", help="of this copy, where git does not know it")
     parser.add_argument("--list", action="store_true", help="write what is to be measured; needs no GPU")
     arguments = parser.parse_args()
     arguments.started = time.monotonic()
-    _quiet_libraries()
-    report = Report(arguments.output)
+    quiet_libraries()
+    report = Report(arguments.output, arguments.commit or git_hash())
     if arguments.list:
         report.write()
         return
@@ -411,7 +441,7 @@ def main() -> None:
         stage: Callable[[], str] = getattr(measured, name)
         start = time.monotonic()
         try:
-            report.sections[name] = stage()
+            report.add(name, stage())
         except Exception:  # the others still count
             report.record[f"{name}: fault"] = traceback.format_exc()
             print(traceback.format_exc(), flush=True)

@@ -1,9 +1,9 @@
 """DenseLoRA as a PEFT method."""
 
+from qdense.compat.peft import register
 from qdense.tuners.denselora.config import DENSELORA, DenseLoraConfig
 from qdense.tuners.denselora.layer import DenseLoraLinear, SharedPair
 from qdense.tuners.denselora.model import DenseLoraModel
-from qdense.tuners.registry import register
 
 register(DENSELORA, DenseLoraConfig, DenseLoraModel)
 

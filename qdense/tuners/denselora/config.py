@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import get_args
 
-from qdense.ops.denselora import ACTIVATIONS
+from qdense.catalogs.choices import Activation, Sharing, ZeroInit
+from qdense.compat.peft import PeftTypeName
 from qdense.tuners.base import LinearTunerConfig
-from qdense.tuners.registry import PeftTypeName
 
 DENSELORA = PeftTypeName("DENSELORA")
-SHARING = ("kind", "shape", "none")
-ZERO_INIT = ("decoder", "m", "none")
 
 
 @dataclass
@@ -59,7 +58,8 @@ class DenseLoraConfig(LinearTunerConfig):
             self.alpha = float(2 * self.r)
         self._require(self.alpha > 0, "alpha", "positive")
         self._require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1")
-        for name, accepted in (("activation", ACTIVATIONS), ("sharing", SHARING), ("zero_init", ZERO_INIT)):
+        for name, choices in (("activation", Activation), ("sharing", Sharing), ("zero_init", ZeroInit)):
+            accepted = get_args(choices)
             self._require(getattr(self, name) in accepted, name, f"one of {', '.join(accepted)}")
         if not self.init_weights:
             self.zero_init = "none"

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qdense.compat.peft import cast_input
 from qdense.ops.denselora import denselora_delta_weight
 from qdense.ops.kernels import adapter_ops
 from qdense.tuners.base import AdaptedLinear
@@ -68,7 +69,7 @@ class Readers:
     def _read(self, layer: DenseLoraLinear, adapter: str, x: Tensor) -> _Reading:
         layers = [reader for reader in self.layers if reader is layer or reader.is_adapted_by(adapter)]
         encoders = [reader.shared[adapter].encoder.to(x.device) for reader in layers]
-        cast = layer._cast_input_dtype(x, encoders[0].dtype)
+        cast = cast_input(layer, x, encoders[0].dtype)
         dropout = layer.dropout[adapter] if layer.training else 0.0
         read, encoded = adapter_ops(x).encode(cast, encoders, activation=layer.activation[adapter], dropout=dropout)
         waiting = {id(reader): encoding for reader, encoding in zip(layers, encoded, strict=True)}

@@ -2,7 +2,7 @@
 
 PEFT walks tuner LAYERS when it freezes, casts, switches or deletes adapters; the shared pairs live on the tuner itself, so
 that they are one object each and are saved once (PEFT's Lily, which registers them in every layer, saves them once per
-layer). Hence the overrides below: each does for the pairs what PEFT does for the layers. Written against peft 0.21.
+layer). Hence the overrides below: each does for the pairs what PEFT does for the layers.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from typing import Any
 
 from torch import nn
 
+from qdense.catalogs.families import SAME_INPUT
 from qdense.tuners.base import LinearTuner
 from qdense.tuners.denselora.config import DenseLoraConfig
 from qdense.tuners.denselora.layer import DenseLoraLinear, SharedPair
 
 _CONTAINER = "denselora_shared"
-# The modules of one block that are given the same input, in LLaMA's names.
-_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class DenseLoraModel(LinearTuner):
@@ -48,7 +47,7 @@ class DenseLoraModel(LinearTuner):
     def update_layer(self, layer: Any, adapter_name: str, config: Any, kind: str, key: str) -> None:
         layer.update_layer(adapter_name, config, self._shared_pair(config, adapter_name, kind, key, layer))
         block = self.model.get_submodule(key.rpartition(".")[0])
-        for kinds in _SAME_INPUT:
+        for kinds in SAME_INPUT:
             if kind in kinds and layer.readers.layers == [layer]:
                 siblings = (getattr(block, name, None) for name in kinds if name != kind)
                 first = next((sibling for sibling in siblings if isinstance(sibling, DenseLoraLinear)), None)

@@ -1,0 +1,11 @@
+"""What a DenseLoRA adapter may be, by name: for recipes, and for PEFT configurations."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Activation = Literal["gelu", "silu", "tanh", "relu", "none"]
+# Which layers share an encoder and a decoder: all of one module kind, all of one size, or none.
+Sharing = Literal["kind", "shape", "none"]
+# The factor that starts at zero, so that the adapter adds nothing at first.
+ZeroInit = Literal["decoder", "m", "none"]

@@ -1,0 +1,142 @@
+"""The command line: one module for each command. Whatever is heavy is imported when a command runs, so that --help and a
+typing mistake are answered at once.
+
+Exit status: 0 success; 1 `qdense doctor` found a problem; 2 a user's mistake, explained in one message; 130 stopped by
+Ctrl-C, 143 by SIGTERM. Anything else is a bug in qdense.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+
+from qdense import __version__
+from qdense.cli import analyze, compare, data, doctor, evaluate, merge, params, plan, score, tasks, train
+from qdense.errors import QDenseError, RunStopped
+from qdense.text import printable
+
+# Each has HELP, DESCRIPTION, add_arguments(parser) and run(arguments), which returns the exit status (None is 0).
+COMMANDS: dict[str, ModuleType] = {
+    "train": train,
+    "plan": plan,
+    "evaluate": evaluate,
+    "merge": merge,
+    "score": score,
+    "compare": compare,
+    "analyze": analyze,
+    "tasks": tasks,
+    "data": data,
+    "params": params,
+    "doctor": doctor,
+}
+
+_EXAMPLES = """\
+examples:
+  qdense train recipes/demo.toml
+  qdense plan recipes/math10k.toml --memory 24GiB
+  qdense train recipes/math10k.toml --fraction 0.1 --output runs/math10k-10
+  qdense train recipes/math10k.toml --set adapter.r=64 --set model.name=/models/llama3 --resume
+  qdense evaluate gsm8k,aqua,addsub,svamp --adapter runs/math10k
+  qdense evaluate math --model llama3-8b --limit 100 --decoding greedy --json
+  qdense evaluate commonsense --endpoint http://localhost:8000/v1 --model NAME
+  qdense merge runs/only-matrix merged-model
+  qdense score gsm8k completions.jsonl
+  qdense compare runs/lora-1 runs/lora-2 runs/dense-1 runs/dense-2 --published llama3-8b
+  qdense data check math10k gsm8k,addsub
+  qdense tasks math --export lm-eval exported
+  qdense analyze runs/dense runs/lora
+  qdense params llama3-8b --r 32 --method all
+  qdense doctor
+"""
+
+# What can be wrong with a path that a user names.
+_PATH_FAULTS = {
+    errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG
+}  # fmt: skip
+_RUN_AGAIN = "run the same command again (train: with --resume, to continue from the last checkpoint)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    # Idle OpenMP threads that spin starve each other: with a busy neighbour, CPU steps take 10 to 50 times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    arguments = _parser().parse_args(argv)
+    try:
+        with _ended_by_signals():
+            return arguments.command(arguments) or 0
+    except RunStopped as stop:
+        print(printable(str(stop)), file=sys.stderr)
+        return 128 + stop.signal_number
+    except QDenseError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        print(f"\nstopped; to continue, {_RUN_AGAIN}", file=sys.stderr)
+        return 128 + int(number)
+    except BrokenPipeError:  # the reader of a pipe went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(
+                f"no space left on the disk while writing {error.filename or 'a file'}. Free some space, then {_RUN_AGAIN}."
+            )
+        if error.errno in _PATH_FAULTS:
+            return _fail(f"{error.filename}: {error.strerror}. Check the path and its permissions.")
+        raise
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            return _fail(
+                f"out of GPU memory: {str(error).splitlines()[0]}\nTraining has already tried micro-batches of a single row: "
+                '`qdense plan RECIPE` shows what takes the memory; set training.recompute = "auto" or lower '
+                f"data.max_length. For an evaluation, lower --batch-size. Then {_RUN_AGAIN}."
+            )
+        raise
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and a closed terminal end a command as Ctrl-C does: through its clean-up, with the cursor shown again."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _fail(message: str) -> int:
+    print(printable(f"error: {message}"), file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qdense",
+        description="DenseLoRA fine-tuning of 4-bit LLaMA models on one consumer GPU.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"qdense {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        subparser = commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
+        module.add_arguments(subparser)
+        subparser.set_defaults(command=module.run)
+    return parser

@@ -1,0 +1,93 @@
+"""Arguments that several commands have, and the types of arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, for instance recipes/math10k.toml")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a value of the recipe; repeatable"
+    )
+
+
+def add_data_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        type=Path,
+        default=Path(os.environ["QDENSE_DATA"]) if os.environ.get("QDENSE_DATA") else None,
+        help="data in LLM-Adapters' layout (default: QDENSE_DATA); what is missing there is downloaded",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout")
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="show only warnings and errors")
+
+
+def as_toml(value: str | int) -> str:
+    """A value as TOML: JSON's spelling, but for characters that JSON would write as pairs of escapes."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+# --- types --------------------------------------------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return number
+
+
+def memory_size(text: str) -> int:
+    """Bytes of memory, from "24GiB", "512 MiB", "24G"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB|M)", text.strip(), re.IGNORECASE)
+    number = float(match[1]) if match else 0.0
+    if match is None or number <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a memory size: a number and GiB or MiB, for instance 24GiB")
+    # "24 GB" on a card's box are 24 GiB in its driver.
+    return int(number * (2**30 if match[2][0] in "gG" else 2**20))
+
+
+def layer_numbers(text: str) -> list[int]:
+    """Numbers of layers, from "0,15,31"."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layer numbers, for instance 0,15,31") from None
+
+
+def temperature(text: str) -> float:
+    """A sampling temperature, above 0."""
+    return _number(text, lambda number: 0 < number <= 100, "a temperature: above 0 (for 0, use --decoding greedy)")
+
+
+def probability(text: str) -> float:
+    """A probability above 0."""
+    return _number(text, lambda number: 0 < number <= 1, "a probability above 0 and at most 1")
+
+
+def _number(text: str, is_good: Callable[[float], bool], wanted: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not is_good(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return number

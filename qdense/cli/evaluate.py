@@ -1,0 +1,164 @@
+"""`qdense evaluate`"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from qdense.cli.arguments import add_data_dir, add_quiet, positive, probability, temperature
+from qdense.errors import QDenseError
+from qdense.libraries import quiet_libraries, require_library
+
+HELP = "score a model or an adapter on benchmarks"
+DESCRIPTION = "Score an adapter, or a bare base model, on benchmarks. The default is the newest finished run."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "tasks",
+        metavar="TASKS",
+        help="comma-separated tasks and groups: gsm8k, math, commonsense, ... (`qdense tasks` lists them)",
+    )
+    what = parser.add_argument_group("what is scored")
+    what.add_argument("--adapter", metavar="RUN", type=Path, help="a run's folder, or an adapter in PEFT's format")
+    what.add_argument(
+        "--model",
+        metavar="NAME",
+        help="the base model, if not the one recorded with the adapter; without --adapter, it is scored bare",
+    )
+    what.add_argument(
+        "--quantization",
+        choices=("nf4", "int8", "none"),
+        help="how to load the base (default: as recorded with the adapter; nf4)",
+    )
+    what.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="the base's compute dtype (default: as recorded with the adapter; bfloat16)",
+    )
+    what.add_argument("--with-base", action="store_true", help="also score the adapter's base, with the same decoding")
+    what.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="send the questions to --model on an OpenAI-compatible server, with zero-shot chain of thought; the key is "
+        'read from OPENAI_API_KEY (needs "qdense[endpoint]")',
+    )
+    what.add_argument("--concurrency", type=positive, metavar="N", help="simultaneous requests to it (default: 8)")
+    what.add_argument("--limit", type=positive, metavar="N", help="only the first N items of each task")
+    what.add_argument("--clean", action="store_true", help="also score without the items that the training set holds")
+    what.add_argument(
+        "--trained-on",
+        metavar="TRAIN",
+        help="with --clean: the training set, if not the run's own: a known name, a file or a recipe",
+    )
+    how = parser.add_argument_group("how completions are generated")
+    how.add_argument(
+        "--decoding",
+        choices=("beam4", "greedy", "sample"),
+        help="beam4 is the authors' (default; greedy with --endpoint)",
+    )
+    how.add_argument("--samples", type=positive, metavar="K", help="sample: completions of each item (default: 8)")
+    how.add_argument("--temperature", type=temperature, metavar="T", help="sample: the temperature (default: 0.7)")
+    how.add_argument(
+        "--top-p",
+        type=probability,
+        metavar="P",
+        help="sample: draw from the likeliest tokens that together have this probability (default: 1)",
+    )
+    how.add_argument("--seed", type=int, metavar="N", help="sample: the random seed (default: 0)")
+    how.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest completion (default: the task's)")
+    how.add_argument("--template", metavar="NAME", help="prompt template, if not the adapter's: alpaca, llm-adapters")
+    how.add_argument("--batch-size", type=positive, metavar="N", help="sequences (with beams: items) at a time")
+    add_data_dir(parser)
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else, on stdout")
+    add_quiet(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from qdense.benchmarks.tasks import tasks_named
+    from qdense.data.templates import template_named
+
+    tasks = tasks_named(arguments.tasks)
+    if arguments.template is not None:
+        template_named(arguments.template)
+    _refuse_contradictions(arguments)
+    if arguments.endpoint is not None:
+        require_library("openai", extra="endpoint", purpose="--endpoint")
+
+    from qdense.ui.console import make_console
+    from qdense.ui.evaluation import EvaluationDisplay
+
+    console = make_console(sys.stderr if arguments.json else sys.stdout)
+    with EvaluationDisplay(console, quiet=arguments.quiet) as show:
+        show.status = "loading libraries"
+        quiet_libraries()
+        from qdense.benchmarks.endpoint import Endpoint
+        from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
+        from qdense.benchmarks.generation import DECODINGS
+        from qdense.events import Notice
+        from qdense.runs import newest_finished_run
+
+        adapter, endpoint = arguments.adapter, None
+        if arguments.endpoint is not None:
+            endpoint = Endpoint(arguments.endpoint, arguments.model, arguments.concurrency or Endpoint.concurrency)
+        elif adapter is None and arguments.model is None:
+            adapter = newest_finished_run(Path("runs")).path
+            show(Notice(f"scoring the newest finished run, {adapter}"))
+        sampling = {
+            "num_samples": arguments.samples,
+            "temperature": arguments.temperature,
+            "top_p": arguments.top_p,
+            "seed": arguments.seed,
+        }
+        asked = {"name": arguments.model, "quantization": arguments.quantization, "dtype": arguments.dtype}
+        summary = evaluate(
+            EvaluationRequest(
+                tasks=tasks,
+                adapter=adapter,
+                model={key: value for key, value in asked.items() if value is not None},
+                with_base=arguments.with_base,
+                decoding=replace(
+                    DECODINGS[arguments.decoding or ("greedy" if endpoint else "beam4")],
+                    **{key: value for key, value in sampling.items() if value is not None},
+                ),
+                limit=arguments.limit,
+                max_new_tokens=arguments.max_new_tokens,
+                batch_size=arguments.batch_size,
+                data_dir=arguments.data_dir,
+                template=arguments.template,
+                clean=arguments.clean,
+                trained_on=arguments.trained_on,
+                endpoint=endpoint,
+            ),
+            emit=show,
+        )
+    if arguments.json:
+        print(json.dumps(summary, indent=2))
+
+
+def _refuse_contradictions(arguments: argparse.Namespace) -> None:
+    """Raise QDenseError for options that would be silently ignored."""
+
+    def given(*names: str) -> list[str]:
+        return [f"--{name}" for name in names if getattr(arguments, name.replace("-", "_")) not in (None, False)]
+
+    if arguments.with_base and arguments.adapter is None and arguments.model is not None:
+        raise QDenseError("--with-base compares an adapter with its base; name the adapter with --adapter")
+    if arguments.decoding != "sample" and (unused := given("samples", "temperature", "top-p", "seed")):
+        raise QDenseError(
+            f"{', '.join(unused)}: only with --decoding sample; {arguments.decoding or 'the default'} draws nothing"
+        )
+    if arguments.trained_on is not None and not arguments.clean:
+        raise QDenseError("--trained-on: names the training set for --clean; add --clean")
+    if arguments.endpoint is None:
+        if arguments.concurrency is not None:
+            raise QDenseError("--concurrency: only with --endpoint URL")
+        return
+    if arguments.model is None:
+        raise QDenseError("--endpoint: name the server's model with --model NAME")
+    local = ("adapter", "with-base", "quantization", "dtype", "template", "batch-size")
+    if unused := given(*local):
+        raise QDenseError(f"{', '.join(unused)}: cannot be used with --endpoint")

@@ -1,0 +1,55 @@
+"""`qdense merge`"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from qdense.cli.arguments import add_json
+from qdense.libraries import quiet_libraries
+from qdense.text import printable
+
+HELP = "merge an adapter into its base model"
+DESCRIPTION = (
+    "Add an adapter whose update is a matrix to its base's weights, in fp32, rounded once; report the rounding loss."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder, or an adapter's")
+    parser.add_argument("output", metavar="DIR", type=Path, help="the folder to write the model to")
+    parser.add_argument(
+        "--onto",
+        choices=("original", "nf4"),
+        default="original",
+        help="the weights to add to: the base's original ones (default), or the NF4 values the adapter was trained on",
+    )
+    parser.add_argument(
+        "--into-nf4-with-loss",
+        action="store_true",
+        help="quantize the sum to NF4 again, which rounds most of a small adapter away; the loss is reported",
+    )
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    quiet_libraries()
+    from qdense.modeling.merge import merge
+
+    def notice(text: str) -> None:
+        print(printable(text), file=sys.stderr)
+
+    report = merge(
+        arguments.run, arguments.output, onto=arguments.onto, into_nf4=arguments.into_nf4_with_loss, notice=notice
+    )
+    if arguments.json:
+        from dataclasses import asdict
+
+        print(json.dumps(asdict(report), indent=2))
+        return
+    from qdense.ui.console import make_console
+    from qdense.ui.tables import show_merge
+
+    show_merge(make_console(), report)

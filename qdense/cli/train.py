@@ -1,0 +1,54 @@
+"""`qdense train`"""
+
+from __future__ import annotations
+
+import argparse
+
+from qdense.cli.arguments import add_data_dir, add_quiet, add_recipe, as_toml
+from qdense.libraries import quiet_libraries
+
+HELP = "train an adapter from a recipe"
+DESCRIPTION = "Train an adapter from a recipe."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument(
+        "--fraction", type=float, metavar="F", help="train on this fraction of the rows (data.fraction)"
+    )
+    parser.add_argument("--output", metavar="DIR", help="the run's folder (output.dir)")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the run's folder")
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="with --resume: continue even if the recipe, data, base or versions differ from those the run began with",
+    )
+    add_data_dir(parser)
+    add_quiet(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from qdense.recipe import load_recipe
+
+    overrides = list(arguments.set)
+    if arguments.fraction is not None:
+        overrides.append(f"data.fraction={arguments.fraction!r}")
+    if arguments.output is not None:
+        overrides.append(f"output.dir={as_toml(arguments.output)}")
+    recipe = load_recipe(arguments.recipe, overrides)
+
+    from qdense.ui.console import make_console
+    from qdense.ui.training import TrainingDisplay
+
+    with TrainingDisplay(make_console(), quiet=arguments.quiet) as show:
+        show.status = "loading libraries"
+        quiet_libraries()
+        from qdense.training.run import train
+
+        train(
+            recipe,
+            resume=arguments.resume,
+            data_dir=arguments.data_dir,
+            emit=show,
+            accept_changes=arguments.accept_changes,
+        )

@@ -1,0 +1,140 @@
+"""What is relied on in PEFT beyond its documented interface. Written against 0.21.
+
+Relied on elsewhere, without a private name, and held by tests/compat/test_peft.py: `TUNER_OVERRIDES` and `LAYER_OVERRIDES`
+below, and that PEFT's LoKr layers keep their factors in `lokr_w1`, `lokr_w2` or their low-rank `_a` and `_b`
+(qdense/methods/lokr.py, or LoKr fails on a 4-bit base).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import Tensor
+
+# What our tuners (qdense/tuners) override of PEFT's BaseTuner, and what breaks if PEFT no longer asks for it.
+TUNER_OVERRIDES = {
+    "prefix": "no tensor of an adapter is recognised, saved or loaded",
+    "tuner_layer_cls": "adapters cannot be switched or deleted",
+    "target_module_mapping": "a configuration without target_modules is refused",
+    "uses_shared_state": "transformers' own load_adapter makes DenseLoRA layers without encoders and decoders",
+    "_create_and_replace": "no layer is adapted",
+    "_replace_module": "PEFT moves 4-bit and 8-bit layers whose adapters are on the meta device, which fails",
+    "_cast_adapter_dtype": "PEFT rebuilds the parameters when it casts, and frozen factors become trainable",
+    "merge_adapter": "an adapter that is no matrix, or one on a 4-bit base, is merged into nonsense",
+    "_unload_and_optionally_merge": "the same, by merge_and_unload",
+    "inject_adapter": "DenseLoRA has no place for encoders and decoders",
+    "set_adapter": "encoders and decoders stay trainable, or frozen, when the adapter is switched",
+    "set_requires_grad": "encoders and decoders do not follow their layers",
+    "_enable_adapter_layers": "encoders and decoders train while the adapter is off",
+    "delete_adapter": "encoders and decoders outlive their adapter",
+    "_remove_adapter_name_from_key": "encoders and decoders are saved under names that do not load",
+}
+# The same of BaseTunerLayer.
+LAYER_OVERRIDES = {
+    "adapter_layer_names": "an adapter's tensors in a layer are not frozen, switched or deleted",
+    "other_param_names": "what else a layer keeps of an adapter outlives it",
+    "_move_adapter_to_device_of_base_layer": "PEFT rebuilds the parameters when it moves them, and frozen ones become trainable",
+    "merge": "the adapter is not merged",
+    "unmerge": "the adapter is not taken off again",
+}
+
+
+class PeftTypeName(str):
+    """A PEFT type that is not in PEFT's own enum: PEFT asks for `.value`, hashes and compares it as the string."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+def register(peft_type: PeftTypeName, config: type[PeftConfig], tuner: Any) -> None:
+    """Let PEFT create, save and load adapters of this type. Safe to call twice.
+
+    Not `peft.utils.register_peft_method`: it refuses names that are missing from PEFT's own enum. A name of type str with
+    `.value` in the same dictionaries is all that the rest of PEFT asks for. Without them, PEFT knows none of our methods.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    registries: tuple[tuple[Any, Any], ...] = (
+        (PEFT_TYPE_TO_CONFIG_MAPPING, config),
+        (PEFT_TYPE_TO_TUNER_MAPPING, tuner),
+        (PEFT_TYPE_TO_PREFIX_MAPPING, tuner.prefix),
+    )
+    for registry, entry in registries:
+        registry[peft_type] = entry
+
+
+def buffers_by_adapter() -> Any:
+    """An empty dictionary of buffers, a module, that PEFT saves and loads like its parameters.
+
+    torch has no such class, and PEFT's is private. Without it, frozen factors would have to be parameters, which PEFT makes
+    trainable in several places.
+    """
+    from peft.tuners._buffer_dict import BufferDict
+
+    return BufferDict({}, persistent=True)
+
+
+def holds_tensors_by_adapter(container: Any) -> bool:
+    """Whether this is one of a layer's dictionaries from an adapter's name to a tensor: of parameters or of buffers."""
+    from peft.tuners._buffer_dict import BufferDict
+    from torch.nn import ParameterDict
+
+    return isinstance(container, ParameterDict | BufferDict)
+
+
+def quantization_backend(linear: Any) -> Any:
+    """What PEFT's layers read and write a quantized weight with; None for a float one. Its `backend_name` is for messages.
+
+    Without it, `get_base_weight` would give the packed bytes, and a quantized base could not be told from a float one.
+    """
+    from peft.utils.quantization_utils import resolve_quantization_backend
+
+    return resolve_quantization_backend(linear)
+
+
+def cast_input(layer: Any, x: Tensor, dtype: Any) -> Tensor:
+    """`x` in `dtype`, unless PEFT's `disable_input_dtype_casting` is in force around the layer; then as it is.
+
+    Every layer of PEFT asks for this. Without it, ours would not obey that documented context manager.
+    """
+    cast: Tensor = layer._cast_input_dtype(x, dtype)
+    return cast
+
+
+def adapters_to_merge(layer: Any, names: list[str] | None) -> list[str]:
+    """Those of the adapters `names` (None: the active ones) that the layer has not merged yet; PEFT warns of the others."""
+    from peft.tuners.tuners_utils import check_adapters_to_merge
+
+    return check_adapters_to_merge(layer, names)
+
+
+def is_targeted(config: PeftConfig, name: str) -> bool:
+    """Whether PEFT adapts the module `name` by this configuration: target_modules, exclude_modules, layers_to_transform.
+
+    Without it, NoRA would have to guess which layers' inputs to measure before PEFT has adapted any.
+    """
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    return bool(check_target_module_exists(config, name))
+
+
+def refuse_unmergeable(model: Any) -> None:
+    """PEFT's check before a merge: ValueError, or a warning where tied embeddings are adapted.
+
+    Without it, the merge that measures what rounding costs, layer by layer, would pass over what PEFT's own merge refuses.
+    """
+    model.base_model._check_merge_allowed()
+
+
+def rank_averages(model: Any) -> dict[str, dict[str, Tensor]]:
+    """What AdaLoRA's rank allocator has averaged over the steps so far: the live dictionaries, by their names there.
+
+    PEFT saves none of it. Without it, a resumed AdaLoRA run would cut other ranks than one that was never stopped.
+    """
+    allocator = model.base_model.rankallocator
+    return {name: getattr(allocator, name) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")}

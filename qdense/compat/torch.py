@@ -1,0 +1,66 @@
+"""What is relied on in torch beyond its documented interface. Written against 2.11 to 2.13.
+
+Relied on elsewhere, without a private name, and held by tests/compat/test_torch.py:
+
+- A non-reentrant checkpoint runs no further than the last saved tensor when it recomputes, and a custom function can read
+  what another one saved, by its `grad_fn`: qdense/modeling/recompute.py, or a tiled MLP runs once more in vain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+
+def is_seen_by_others(gradient: Tensor) -> bool:
+    """Whether a gradient that a custom function is given, or the tensor of which it is a view, has another holder.
+
+    The counts are torch's own; no documented function tells. Without them, a gradient of the input could be written over
+    while someone else still reads it, or would always have to be copied: the size of a hidden state for each adapted block.
+    """
+    base = gradient._base  # of a 3-D product: it is held by its view and by this variable
+    return gradient._use_count() > 1 or (base is not None and base._use_count() > 2)  # type: ignore[attr-defined]
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether autograd tracks the tensor as a view of another.
+
+    Without this, an adapter would write its output into a view in place, and autograd would copy gradients.
+    """
+    return tensor._is_view()
+
+
+def checkpointed_inputs(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Any]) -> saved_tensors_hooks:
+    """Within it, a non-reentrant checkpoint keeps its positional inputs as `pack` returns them until its backward.
+
+    That the checkpoint saves them through the innermost hooks around it is documented nowhere. Without it, the inputs of
+    recomputed layers could not wait in host memory.
+    """
+    return saved_tensors_hooks(pack, unpack)
+
+
+@contextmanager
+def watched_operations(watch: Callable[[list[Tensor], list[Tensor]], None]) -> Iterator[None]:
+    """Within it, `watch` is given the tensors that each operation took and returned, those of the backward pass included.
+
+    torch has a documented mode for calls of its functions, which does not see the backward pass. Without this, no test on a
+    CPU could hold a step's memory to its prediction.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    def tensors(tree: Any) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            watch(tensors((args, kwargs)), tensors(result))
+            return result
+
+    with Watched():
+        yield

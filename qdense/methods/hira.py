@@ -1,0 +1,74 @@
+"""HiRA (ICLR 2025, openreview.net/pdf?id=TwJrTz9cRS), PEFT's own: the weight times a low-rank matrix, element by element.
+
+delta(x) = (W o B A) x        with the base's weight W, unpacked in each forward where it is quantized
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qdense.methods.costs import (
+    AdapterSettings,
+    Computation,
+    Costs,
+    LinearShapes,
+    ModuleCosts,
+    WeightCosts,
+    added_output,
+    dropped_input,
+    no_frozen_parameters,
+    trained_readers,
+)
+from qdense.methods.method import Method
+
+
+def _build_config(adapter: AdapterSettings, num_steps: int) -> Any:
+    from peft import HiraConfig
+
+    return HiraConfig(
+        r=adapter.r,
+        hira_dropout=adapter.dropout,
+        target_modules=list(adapter.target_modules),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> dict[str, int]:
+    """(d_in + d_out) r for each layer."""
+    return {kind: (d_in + d_out) * adapter.r * num_layers for kind, (d_in, d_out) in shapes.items()}
+
+
+def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
+    """W o B A is kept for the input's gradient, W for B A's."""
+    weight, width = d_in * d_out, max(at.width, at.base_width)  # of bf16 times fp32
+    return ModuleCosts(
+        kept=0,
+        in_backward=0,
+        products=weight,
+        backward_products=2 * weight,
+        moved=added_output(at, d_out) + dropped_input(at, d_in),
+        weights=WeightCosts(
+            kept=(at.unpacked_width + width) * weight,
+            in_forward=at.width * weight,  # B A
+            in_backward=width * weight,  # the gradient of W o B A, then B A's in its place
+            products=(at.adapter.r + 1) * weight,
+            moved=(2 * at.unpacked_width + 2 * at.width + 2 * width) * weight,
+        ),
+    )
+
+
+METHOD = Method(
+    name="hira",
+    summary="HiRA, PEFT's: the weight times a low-rank matrix, element by element; unpacks every weight in each forward",
+    uses=frozenset({"r", "dropout", "target_modules"}),
+    build_config=_build_config,
+    count_parameters=_count_parameters,
+    costs=Costs(of_input=trained_readers, of_module=_module, frozen_parameters=no_frozen_parameters),
+    quantizations=("nf4", "none"),
+    why_not_quantized="PEFT's HiRA multiplies in fp16 what it unpacks of 8-bit weights (peft 0.21)",
+    peft_type="HIRA",
+    sizes=("r",),
+    reads_base_weights=True,
+    factors={"hira_A": "A", "hira_B": "B"},
+    awake_at_start=lambda name: ".hira_B." in name,
+)

@@ -25,6 +25,7 @@ OWN = {
     "adalora": {"initial_r": 3.0, "warmup_share": 0.3, "final_share": 0.1, "cut_every": 2, "orthogonality": 0.1},
     "vera": {"r": 16, "initial_d": 0.3},
     "lokr": {"decompose_factor": 4, "decompose_both": True},
+    "randlora": {"scaling": 5.0},
     "nora": {"r_inner": 2, "split": "left"},  # calibration_rows: tests/methods/test_methods.py
 }
 

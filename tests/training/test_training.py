@@ -234,6 +234,21 @@ def test_a_run_is_as_many_steps_as_its_epochs_have(tiny_model, tmp_path, setting
         )
 
 
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
+        ("constant", [0, 0.5, 1, 1, 1, 1]),
+        ("cosine", [0, 0.5, 1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]),  # (1 + cos(pi k / 4)) / 2
+    ],
+)
+def test_the_learning_rate_rises_to_the_recipe_s_and_follows_its_schedule(tiny_model, tmp_path, schedule, shares):
+    settings = {"training__schedule": schedule, "training__warmup_steps": 2, "training__learning_rate": 0.008}
+    events = run(recipe_for(tiny_model, tmp_path / "run", training__eval_steps=6, training__save_steps=6, **settings))
+    rates = [event.learning_rate for event in events if isinstance(event, StepDone)]
+    assert rates == pytest.approx([0.008 * share for share in shares])
+
+
 def test_a_warm_up_as_long_as_the_run_is_told(tiny_model, tmp_path):
     for name, warmup_steps, is_told in (("long", 2, True), ("longer", 3, True), ("short", 1, False)):
         settings = {"training__max_steps": 2, "training__warmup_steps": warmup_steps}

@@ -1,6 +1,7 @@
 """DenseLoRA through PEFT's own interface, on float, NF4 and 8-bit bases."""
 
 import copy
+import weakref
 
 import peft
 import pytest
@@ -206,6 +207,42 @@ def test_deepcopy_shares_within_itself_only(tiny_model):
 def test_merging_is_refused_with_activations(tiny_model):
     with pytest.raises(ValueError, match=r"cannot be merged.*gelu.*no matrix"):
         adapted(tiny_model).merge_and_unload()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "tanh", "silu"])
+def test_a_layer_with_an_activation_has_no_matrix(tiny_model, activation):
+    layer = adapted(tiny_model, activation=activation).get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    with pytest.raises(ValueError, match=r"cannot be merged \(default\): it is no matrix"):
+        layer.get_delta_weight("default")
+
+
+def test_an_input_is_let_go_once_all_that_read_it_have_run(tiny_model):
+    """Also where one that would read it is off, or has its adapter in its weight."""
+    config = DenseLoraConfig(r=4, activation="none", target_modules=["q_proj", "k_proj", "v_proj"])
+    for switch_off in (lambda layer: None, lambda layer: layer.enable_adapters(False), lambda layer: layer.merge()):
+        attention = get_peft_model(fresh_base(tiny_model), config).base_model.model.model.layers[0].self_attn
+        switch_off(attention.q_proj)
+        x = torch.randn(1, 3, 64)
+        with torch.no_grad():
+            for layer in (attention.k_proj, attention.q_proj, attention.v_proj):
+                layer(x)
+        reference = weakref.ref(x)
+        del x
+        assert reference() is None
+
+
+@pytest.mark.parametrize("zero_init", ["decoder", "m", "none"])
+def test_factors_are_drawn_by_kaimings_rule_but_for_the_one_that_is_zero(tiny_model, zero_init):
+    torch.manual_seed(0)
+    model = get_peft_model(
+        fresh_base(tiny_model), DenseLoraConfig(r=32, zero_init=zero_init, target_modules=["up_proj"])
+    )
+    pair = model.base_model.denselora_shared["default"]["up_proj"]
+    m = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").denselora_m["default"]
+    for name, factor in (("encoder", pair.encoder), ("decoder", pair.decoder), ("m", m)):
+        bound = 0.0 if name == zero_init else factor.shape[1] ** -0.5  # uniform up to 1 / sqrt(columns)
+        assert 0.98 * bound <= factor.abs().max().item() <= bound, name
+        assert factor.square().mean().item() == pytest.approx(bound**2 / 3, rel=0.1), name
 
 
 def test_only_matrix_merges_and_unmerges(tiny_model):

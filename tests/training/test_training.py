@@ -5,6 +5,7 @@ import math
 import shutil
 import tomllib
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,8 @@ def test_a_run_writes_what_it_says(tiny_model, tmp_path):
     }
     steps = [event for event in events if isinstance(event, StepDone)]
     assert [event.step for event in steps] == [1, 2, 3, 4, 5, 6]
+    for before, after in pairwise(steps):
+        assert after.num_tokens / after.tokens_per_second == pytest.approx(after.seconds - before.seconds)
     assert [event.step for event in events if isinstance(event, Validated)] == [2, 4, 6]
     progress = [(event.num_done, event.num_batches) for event in events if isinstance(event, ValidationProgress)]
     assert progress == [(1, 2), (2, 2)] * 3  # 8 rows in batches of 4

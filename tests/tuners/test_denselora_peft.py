@@ -328,13 +328,30 @@ def test_other_decoders_with_these_module_names(family):
     assert all(pair.decoder.grad.abs().sum() > 0 for pair in shared.values())
 
 
-def test_layers_of_unlike_shape_cannot_share(tiny_model):
+@pytest.mark.parametrize(("d_in", "d_out"), [(64, 96), (64, 160), (48, 128), (96, 128)])
+def test_layers_of_unlike_shape_cannot_share(tiny_model, d_in, d_out):
     base = fresh_base(tiny_model)
-    base.model.layers[1].mlp.up_proj = torch.nn.Linear(64, 96)
-    with pytest.raises(
-        ValueError, match=r"one shape: the first maps 64 -> 128, model.layers.1.mlp.up_proj maps 64 -> 96"
-    ):
+    base.model.layers[1].mlp.up_proj = torch.nn.Linear(d_in, d_out)
+    told = rf"one shape: the first maps 64 -> 128, model.layers.1.mlp.up_proj maps {d_in} -> {d_out}"
+    with pytest.raises(ValueError, match=told):
         get_peft_model(base, DenseLoraConfig(r=4, target_modules=["up_proj"]))
+
+
+@pytest.mark.parametrize("freeze_shared", [False, True])
+@pytest.mark.parametrize("names", ["default", ["default"], ["default", "other"]])
+def test_adapters_are_frozen_and_thawed_by_name(tiny_model, freeze_shared, names):
+    model = adapted(tiny_model, freeze_shared=freeze_shared, zero_init="none")
+    model.add_adapter("second", DenseLoraConfig(r=2, init_weights=False, target_modules=["q_proj"]))
+
+    def trainable():
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    before = trainable()
+    assert any("denselora_shared" in name for name in before) is not freeze_shared
+    model.base_model.set_requires_grad(names, requires_grad=False)
+    assert trainable() == set()
+    model.base_model.set_requires_grad(names, requires_grad=True)
+    assert trainable() == before
 
 
 def test_other_modules_than_linear_are_refused(tiny_model):

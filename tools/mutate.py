@@ -9,8 +9,8 @@
 
 cosmic-ray's operators make the mutants; this file runs them. Importing torch, transformers and peft takes longer than most
 tests, so they are imported once, without any torch operation and without qdense; each mutant is a fork that sees the mutated
-source through an import hook (nothing on the disk changes) and runs the tests that execute the mutated statement, those of the
-module's own package first and the quick ones before the slow, up to `--budget` seconds of them. A test that runs qdense in a
+source through an import hook (nothing on the disk changes) and runs the tests that execute the mutated statement, the quick
+before the slow, up to `--budget` seconds of them. A test that runs qdense in a
 process of its own does not see the mutant.
 
 Left out, as no test should depend on them: annotations, what is spelled in an error or a notice, `if TYPE_CHECKING`; and as
@@ -243,9 +243,8 @@ def tests_of(mutant: Mutant, surveyed: dict[str, Any], imported: set[int], budge
     wanted = set(range(mutant.statement[0], mutant.statement[1] + 1))
     if wanted & imported:
         wanted = inside - imported or inside or wanted
-    package = f"tests/{Path(mutant.module).parent.name}/"
     able = [name for name, test in surveyed.items() if wanted & set(test["lines"].get(mutant.module, ()))]
-    able.sort(key=lambda name: (not name.startswith(package), surveyed[name]["seconds"]))
+    able.sort(key=lambda name: surveyed[name]["seconds"])
     chosen: list[str] = []
     seconds = 0.0
     for name in able:

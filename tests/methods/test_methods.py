@@ -172,6 +172,21 @@ def test_what_peft_is_told_is_recognized(tiny_model, tmp_path, method):
     assert {name.rpartition(".")[2] for name in names} <= METHODS[method].factors.keys()
 
 
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        *(({"peft_type": "DENSELORA", "activation": name}, "denselora") for name in ("gelu", "relu", "silu", "tanh")),
+        ({"peft_type": "DENSELORA", "activation": "none"}, "denselora-only-matrix"),
+        ({"peft_type": "DENSELORA", "activation": "gelu", "freeze_shared": True}, "denselora-freeze"),
+        ({"peft_type": "LORA", "use_dora": True}, "dora"),
+        ({"peft_type": "LORA", "use_dora": False}, "lora"),
+        ({"peft_type": "LORA"}, "lora"),
+    ],
+)
+def test_a_method_and_its_variants_are_told_apart(config, name):
+    assert method_of(config).name == name
+
+
 def test_adapters_of_no_method_here_are_taken_with_care():
     assert method_of({"peft_type": "LOHA"}) is None
     assert "LOHA" in PEFT_TYPES

@@ -4,9 +4,11 @@ import weakref
 
 import pytest
 import torch
+from peft import PeftModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from qdense.methods import METHODS
+from qdense.methods.costs import WeightCosts
 from qdense.modeling.attach import attach_adapter
 from qdense.modeling.load import load_base
 from qdense.planning.memory import Kernels, computation_of
@@ -31,6 +33,11 @@ def adapted(recipe):
     return attach_adapter(load_base(recipe.model), recipe.adapter, num_steps=10).train()
 
 
+def layer_of(model, path):
+    prefix = "base_model.model." if isinstance(model, PeftModel) else ""
+    return model.get_submodule(f"{prefix}model.layers.1.{path}")
+
+
 def multiplications(layer, num_tokens, d_in, d_out):
     """Of the adapter's forward and backward pass: what the frozen module itself takes is subtracted."""
     x, counts = torch.randn(1, num_tokens, d_in, requires_grad=True), []
@@ -44,13 +51,13 @@ def multiplications(layer, num_tokens, d_in, d_out):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("method", [name for name in TRAINED if METHODS[name].is_adapter])
+@pytest.mark.parametrize("method", TRAINED)
 def test_products_are_those_of_the_methods_own_layers(tiny_model, method, dropout):
     recipe = recipe_for(tiny_model, method, adapter__dropout=dropout)
     model = adapted(recipe)
     at = computation_of(recipe, model_shape(str(tiny_model)), ON_CPU)
     for path, shape in MODULES.items():
-        layer = model.get_submodule(f"base_model.model.model.layers.1.{path}")
+        layer = layer_of(model, path)
         few, many = (multiplications(layer, num_tokens, *shape) for num_tokens in (8, 24))
         costs = METHODS[method].costs.of_module(at, *shape)
         of_a_token = [(b - a) / 16 for a, b in zip(few, many, strict=True)]
@@ -81,7 +88,7 @@ def kept_bytes(layer, num_tokens, d_in, dtype):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
-@pytest.mark.parametrize("method", [name for name in TRAINED if METHODS[name].is_adapter])
+@pytest.mark.parametrize("method", TRAINED)
 def test_bytes_that_are_kept_are_those_that_autograd_holds(tiny_model, method, dropout, dtypes):
     base_dtype, dtype = dtypes
     if method == "dora" and base_dtype != dtype and not dropout:
@@ -94,7 +101,7 @@ def test_bytes_that_are_kept_are_those_that_autograd_holds(tiny_model, method, d
     for path, (d_in, d_out) in MODULES.items():
         if path.rpartition(".")[2] not in METHODS[method].targets(recipe.adapter):
             continue
-        layer = model.get_submodule(f"base_model.model.model.layers.1.{path}")
+        layer = layer_of(model, path)
         few, many = (kept_bytes(layer, num_tokens, d_in, getattr(torch, base_dtype)) for num_tokens in (8, 24))
         of_module = costs.of_module(at, d_in, d_out)
         of_a_token = (many - few) / 16
@@ -102,6 +109,17 @@ def test_bytes_that_are_kept_are_those_that_autograd_holds(tiny_model, method, d
         if method != "dora":  # PEFT's holds the graph of a norm that it detaches, until it is collected
             fixed = few - 8 * of_a_token
             assert of_module.weights.kept <= fixed <= 1.05 * of_module.weights.kept + 512, path  # and a few numbers
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_trained_weights_gradient_is_made_in_its_dtype_and_cast(tiny_model, dtype):
+    """Two pieces of memory as large as the weight, one of them in fp32."""
+    recipe = recipe_for(tiny_model, "full", model__dtype=dtype, adapter__dtype=dtype)
+    at = computation_of(recipe, model_shape(str(tiny_model)), ON_CPU)
+    costs = METHODS["full"].costs.of_module(at, 64, 128)
+    element = {"float32": 4, "bfloat16": 2}[dtype]
+    assert costs.weights == WeightCosts(kept=0, in_forward=0, in_backward=(element + 4) * 8192, products=0, moved=0)
+    assert (costs.kept, costs.in_backward, costs.moved) == (0, 0, 0)
 
 
 def num_elements(model):

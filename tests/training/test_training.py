@@ -56,6 +56,14 @@ def test_a_run_writes_what_it_says(tiny_model, tmp_path):
     assert isinstance(events[-1], TrainingDone)
     started = next(event for event in events if isinstance(event, TrainingStarted))
     assert (started.num_steps, started.first_step) == (6, 0)
+    facts = dict(started.facts)
+    assert facts["adapter"] == "denselora r 8, alpha 16, on q, k, v, up, down"
+    assert facts["trainable"] == "6,272 parameters, 6.48% of the model, bfloat16"  # of 96,832, by hand
+    assert facts["data"] == "wordproblems: 59 rows of 1,192, 8 more for validation"
+    assert facts["training"] == "6 steps, batch 4, packed, lr 0.01, paged_adamw_8bit"
+    assert facts["plan"].startswith("2 rows (640 tokens) at a time, all layers recomputed; 0.")
+    assert events[-1].kept_step == min((event.loss, event.step) for event in events if isinstance(event, Validated))[1]
+    assert events[-1].seconds == steps[-1].seconds > steps[0].seconds > 0
 
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [(line["event"], line["step"]) for line in lines] == [
@@ -468,9 +476,13 @@ def test_cuda_that_is_not_there_is_named(tiny_model, tmp_path):
 def test_a_full_disk_is_told_before_the_start(tiny_model, tmp_path, monkeypatch):
     recipe = recipe_for(tiny_model, tmp_path / "run")
     load_base(recipe.model)  # its cache is there
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(QDenseError, match=r"not enough disk space for the run's checkpoints"):
-        run(recipe)
+    # Four checkpoints of a little more than 1 MiB, and 64 MiB for all else.
+    for free_bytes in (1000, 67 * 2**20):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free_bytes: type("Usage", (), {"free": free})())
+        with pytest.raises(QDenseError, match=r"not enough disk space for the run's checkpoints: 6\d MiB needed"):
+            run(recipe)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 72 * 2**20})())
+    run(recipe)
 
 
 def test_truncated_rows_are_reported(tiny_model, tmp_path):

@@ -310,6 +310,9 @@ def _judge(mutant: Mutant, tests: Sequence[str], verdict: Path) -> int:
             if report.failed:
                 failed.append(f"collecting {report.nodeid}")
 
+        def pytest_keyboard_interrupt(self) -> None:
+            failed.append("KeyboardInterrupt")
+
         def pytest_runtest_logreport(self, report: Any) -> None:
             ran.append(report.nodeid)
             if report.failed:
@@ -388,7 +391,7 @@ def run(modules: Sequence[str], *, sample: int, seed: int, budget: float, jobs: 
             number += 1
             verdict = folder / str(number)
             child = _start(partial(_judge, mutant, tests, verdict), verdict.with_suffix(".log"))
-            running[child] = mutant, verdict, time.monotonic(), 60 + 5 * seconds, len(tests)
+            running[child] = mutant, verdict, time.monotonic(), 20 + 4 * seconds, len(tests)
         for child, (mutant, verdict, started, limit, num_tests) in list(running.items()):
             took = time.monotonic() - started
             ended, _ = os.waitpid(child, os.WNOHANG)

@@ -240,10 +240,10 @@ def tests_of(mutant: Mutant, surveyed: dict[str, Any], imported: set[int], budge
         if isinstance(function, ast.FunctionDef)
         for line in range(function.body[0].lineno, (function.end_lineno or 0) + 1)
     }
-    wanted = set(range(mutant.statement[0], mutant.statement[1] + 1))
-    if wanted & imported:
-        wanted = inside - imported or inside or wanted
-    able = [name for name, test in surveyed.items() if wanted & set(test["lines"].get(mutant.module, ()))]
+    statement = set(range(mutant.statement[0], mutant.statement[1] + 1))
+    able: list[str] = []
+    for wanted in (inside - imported, inside) if statement & imported else (statement,):
+        able = able or [name for name, test in surveyed.items() if wanted & set(test["lines"].get(mutant.module, ()))]
     able.sort(key=lambda name: surveyed[name]["seconds"])
     chosen: list[str] = []
     seconds = 0.0

@@ -172,46 +172,6 @@ def test_what_peft_is_told_is_recognized(tiny_model, tmp_path, method):
     assert {name.rpartition(".")[2] for name in names} <= METHODS[method].factors.keys()
 
 
-@pytest.mark.parametrize("method", TRAINED)
-def test_what_must_have_a_gradient_from_the_first_step_on_has_one(tiny_model, tmp_path, method):
-    """And what need not, has none: behind a factor that is zero (AdaLoRA's penalty moves its factors all the same)."""
-    recipe = method_recipe(
-        tiny_model, tmp_path, method, "none", adapter__dtype="float32", model__dtype="float32", adapter__dropout=0.0
-    )
-    model = attach_adapter(load_base(recipe.model), recipe.adapter, 10).train()
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    awake = {name for name, p in trainable_parameters(model) if p.grad is not None and p.grad.any()}
-    expected = {name for name, _ in trainable_parameters(model) if METHODS[method].awake_at_start(name)}
-    assert expected
-    assert expected <= awake if method == "adalora" else expected == awake
-
-
-def test_what_is_particular_to_single_methods():
-    def of_those_that(holds):
-        return {name for name, method in METHODS.items() if holds(method)}
-
-    assert of_those_that(lambda method: method.reads_base_weights) == {"dora", "hira"}
-    assert of_those_that(lambda method: method.costs.has_weight_penalty) == {"adalora"}
-    fused = {"denselora", "denselora-freeze", "denselora-only-matrix"}
-    assert of_those_that(lambda method: method.costs.has_fused_kernels) == fused
-    assert of_those_that(lambda method: not method.is_adapter) == {"full", "none"}
-
-
-@pytest.mark.parametrize(
-    ("config", "name"),
-    [
-        *(({"peft_type": "DENSELORA", "activation": name}, "denselora") for name in ("gelu", "relu", "silu", "tanh")),
-        ({"peft_type": "DENSELORA", "activation": "none"}, "denselora-only-matrix"),
-        ({"peft_type": "DENSELORA", "activation": "gelu", "freeze_shared": True}, "denselora-freeze"),
-        ({"peft_type": "LORA", "use_dora": True}, "dora"),
-        ({"peft_type": "LORA", "use_dora": False}, "lora"),
-        ({"peft_type": "LORA"}, "lora"),
-    ],
-)
-def test_a_method_and_its_variants_are_told_apart(config, name):
-    assert method_of(config).name == name
-
-
 def test_adapters_of_no_method_here_are_taken_with_care():
     assert method_of({"peft_type": "LOHA"}) is None
     assert "LOHA" in PEFT_TYPES

@@ -1,6 +1,7 @@
 """What a recipe's [adapter] table says reaches the adapter: each key that a method reads, and no other."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -97,11 +98,11 @@ def test_every_own_key_has_a_test():
 @pytest.mark.parametrize(
     ("method", "key", "accepted", "refused"),
     [
-        ("adalora", "initial_r", (1, 8), (0.99, 8.01)),
+        ("adalora", "initial_r", (1, 8), (0.99, 8.01, "2", True)),
         ("adalora", "warmup_share", (0, 0.99), (-0.01, 1, 1.5)),
         ("adalora", "final_share", (0, 0.99), (-0.01, 1, 1.5)),
         ("adalora", "cut_every", (1, 100), (0, 1.5)),
-        ("adalora", "orthogonality", (0, 3), (-0.01,)),
+        ("adalora", "orthogonality", (0, 3), (-0.01, math.inf, math.nan)),
         ("vera", "r", (1, 4096), (0, 4097)),
         ("vera", "initial_d", (0.01, 5), (0, -1)),
         ("lokr", "decompose_factor", (-1, 2, 64), (-2, 0, 1)),

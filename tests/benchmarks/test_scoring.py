@@ -7,7 +7,7 @@ import pytest
 
 from qdense.benchmarks.accuracy import wilson_interval
 from qdense.benchmarks.results import score_task
-from qdense.benchmarks.scoring import LETTER, NUMBER
+from qdense.benchmarks.scoring import LETTER, NUMBER, numbered
 from qdense.benchmarks.tasks import TASKS, load_items, tasks_named
 from qdense.cli import main
 from qdense.errors import EvaluationError
@@ -47,6 +47,23 @@ def test_the_majority_of_samples():
 )
 def test_tolerance_is_the_authors(label, answer, right):
     assert NUMBER.is_correct(label, NUMBER.answers(answer)["paper"]) is right
+
+
+def test_what_can_be_a_label():
+    for kind, labels, others in (
+        (NUMBER, ("7", "-0.5", "1e3"), ("", "seven", "nan", "inf", "1,000")),
+        (LETTER, ("A", "E"), ("F", "a", "AB", "")),
+        (numbered("ending", 4), ("ending1", "ending4"), ("ending0", "ending5", "ending", "Ending1", "")),
+    ):
+        assert all(kind.is_label(label) for label in labels)
+        assert not any(kind.is_label(other) for other in others)
+
+
+def test_at_the_tolerance_itself_a_number_is_right():
+    assert NUMBER.is_correct("0.001", 0.0)
+    assert NUMBER.is_correct("0", -0.001)
+    assert not NUMBER.is_correct("0", math.nextafter(0.001, 1))
+    assert NUMBER.majority([2.0, 0.001, 0.0]) == 0.001  # two votes
 
 
 @pytest.mark.parametrize("name", STORED)

@@ -1,9 +1,11 @@
 """What a recipe's [adapter] table says reaches the adapter: each key that a method reads, and no other."""
 
 import copy
+import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.nn.functional import linear
 
 from qdense.methods import METHODS
@@ -91,6 +93,41 @@ def test_every_own_key_has_a_test():
     named = {(method, key) for method, own in OWN.items() for key in own} | {("nora", "calibration_rows")}
     own = {name: method.settings.model_fields for name, method in METHODS.items() if method.settings is not None}
     assert named == {(method, key) for method, fields in own.items() for key in fields}
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "accepted", "refused"),
+    [
+        ("adalora", "initial_r", (1, 8), (0.99, 8.01, "2", True)),
+        ("adalora", "warmup_share", (0, 0.99), (-0.01, 1, 1.5)),
+        ("adalora", "final_share", (0, 0.99), (-0.01, 1, 1.5)),
+        ("adalora", "cut_every", (1, 100), (0, 1.5)),
+        ("adalora", "orthogonality", (0, 3), (-0.01, math.inf, math.nan)),
+        ("vera", "r", (1, 4096), (0, 4097)),
+        ("vera", "initial_d", (0.01, 5), (0, -1)),
+        ("lokr", "decompose_factor", (-1, 2, 64), (-2, 0, 1)),
+        ("nora", "r_inner", (1, 512), (0, 513)),
+        ("nora", "calibration_rows", (0, 100), (-1,)),
+        ("randlora", "scaling", (0.01, 50), (0, -1)),
+    ],
+)
+def test_a_methods_own_keys_have_their_ranges(method, key, accepted, refused):
+    for value in accepted:
+        assert getattr(METHODS[method].settings(**{key: value}), key) == value
+    for value in refused:
+        with pytest.raises(ValidationError):
+            METHODS[method].settings(**{key: value})
+
+
+def test_what_a_recipe_leaves_out_of_a_methods_own_keys_is_as_documented():
+    defaults = {name: method.settings().model_dump() for name, method in METHODS.items() if method.settings is not None}
+    assert defaults == {
+        "adalora": {"initial_r": 1.5, "warmup_share": 0.1, "final_share": 0.3, "cut_every": 10, "orthogonality": 0.5},
+        "vera": {"r": 256, "initial_d": 0.1},
+        "lokr": {"decompose_factor": -1, "decompose_both": False},
+        "nora": {"r_inner": None, "split": "both", "calibration_rows": 32},
+        "randlora": {"scaling": 20.0},
+    }
 
 
 def test_dropout_is_on_in_training_and_off_outside_it(base):

@@ -37,6 +37,30 @@ def test_value_and_gradients_are_pytorchs(monkeypatch, slice_elements, divisor):
     assert (hidden.grad[::3] == 0).all()
 
 
+def test_without_gradients_all_slices_count(monkeypatch):
+    asked = []
+
+    def two_tokens(vocab_size, is_cuda):
+        asked.append((vocab_size, is_cuda))
+        return 2
+
+    monkeypatch.setattr(cross_entropy, "logits_slice_tokens", two_tokens)
+    hidden, weight, targets = leaves(23, 12, 37)
+    hidden, weight = hidden.detach(), weight.detach()
+    torch.testing.assert_close(
+        linear_cross_entropy(hidden, weight, targets), F.cross_entropy(hidden @ weight.T, targets)
+    )
+    assert asked == [(37, False)]
+
+
+def test_a_second_derivative_is_refused():
+    hidden, weight, targets = leaves(5, 4, 9)
+    loss = linear_cross_entropy(hidden, weight, targets).square()
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_bf16_is_as_near_to_fp32_as_pytorchs_own():
     hidden, weight, targets = leaves(64, 32, 211, torch.bfloat16)
     linear_cross_entropy(hidden, weight, targets).backward()

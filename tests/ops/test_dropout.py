@@ -1,5 +1,6 @@
 """Dropout's mask: its rate, its scale, and where its numbers come from."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -53,9 +54,38 @@ def test_gradients_pass_the_same_mask_also_when_recomputed():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_the_scale_multiplies(p):
+@pytest.mark.parametrize("scale", [2.5, 0.5])
+def test_the_scale_multiplies(p, scale):
     x = torch.randn(40, 30)
     torch.manual_seed(5)
-    expected = 2.5 * dropout(x, p)
+    expected = scale * dropout(x, p)
     torch.manual_seed(5)
-    torch.testing.assert_close(dropout(x, p, 2.5), expected)
+    torch.testing.assert_close(dropout(x, p, scale), expected)
+
+
+def test_a_seed_s_mask_is_that_of_every_release():
+    """So that a run which another release resumes repeats its steps."""
+    torch.manual_seed(8)
+    out = dropout(torch.ones(3, 7), 0.25)
+    torch.manual_seed(8)
+    bits = np.random.SFC64(int(torch.randint(2**63 - 1, ()))).random_raw(6).view(np.int16)[:21].reshape(3, 7)
+    assert torch.equal(out != 0, torch.from_numpy(bits >= -(2**14)))  # of 2**16 values, a quarter is below
+
+
+def test_masks_do_not_come_back():
+    torch.manual_seed(6)
+    masks = {tuple(dropout(torch.ones(64), 0.5).tolist()) for _ in range(500)}
+    assert len(masks) == 500
+
+
+def test_other_devices_take_pytorchs_own():
+    out = dropout(torch.ones(4, 5, device="meta"), 0.5, 2.0)
+    assert (out.shape, out.device.type) == (torch.Size((4, 5)), "meta")
+    x = torch.ones(4, 5, device="meta")
+    assert dropout(x, 0.5) is not x
+
+
+def test_a_rate_next_to_one_drops_almost_all():
+    torch.manual_seed(7)
+    out = dropout(torch.ones(2**21), 1 - 2**-20)
+    assert set(out.tolist()) == {0.0, 2.0**20}  # about 32 of them are kept

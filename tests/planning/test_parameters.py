@@ -68,6 +68,10 @@ VARIANTS = [
     {"method": "lokr", "r": 1},
     {"method": "lokr", "r": 1, "lokr": {"decompose_both": True}},
     {"method": "lokr", "r": 2, "lokr": {"decompose_factor": 16}},
+    *(
+        {"method": "lokr", "r": 2, "lokr": {"decompose_factor": factor}} for factor in (3, 5, 48)
+    ),  # these divide nothing
+    *({"method": "lokr", "r": r, "lokr": {"decompose_both": True}} for r in (3, 4, 5)),  # 64 = 8 * 8: low rank below 4
     {"method": "adalora", "adalora": {"initial_r": 2.0}},
     {"method": "vera", "vera": {"r": 24}},
     {"method": "nora", "nora": {"r_inner": 3}},

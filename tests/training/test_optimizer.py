@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qdense.training.checkpoint import Checkpoint
-from qdense.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state
+from qdense.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state, take_over_changes
 
 NAMES = ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"]
 
@@ -72,18 +72,87 @@ def test_state_goes_through_a_file_and_training_goes_on_exactly(name, tmp_path):
             optimizer.zero_grad()
 
     whole = parameter()
-    run(whole, optimizer_for(whole, name), gradients)
+    uncut = optimizer_for(whole, name, lr=1e-2)
+    run(whole, uncut, gradients)
     first = parameter()
-    optimizer = optimizer_for(first, name)
+    optimizer = optimizer_for(first, name, lr=1e-2)
     run(first, optimizer, gradients[:10])
     tensors, numbers = optimizer_state(optimizer)
     Checkpoint(10, {}, optimizer=tensors, values={"optimizer": numbers}).save(tmp_path)
-    second = nn.Parameter(first.detach().clone())
-    optimizer = optimizer_for(second, name)
+    second = parameter(value=5.0)  # the masters say what it is
+    optimizer = optimizer_for(second, name, lr=1e-2)
     saved = Checkpoint.load(tmp_path / "checkpoint-10")
     load_optimizer_state(optimizer, saved.optimizer, saved.values["optimizer"])
+    assert torch.equal(second, first)
     run(second, optimizer, gradients[10:])
     assert torch.equal(second, whole)
+    expected, found = optimizer_state(uncut), optimizer_state(optimizer)
+    assert expected[1] == found[1]
+    assert expected[0].keys() == found[0].keys() > {"masters.0"}
+    for key, tensor in expected[0].items():  # masters and moments, of which bf16 shows little
+        assert torch.equal(found[0][key], tensor), key
+
+
+def test_a_parameter_that_others_have_changed_is_taken_over_where_it_was_changed():
+    p = parameter(n=4)
+    optimizer = optimizer_for(p)
+    p.grad = torch.full((4,), -1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        p[1], p[2] = 0.0, 2.0  # one lower, one higher
+    take_over_changes(optimizer)
+    masters = optimizer_state(optimizer)[0]["masters.0"]
+    assert masters.tolist() == pytest.approx([1 + 1e-4, 0.0, 2.0, 1 + 1e-4], abs=1e-6)  # no rounding where unchanged
+    assert masters[0] != 1
+
+
+def test_without_masters_there_is_nothing_to_take_over():
+    p = parameter(n=4)
+    take_over_changes(optimizer_for(p, master_weights=False))
+    assert torch.equal(p, torch.ones_like(p))
+
+
+def test_gradients_are_dropped_or_set_to_zero():
+    p = parameter(n=4)
+    optimizer = optimizer_for(p)
+    optimizer.zero_grad(set_to_none=False)
+    assert p.grad is None
+    p.grad = torch.ones(4)
+    optimizer.zero_grad(set_to_none=False)
+    assert torch.equal(p.grad, torch.zeros(4))
+    optimizer.zero_grad()
+    assert p.grad is None
+
+
+def test_weight_decay_and_the_first_step_are_adamw_s():
+    p, q = parameter(torch.float32, 2.0, n=1), parameter(torch.float32, 2.0, n=1)
+    ours = build_optimizer("adamw_torch", [p], learning_rate=0.1, weight_decay=0.5, master_weights=False)
+    theirs = torch.optim.AdamW([q], lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.5)
+    for gradient in (3.0, -1.0, 0.5):
+        for each, optimizer in ((p, ours), (q, theirs)):
+            each.grad = torch.tensor([gradient])
+            optimizer.step()
+    assert torch.equal(p, q)
+    assert p.item() < 2.0 * 0.95**2
+
+
+def test_each_name_is_its_optimizer():
+    found = {}
+    for name in NAMES:
+        optimizer = optimizer_for(parameter(), name)
+        arguments = getattr(optimizer, "args", None)
+        found[name] = (
+            type(optimizer).__name__,
+            getattr(optimizer, "is_paged", None),
+            arguments.optim_bits if arguments else None,
+        )
+    assert found == {
+        "paged_adamw_8bit": ("MasterWeightsAdamW", True, 8),
+        "paged_adamw_32bit": ("MasterWeightsAdamW", True, 32),
+        "adamw_8bit": ("MasterWeightsAdamW", False, 8),
+        "adamw_torch": ("MasterWeightsAdamW", None, None),
+    }
 
 
 def test_schedulers_see_the_learning_rate_they_set():

@@ -5,6 +5,7 @@ import math
 import shutil
 import tomllib
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,21 @@ import torch
 import torch.nn.functional as F
 
 from qdense.errors import QDenseError, RunError
-from qdense.events import CheckpointSaved, Notice, StepDone, TrainingDone, TrainingStarted, Validated
+from qdense.events import (
+    CheckpointSaved,
+    Notice,
+    StepDone,
+    TrainingDone,
+    TrainingStarted,
+    Validated,
+    ValidationProgress,
+)
+from qdense.modeling.attach import attach_adapter, run_tensors
 from qdense.modeling.load import load_base
 from qdense.ops.denselora import decode
 from qdense.recipe import load_recipe
 from qdense.training import checkpoint as checkpoint_module
+from qdense.training.loop import checkpoint_bytes
 from qdense.training.metrics import read_metrics
 from qdense.training.run import train
 from qdense.tuners.denselora import DenseLoraLinear
@@ -37,10 +48,22 @@ def test_a_run_writes_what_it_says(tiny_model, tmp_path):
     }
     steps = [event for event in events if isinstance(event, StepDone)]
     assert [event.step for event in steps] == [1, 2, 3, 4, 5, 6]
+    for before, after in pairwise(steps):
+        assert after.num_tokens / after.tokens_per_second == pytest.approx(after.seconds - before.seconds)
     assert [event.step for event in events if isinstance(event, Validated)] == [2, 4, 6]
+    progress = [(event.num_done, event.num_batches) for event in events if isinstance(event, ValidationProgress)]
+    assert progress == [(1, 2), (2, 2)] * 3  # 8 rows in batches of 4
     assert isinstance(events[-1], TrainingDone)
     started = next(event for event in events if isinstance(event, TrainingStarted))
     assert (started.num_steps, started.first_step) == (6, 0)
+    facts = dict(started.facts)
+    assert facts["adapter"] == "denselora r 8, alpha 16, on q, k, v, up, down"
+    assert facts["trainable"] == "6,272 parameters, 6.48% of the model, bfloat16"  # of 96,832, by hand
+    assert facts["data"] == "wordproblems: 59 rows of 1,192, 8 more for validation"
+    assert facts["training"] == "6 steps, batch 4, packed, lr 0.01, paged_adamw_8bit"
+    assert facts["plan"].startswith("2 rows (640 tokens) at a time, all layers recomputed; 0.")
+    assert events[-1].kept_step == min((event.loss, event.step) for event in events if isinstance(event, Validated))[1]
+    assert events[-1].seconds == steps[-1].seconds > steps[0].seconds > 0
 
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [(line["event"], line["step"]) for line in lines] == [
@@ -175,6 +198,74 @@ def test_the_best_weights_are_kept(tiny_model, tmp_path):
     assert adapter_bytes(tmp_path / "best") != adapter_bytes(tmp_path / "last")
     saved = read_metrics(tmp_path / "best" / "metrics.jsonl")
     assert [line["is_best"] for line in saved if line["event"] == "validation"][-1] is False
+    # A run that is killed and resumed after the best step has not forgotten it.
+    settings["training__save_steps"] = 1
+    cut = recipe_for(tiny_model, tmp_path / "cut", **settings)
+    killed_run(cut, step=rise + 1)
+    assert run(cut, resume=True)[-1].kept_step == done.kept_step
+    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "best")
+
+
+def test_a_checkpoint_takes_no_more_than_is_asked_of_the_disk(tiny_model, tmp_path):
+    """All its tensors with bf16 weights, fp32 masters and moments; a MiB is left for names and numbers."""
+    recipe = recipe_for(
+        tiny_model, tmp_path / "run", adapter__method="vera", training__optimizer="adamw_torch", training__max_steps=2
+    )
+    folder = Path(next(event for event in run(recipe) if isinstance(event, CheckpointSaved)).path)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    model = attach_adapter(load_base(recipe.model), recipe.adapter, num_steps=2)
+    assert size <= checkpoint_bytes(model) <= 1.05 * size + 2**20 + 2 * num_frozen(model)  # bf16, asked for as fp32
+
+
+def num_frozen(model):
+    return sum(tensor.numel() for tensor in run_tensors(model).values() if not tensor.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_steps"),
+    # 59 rows in batches of 4: 15 steps an epoch, the last of 3 rows.
+    [({"epochs": 1}, 15), ({"epochs": 2.5}, 38), ({"epochs": 1, "batch_size": 59, "micro_batch_size": 4}, 1)],
+)
+def test_a_run_is_as_many_steps_as_its_epochs_have(tiny_model, tmp_path, settings, num_steps):
+    changes = {f"training__{key}": value for key, value in settings.items()}
+
+    class Started(BaseException):
+        pass
+
+    def emit(event):
+        if isinstance(event, TrainingStarted):
+            raise Started(event.num_steps)
+
+    with pytest.raises(Started, match=f"^{num_steps}$"):
+        train(
+            recipe_for(tiny_model, tmp_path / "run", training__max_steps=None, **changes),
+            resume=False,
+            data_dir=None,
+            emit=emit,
+        )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
+        ("constant", [0, 0.5, 1, 1, 1, 1]),
+        ("cosine", [0, 0.5, 1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]),  # (1 + cos(pi k / 4)) / 2
+    ],
+)
+def test_the_learning_rate_rises_to_the_recipe_s_and_follows_its_schedule(tiny_model, tmp_path, schedule, shares):
+    settings = {"training__schedule": schedule, "training__warmup_steps": 2, "training__learning_rate": 0.008}
+    events = run(recipe_for(tiny_model, tmp_path / "run", training__eval_steps=6, training__save_steps=6, **settings))
+    rates = [event.learning_rate for event in events if isinstance(event, StepDone)]
+    assert rates == pytest.approx([0.008 * share for share in shares])
+
+
+def test_a_warm_up_as_long_as_the_run_is_told(tiny_model, tmp_path):
+    for name, warmup_steps, is_told in (("long", 2, True), ("longer", 3, True), ("short", 1, False)):
+        settings = {"training__max_steps": 2, "training__warmup_steps": warmup_steps}
+        events = run(recipe_for(tiny_model, tmp_path / name, **settings))
+        notices = [event.text for event in events if isinstance(event, Notice) and "the warm-up" in event.text]
+        assert bool(notices) is is_told, name
 
 
 def test_killed_between_the_last_checkpoint_and_the_result(tiny_model, tmp_path):
@@ -385,9 +476,13 @@ def test_cuda_that_is_not_there_is_named(tiny_model, tmp_path):
 def test_a_full_disk_is_told_before_the_start(tiny_model, tmp_path, monkeypatch):
     recipe = recipe_for(tiny_model, tmp_path / "run")
     load_base(recipe.model)  # its cache is there
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(QDenseError, match=r"not enough disk space for the run's checkpoints"):
-        run(recipe)
+    # Four checkpoints of a little more than 1 MiB, and 64 MiB for all else.
+    for free_bytes in (1000, 67 * 2**20):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free_bytes: type("Usage", (), {"free": free})())
+        with pytest.raises(QDenseError, match=r"not enough disk space for the run's checkpoints: 6\d MiB needed"):
+            run(recipe)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 72 * 2**20})())
+    run(recipe)
 
 
 def test_truncated_rows_are_reported(tiny_model, tmp_path):

@@ -1,6 +1,7 @@
 """DenseLoRA through PEFT's own interface, on float, NF4 and 8-bit bases."""
 
 import copy
+import weakref
 
 import peft
 import pytest
@@ -208,6 +209,42 @@ def test_merging_is_refused_with_activations(tiny_model):
         adapted(tiny_model).merge_and_unload()
 
 
+@pytest.mark.parametrize("activation", ["gelu", "tanh", "silu"])
+def test_a_layer_with_an_activation_has_no_matrix(tiny_model, activation):
+    layer = adapted(tiny_model, activation=activation).get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    with pytest.raises(ValueError, match=r"cannot be merged \(default\): it is no matrix"):
+        layer.get_delta_weight("default")
+
+
+def test_an_input_is_let_go_once_all_that_read_it_have_run(tiny_model):
+    """Also where one that would read it is off, or has its adapter in its weight."""
+    config = DenseLoraConfig(r=4, activation="none", target_modules=["q_proj", "k_proj", "v_proj"])
+    for switch_off in (lambda layer: None, lambda layer: layer.enable_adapters(False), lambda layer: layer.merge()):
+        attention = get_peft_model(fresh_base(tiny_model), config).base_model.model.model.layers[0].self_attn
+        switch_off(attention.q_proj)
+        x = torch.randn(1, 3, 64)
+        with torch.no_grad():
+            for layer in (attention.k_proj, attention.q_proj, attention.v_proj):
+                layer(x)
+        reference = weakref.ref(x)
+        del x
+        assert reference() is None
+
+
+@pytest.mark.parametrize("zero_init", ["decoder", "m", "none"])
+def test_factors_are_drawn_by_kaimings_rule_but_for_the_one_that_is_zero(tiny_model, zero_init):
+    torch.manual_seed(0)
+    model = get_peft_model(
+        fresh_base(tiny_model), DenseLoraConfig(r=32, zero_init=zero_init, target_modules=["up_proj"])
+    )
+    pair = model.base_model.denselora_shared["default"]["up_proj"]
+    m = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").denselora_m["default"]
+    for name, factor in (("encoder", pair.encoder), ("decoder", pair.decoder), ("m", m)):
+        bound = 0.0 if name == zero_init else factor.shape[1] ** -0.5  # uniform up to 1 / sqrt(columns)
+        assert 0.98 * bound <= factor.abs().max().item() <= bound, name
+        assert factor.square().mean().item() == pytest.approx(bound**2 / 3, rel=0.1), name
+
+
 def test_only_matrix_merges_and_unmerges(tiny_model):
     model = adapted(tiny_model, activation="none")
     expected = logits(model)
@@ -291,13 +328,30 @@ def test_other_decoders_with_these_module_names(family):
     assert all(pair.decoder.grad.abs().sum() > 0 for pair in shared.values())
 
 
-def test_layers_of_unlike_shape_cannot_share(tiny_model):
+@pytest.mark.parametrize(("d_in", "d_out"), [(64, 96), (64, 160), (48, 128), (96, 128)])
+def test_layers_of_unlike_shape_cannot_share(tiny_model, d_in, d_out):
     base = fresh_base(tiny_model)
-    base.model.layers[1].mlp.up_proj = torch.nn.Linear(64, 96)
-    with pytest.raises(
-        ValueError, match=r"one shape: the first maps 64 -> 128, model.layers.1.mlp.up_proj maps 64 -> 96"
-    ):
+    base.model.layers[1].mlp.up_proj = torch.nn.Linear(d_in, d_out)
+    told = rf"one shape: the first maps 64 -> 128, model.layers.1.mlp.up_proj maps {d_in} -> {d_out}"
+    with pytest.raises(ValueError, match=told):
         get_peft_model(base, DenseLoraConfig(r=4, target_modules=["up_proj"]))
+
+
+@pytest.mark.parametrize("freeze_shared", [False, True])
+@pytest.mark.parametrize("names", ["default", ["default"], ["default", "other"]])
+def test_adapters_are_frozen_and_thawed_by_name(tiny_model, freeze_shared, names):
+    model = adapted(tiny_model, freeze_shared=freeze_shared, zero_init="none")
+    model.add_adapter("second", DenseLoraConfig(r=2, init_weights=False, target_modules=["q_proj"]))
+
+    def trainable():
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    before = trainable()
+    assert any("denselora_shared" in name for name in before) is not freeze_shared
+    model.base_model.set_requires_grad(names, requires_grad=False)
+    assert trainable() == set()
+    model.base_model.set_requires_grad(names, requires_grad=True)
+    assert trainable() == before
 
 
 def test_other_modules_than_linear_are_refused(tiny_model):

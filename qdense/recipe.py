@@ -231,6 +231,12 @@ class Recipe(_Table):
     training: TrainingRecipe = Field(default_factory=TrainingRecipe, description="a table")
     output: OutputRecipe = Field(default_factory=OutputRecipe, description="a table")
 
+    @property
+    def has_masters(self) -> bool:
+        """Whether the optimizer keeps fp32 masters: of what is trained in bf16, if the recipe wants them."""
+        trained = self.adapter.dtype if METHODS[self.adapter.method].is_adapter else self.model.dtype
+        return self.adapter.master_weights and trained == "bfloat16"
+
     def resolved(self) -> dict[str, Any]:
         """Plain tables for TOML: every value that is set or has a default, and no empty ones."""
         tables = self.model_dump(mode="json", exclude_none=True)

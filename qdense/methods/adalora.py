@@ -101,7 +101,11 @@ class _Schedule:
             config.orth_reg_weight = weight
 
     def step(self, model: Any, step: int) -> None:
-        model.base_model.update_and_allocate(step)
+        config = model.peft_config["default"]
+        last_cut = config.total_step - config.tfinal
+        # The last cut is made at one step alone. If that was left out, for numbers that were not finite, at the next one.
+        is_late = step > last_cut and not self.has_settled(model, step)
+        model.base_model.update_and_allocate(last_cut if is_late else step)
 
     def state(self, model: Any) -> tuple[dict[str, Tensor], Any]:
         averages = {
@@ -121,7 +125,8 @@ class _Schedule:
 
     def has_settled(self, model: Any, step: int) -> bool:
         config = model.peft_config["default"]
-        return bool(step >= config.total_step - config.tfinal)
+        # PEFT forgets its averages with the last cut.
+        return bool(step >= config.total_step - config.tfinal and not rank_averages(model)["ipt"])
 
 
 def final_ranks(model: Any) -> list[int]:

@@ -97,6 +97,12 @@ class Method:
     schedule: RankSchedule | None = None
     left_of: Callable[[Mapping[str, Any], str, Any], Any] = lambda config, name, initial: initial
 
+    def __post_init__(self) -> None:
+        if not self.why_not_quantized and set(self.quantizations) != {"nf4", "int8", "none"}:
+            raise TypeError(f"method {self.name}: why_not_quantized must say why it does not work on every base")
+        if (self.build_config is None) != (self.peft_type is None):
+            raise TypeError(f"method {self.name}: build_config and peft_type are both PEFT's, or both None")
+
     @property
     def is_adapter(self) -> bool:
         """Whether it adds tensors of its own, by PEFT, rather than training the base's."""

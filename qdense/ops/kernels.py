@@ -29,12 +29,21 @@ def use_kernels(choice: str) -> None:
     if choice not in KERNELS:
         raise ValueError(f"kernels = {choice!r}: must be one of {', '.join(KERNELS)}")
     if choice == "triton" and not has_triton():
-        raise ValueError('kernels = "triton": Triton is not installed (pip install triton; Linux only), or take "auto"')
+        raise ValueError(f'kernels = "triton": {why_not_triton("cuda")}; or take "auto"')
     _choice = choice
 
 
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def why_not_triton(device_type: str) -> str | None:
+    """The reason that the fused kernels cannot run on a device of this type ("cuda", "cpu"); None if they can."""
+    if not has_triton():
+        return "Triton is not installed (pip install triton; on Windows: triton-windows)"
+    if device_type != "cuda" and not is_interpreted():
+        return "it needs a CUDA device (or TRITON_INTERPRET=1, for tests)"
+    return None
 
 
 def why_no_liger(model_type: str) -> str | None:
@@ -51,6 +60,6 @@ def adapter_ops(x: Tensor) -> ModuleType:
     is_fused = _choice == "triton" or (_choice == "auto" and x.device.type == "cuda" and has_triton())
     if not is_fused:
         return denselora
-    if x.device.type != "cuda" and not is_interpreted():
-        raise ValueError('kernels = "triton" needs a CUDA device (or TRITON_INTERPRET=1, for tests); take "auto"')
+    if fault := why_not_triton(x.device.type):
+        raise ValueError(f'kernels = "triton": {fault}; take "auto"')
     return importlib.import_module("qdense.ops.denselora_triton")  # imports Triton

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from qdense.catalogs.models import CatalogModel
 from qdense.device import choose_device, device_name, memory_free, memory_of_process
-from qdense.ops.kernels import has_triton, why_no_liger
+from qdense.ops.kernels import has_triton, why_no_liger, why_not_triton
 from qdense.planning.memory import Kernels
 from qdense.planning.plan import Machine
 from qdense.planning.speed import card_named
@@ -34,7 +34,7 @@ def slow_kernels(recipe: Recipe, shape: CatalogModel, machine: Machine) -> Itera
     """Why a run on CUDA does without faster kernels, where the recipe does not ask for that."""
     if not machine.kernels.is_cuda or recipe.training.kernels == "torch":
         return
-    if not has_triton():
-        yield "Triton is not installed (pip install triton; on Windows: triton-windows)"
+    if fault := why_not_triton("cuda"):
+        yield fault
     elif reason := why_no_liger(shape.model_type):
         yield reason

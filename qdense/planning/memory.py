@@ -28,7 +28,13 @@ from qdense.recipe import ModelRecipe, Recipe
 # NF4 with double quantization: 4 bits, a byte for each 64 elements, and a float for each 256 of these bytes.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 _INT8_BYTES = 1.0  # and a scale for each row, which is little
-_OPTIMIZER_BYTES = {"paged_adamw_8bit": 2 * (1 + 4 / 256), "adamw_8bit": 2 * (1 + 4 / 256)}  # others: two fp32 moments
+# Two moments of a parameter, in 8 bits with a scale for each 256, or in fp32.
+_OPTIMIZER_BYTES = {
+    "paged_adamw_8bit": 2 * (1 + 4 / 256),
+    "adamw_8bit": 2 * (1 + 4 / 256),
+    "paged_adamw_32bit": 8.0,
+    "adamw_torch": 8.0,
+}
 
 
 @dataclass(frozen=True)
@@ -155,15 +161,14 @@ def _static(recipe: Recipe, shape: CatalogModel) -> dict[str, int]:
     method = METHODS[adapter.method]
     trained, frozen = count_parameters(shape, adapter).trainable_parameters, count_frozen(shape, adapter)
     adapter_width = adapter.dtype_bytes if method.is_adapter else width
-    has_masters = adapter.master_weights and adapter_width == 2
-    gradient = 4 if has_masters else adapter_width
-    moments = _OPTIMIZER_BYTES.get(recipe.training.optimizer, 8.0)
+    gradient = 4 if recipe.has_masters else adapter_width
+    moments = _OPTIMIZER_BYTES[recipe.training.optimizer]
     return {
         "weights": weights,
         "embeddings_and_head": tables,
         "adapter": (trained + frozen) * adapter_width if method.is_adapter else 0,
         "gradients": trained * gradient * (2 if method.costs.has_weight_penalty else 1),
-        "optimizer": int(trained * (moments + (4 if has_masters else 0))),
+        "optimizer": int(trained * (moments + (4 if recipe.has_masters else 0))),
     }
 
 

@@ -44,9 +44,10 @@ class Batches:
         return step / self.steps_per_epoch
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed torch's generators for one step's dropout, on every device."""
-    digest = hashlib.blake2b(f"{seed} {step}".encode(), digest_size=8).digest()
+def seed_step(seed: int, step: int, process: int = 0) -> None:
+    """Seed torch's generators for one step's dropout, on every device; each of several processes has masks of its own."""
+    text = f"{seed} {step} {process}" if process else f"{seed} {step}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest) >> 1)
 
 

@@ -6,7 +6,7 @@ A run's checkpoints/ holds `checkpoint-<step>` folders, each with the same files
     best.safetensors       those of the lowest validation loss so far; empty before the first validation
     optimizer.safetensors  masters and moments
     schedule.safetensors   what the method's own schedule remembers (AdaLoRA's averages); empty for others
-    state.json             numbers: the best step and its loss, how steps are cut up, scalars of optimizer and schedules
+    state.json             numbers: the best step and its loss, how steps are cut up, scalars of the optimizer and the schedule
     manifest.json          the format, and size and SHA-256 of every other file
 
 No random state: what is random in a step follows from the seed and the step's number (`qdense/training/batches.py`). While a
@@ -143,23 +143,26 @@ def fault_of(checkpoint: Path) -> str | None:
     """
     try:
         manifest: dict[str, Any] = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
-        if manifest.get("format", 1) != FORMAT:
-            raise RunError(
-                f"{checkpoint}: another version of qdense wrote it (format {manifest.get('format', 1)}, not {FORMAT}). Continue "
-                "with that version, or start a new run with another --output."
-            )
         files: dict[str, Any] = manifest["files"]
+        found = manifest.get("format", 1 if "qdense.json" in files else None)  # the first version named no format
+        if isinstance(found, int) and found != FORMAT:
+            raise RunError(
+                f"{checkpoint}: another version of qdense wrote it (format {found}, not {FORMAT}). Continue with that version, "
+                "or start a new run with another --output."
+            )
+        if found != FORMAT:
+            return f"{_MANIFEST} names no format"
         if unlisted := sorted(_FILES - files.keys()):
             return f"{_MANIFEST} does not list {unlisted[0]}"
         for name in sorted(_FILES):
             path, facts = checkpoint / name, files[name]
             if not path.is_file():
                 return f"{name} is missing"
-            found = _facts(path)
-            if found["bytes"] != facts["bytes"]:
-                return f"{name} has {found['bytes']:,} bytes, not {facts['bytes']:,}"
-            if found["sha256"] != facts["sha256"]:
-                return f"{name} is not the file that was written (SHA-256 {found['sha256'][:12]}...)"
+            is_now = _facts(path)
+            if is_now["bytes"] != facts["bytes"]:
+                return f"{name} has {is_now['bytes']:,} bytes, not {facts['bytes']:,}"
+            if is_now["sha256"] != facts["sha256"]:
+                return f"{name} is not the file that was written (SHA-256 {is_now['sha256'][:12]}...)"
     except FileNotFoundError:
         return f"it has no {_MANIFEST}: the run ended while writing it, or another version of qdense wrote it"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -3,7 +3,7 @@
     for each step:  its rows, packed into micro-batches;  forward and backward of each;  clip;  optimizer;  schedule;
                     tell;  validate;  save
 
-What is peculiar to training a small adapter on a frozen 4-bit base is at hand elsewhere: fp32 masters in `optimizer.py`, what
+What is peculiar to training a small adapter on a frozen 4-bit base lives elsewhere: fp32 masters in `optimizer.py`, what
 a layer recomputes in `qdense/modeling/recompute.py`, the loss without logits in `qdense/modeling/loss.py`.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import get_scheduler
@@ -51,7 +52,7 @@ class Job:
 
     Attributes:
         model: the base with its adapter attached; what it trains requires gradients.
-        choice: how steps are cut up; a checkpoint's own is taken instead if `keeps_choice`.
+        choice: how steps are cut up; a checkpoint's own is taken instead if `takes_saved_choice`.
         training, validation: tokenized rows.
         metrics: is told every event, and is on the disk before each checkpoint; of several processes the first alone
             has it, and writes.
@@ -65,7 +66,7 @@ class Job:
     validation: Sequence[Example]
     num_steps: int
     choice: Choice
-    keeps_choice: bool
+    takes_saved_choice: bool
     folder: RunFolder
     metrics: MetricsFile | None
     signals: StopSignals
@@ -97,14 +98,15 @@ class TrainingLoop:
             self.parameters.values(),
             learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
-            master_weights=job.recipe.adapter.master_weights and job.recipe.adapter.dtype == "bfloat16",
+            master_weights=job.recipe.has_masters,
         )
-        self.scheduler = get_scheduler(
+        scheduler: Any = get_scheduler(
             settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
             self.optimizer,
             num_warmup_steps=settings.warmup_steps,
             num_training_steps=job.num_steps,
         )
+        self.share_of_rate = scheduler.lr_lambdas[0]  # by the number of steps done: nothing of it need be saved
         self.watch = Watch(
             self.parameters,
             job.method.awake_at_start,
@@ -115,10 +117,11 @@ class TrainingLoop:
         self.step = 0
         self.best_step, self.best_loss = 0, math.inf
         self.best_weights: dict[str, Tensor] = {}
-        self.seconds, self.peak_memory_bytes = job.metrics.seconds if job.metrics else 0.0, 0
+        self.seconds = job.metrics.seconds if job.metrics else 0.0
+        self.peak_memory_bytes = peak_memory(job.base.device)
 
     def run(self) -> None:
-        """Train up to the last step, or to the end of the step in which a signal comes; a checkpoint is written at either.
+        """Train up to the last step, or to the end of the step in which a signal comes, and write a checkpoint there.
 
         Raises:
             RunError: a loss or gradient is not finite, a parameter cannot learn, or a checkpoint cannot be written.
@@ -130,27 +133,32 @@ class TrainingLoop:
             started, step = time.monotonic(), self.step + 1
             self.job.model.train()
             batches, losses = self.forward_and_backward(step, self.batches.of_step(step))
+            losses, rows = self._of_all(losses), self._of_all([batch["rows"] for batch in batches])
             self._sum_gradients()
+            is_allowed = self.watch.allows(
+                step, losses, rows
+            )  # before clipping, which turns an infinite norm into zeros
             grad_norm = self.accelerator.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm or math.inf)
-            if self.watch.allows(step, losses, [batch["rows"] for batch in batches]):
+            learning_rate = settings.learning_rate * self.share_of_rate(step - 1)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            if is_allowed:
                 self.optimizer.step()
                 if self.job.method.schedule is not None:
                     self.job.method.schedule.step(self.job.model, step)
                     take_over_changes(self.optimizer)
-            learning_rate = self.scheduler.get_last_lr()[0]
-            self.scheduler.step()
             self.optimizer.zero_grad()
             self.step = step
 
             took = time.monotonic() - started
             self.seconds += took
             self.peak_memory_bytes = peak_memory(self.job.base.device)
-            loss, num_tokens = self._summed(sum(map(float, losses)), sum(batch["num_tokens"] for batch in batches))
+            (num_tokens,) = self._summed(sum(batch["num_tokens"] for batch in batches))
             self.emit(
                 StepDone(
                     step=step,
                     epoch=self.batches.epochs_after(step),
-                    loss=loss,
+                    loss=sum(losses),
                     learning_rate=learning_rate,
                     grad_norm=float(grad_norm),
                     num_tokens=int(num_tokens),
@@ -167,7 +175,7 @@ class TrainingLoop:
 
     # --- forward and backward ---------------------------------------------------------------------------------------------
 
-    def forward_and_backward(self, step: int, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], list[Tensor]]:
+    def forward_and_backward(self, step: int, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], list[float]]:
         """Gradients of this process's share of one step's rows. Memory that runs out repeats the step in smaller pieces; the
         batch stays what it is.
 
@@ -176,11 +184,12 @@ class TrainingLoop:
         """
         # The loss is a mean over the labels of the whole step, whatever it is cut into.
         num_labels = sum(int((example.labels[1:] != IGNORED).sum()) for example in examples)
-        mine = examples[self.accelerator.process_index :: self.accelerator.num_processes]
+        num_processes = self.accelerator.num_processes
+        mine = examples[self.accelerator.process_index :: num_processes]
         while True:
-            seed_step(self.job.recipe.training.seed, step)
+            seed_step(self.job.recipe.training.seed, step, self.accelerator.process_index)
             try:
-                return self._try_forward_and_backward(mine, max(1, num_labels))
+                return self._try_forward_and_backward(mine, max(1, num_labels), min(len(examples), num_processes))
             except (torch.OutOfMemoryError, MemoryError):
                 smaller = self._smaller_choice()
                 if smaller is None:
@@ -202,18 +211,18 @@ class TrainingLoop:
                 torch.cuda.empty_cache()
 
     def _try_forward_and_backward(
-        self, examples: Sequence[Example], num_labels: int
-    ) -> tuple[list[dict[str, Any]], list[Tensor]]:
+        self, examples: Sequence[Example], num_labels: int, num_sharing: int
+    ) -> tuple[list[dict[str, Any]], list[float]]:
         batches = self.micro_batches(examples)
         divisor = torch.tensor(num_labels, device=self.job.base.device)
         losses = []
         for batch in batches:
-            with self.passes(1 / (len(batches) * self.accelerator.num_processes)):
+            with self.passes(1 / (len(batches) * num_sharing)):
                 loss = self.token_loss(self.job.model, batch, divisor)
-                self.accelerator.backward(loss)
-            losses.append(loss.detach())
+                loss.backward()
+            losses.append(loss.detach().float())
             del loss  # its graph holds the first checkpoint, which the next pass needs the room of
-        return batches, losses or [torch.zeros((), device=self.job.base.device)]
+        return batches, torch.stack(losses).tolist() if losses else []
 
     def _sum_gradients(self) -> None:
         """Over all processes, once a step: so each may cut up its own rows as its memory wants."""
@@ -224,10 +233,19 @@ class TrainingLoop:
 
     def _summed(self, *values: float) -> list[float]:
         """Numbers of this process, summed over all."""
+        if self.accelerator.num_processes == 1:
+            return list(values)
         total: Tensor = self.accelerator.reduce(
             torch.tensor(values, dtype=torch.float64, device=self.job.base.device), "sum"
         )
         return total.tolist()
+
+    def _of_all(self, values: list[Any]) -> list[Any]:
+        """Values of this process followed or preceded by those of the others, in the order of the processes."""
+        if self.accelerator.num_processes == 1:
+            return values
+        gathered: list[Any] = gather_object(values)
+        return gathered
 
     def _is_stopped(self) -> bool:
         """Whether a signal has come, to whichever process."""
@@ -284,10 +302,11 @@ class TrainingLoop:
 
     def validate(self) -> None:
         """Validation loss: the mean over all loss tokens of the validation rows. The best weights so far are kept."""
-        rows, size = self.job.validation, self.job.recipe.training.batch_size
+        rows = self.job.validation[self.accelerator.process_index :: self.accelerator.num_processes]
+        size = self.job.recipe.training.batch_size
         starts = range(0, len(rows), size)
         self.job.model.eval()
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         one = torch.ones((), device=self.job.base.device)
         for number, start in enumerate(starts, start=1):
             for batch in self.micro_batches(rows[start : start + size]):
@@ -295,6 +314,7 @@ class TrainingLoop:
                     total += float(self.token_loss(self.job.model, batch, one))
                 count += batch["num_labels"]
             self.emit(ValidationProgress(number, len(starts)))
+        total, count = self._summed(total, count)
         loss = total / count
         if not math.isfinite(loss):
             raise RunError(f"step {self.step}: the validation loss is {loss}. {REMEDY}")
@@ -303,7 +323,8 @@ class TrainingLoop:
         is_best = has_settled and loss < self.best_loss
         if is_best:
             self.best_step, self.best_loss = self.step, loss
-            self.best_weights = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
+            if self.job.recipe.training.keep == "best":
+                self.best_weights = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
         self.emit(Validated(self.step, loss, is_best))
 
     @torch.no_grad()
@@ -319,7 +340,8 @@ class TrainingLoop:
         """Write a checkpoint. Raises RunError with what is left to resume from."""
         if self.job.metrics is None:
             return
-        folder, needed_bytes = self.job.folder.checkpoints, checkpoint_bytes(self.job.model)
+        folder = self.job.folder.checkpoints
+        needed_bytes = checkpoint_bytes(self.job.model, has_schedule=self.job.method.schedule is not None)
         require_free_space(folder, needed_bytes, f"checkpoint {self.step}")
         self.job.metrics.sync()  # a checkpoint without the metrics of its steps would leave a gap after a power cut
         try:
@@ -338,9 +360,8 @@ class TrainingLoop:
         values = {
             "choice": asdict(self.choice),
             "best_step": self.best_step,
-            "best_loss": self.best_loss if self.best_weights else None,  # JSON has no infinity
+            "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,  # JSON has no infinity
             "optimizer": numbers,
-            "scheduler": self.scheduler.state_dict(),
             "schedule": ranks,
         }
         return Checkpoint(self.step, run_tensors(self.job.model), self.best_weights, tensors, averages, values)
@@ -353,19 +374,21 @@ class TrainingLoop:
             if tensors.keys() != checkpoint.weights.keys():
                 odd = sorted(tensors.keys() ^ checkpoint.weights.keys())
                 raise KeyError(f"{len(odd)} tensors are missing or unknown: {odd[0]}")
+            if checkpoint.step > self.job.num_steps:
+                raise ValueError(f"the run now has {self.job.num_steps} steps")
             for name, tensor in tensors.items():
-                tensor.copy_(checkpoint.weights[name])
+                saved = checkpoint.weights[name]
+                if saved.shape != tensor.shape:
+                    raise ValueError(f"{name} is {list(saved.shape)} there and {list(tensor.shape)} here")
+                tensor.copy_(saved)
             load_optimizer_state(self.optimizer, checkpoint.optimizer, values["optimizer"])
-            self.scheduler.load_state_dict(values["scheduler"])
-            for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-                group["lr"] = rate
             if self.job.method.schedule is not None:
                 self.job.method.schedule.restore(self.job.model, checkpoint.schedule, values["schedule"])
-            if self.job.keeps_choice:
+            if self.job.takes_saved_choice:
                 self.follow(Choice(**values["choice"]))
             if values["best_loss"] is not None:
                 self.best_step, self.best_loss = values["best_step"], values["best_loss"]
-                self.best_weights = {name: checkpoint.best[name] for name in self.parameters}
+                self.best_weights = checkpoint.best
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise RunError(
                 f"checkpoint {checkpoint.step} of {self.job.folder.path} does not fit this run: {error}. Remove it to continue "
@@ -374,7 +397,9 @@ class TrainingLoop:
         self.step = checkpoint.step
 
 
-def checkpoint_bytes(model: Any) -> int:
-    """An upper bound: weights, fp32 masters, two moments and the best weights are at most 16 bytes a parameter."""
+def checkpoint_bytes(model: Any, *, has_schedule: bool = False) -> int:
+    """An upper bound: weights, fp32 masters, two moments and the best weights are at most 16 bytes a parameter, and the three
+    averages of AdaLoRA's schedule 12."""
     frozen = sum(tensor.numel() for tensor in run_tensors(model).values() if not tensor.requires_grad)
-    return 16 * sum(parameter.numel() for _, parameter in trainable_parameters(model)) + 4 * frozen + 2**20
+    trained = sum(parameter.numel() for _, parameter in trainable_parameters(model))
+    return (28 if has_schedule else 16) * trained + 4 * frozen + 2**20

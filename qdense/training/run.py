@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from qdense.modeling.attach import attach_adapter, trainable_parameters
 from qdense.modeling.liger import use_liger
 from qdense.modeling.load import BaseModel, load_base
 from qdense.modeling.locate import fetched_shape
-from qdense.ops.kernels import use_kernels
+from qdense.ops.kernels import use_kernels, why_not_triton
 from qdense.planning.machine import slow_kernels, this_machine
 from qdense.planning.memory import Choice
 from qdense.planning.plan import Plan, make_plan
@@ -62,6 +63,7 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, ac
         QDenseError: whatever keeps the run from starting, or must stop it; RunStopped when a signal has.
     """
     require_trackers(recipe)
+    _require_kernels(recipe)
     run = RunFolder(Path(recipe.output.dir))
     accelerator = Accelerator(
         cpu=choose_device(recipe.model.device).type == "cpu",
@@ -109,6 +111,12 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, ac
             ) from error
         emit(done)
     return run.path
+
+
+def _require_kernels(recipe: Recipe) -> None:
+    """Raise RunError where the recipe forces kernels that cannot run here, before anything loads."""
+    if recipe.training.kernels == "triton" and (fault := why_not_triton(choose_device(recipe.model.device).type)):
+        raise RunError(f'training.kernels = "triton": {fault}. Take "auto" or "torch".')
 
 
 @dataclass(frozen=True)
@@ -163,8 +171,9 @@ def _prepare(recipe: Recipe, resumed: Resumed | None, data_dir: Path | None, emi
 def _record(run: RunFolder, prepared: _Prepared, *, is_new: bool) -> None:
     """Write the resolved recipe with its provenance, and the adapter as drawn; refuse where the disk is too full for the run."""
     recipe, data, base = prepared.recipe, prepared.data, prepared.base
+    has_schedule = METHODS[recipe.adapter.method].schedule is not None
     # One checkpoint more than are kept: the oldest goes only once the newest is written. And room for the result and metrics.
-    needed_bytes = (CHECKPOINTS_TO_KEEP + 1) * checkpoint_bytes(prepared.model) + 64 * 2**20
+    needed_bytes = (CHECKPOINTS_TO_KEEP + 1) * checkpoint_bytes(prepared.model, has_schedule=has_schedule) + 64 * 2**20
     require_free_space(run.path, needed_bytes, "the run's checkpoints")
     provenance = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -215,7 +224,7 @@ def _run(
             validation=prepared.validation,
             num_steps=prepared.num_steps,
             choice=plan.choice,
-            keeps_choice=resumed is None or resumed.choice is not None,
+            takes_saved_choice=resumed is None or resumed.choice is not None,
             folder=run,
             metrics=metrics,
             signals=signals,
@@ -238,17 +247,19 @@ def _run(
             loop.run()
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise _out_of_memory(error, loop, plan) from error
-        if signals.received is not None and loop.step < prepared.num_steps:
+        if loop.step < prepared.num_steps:
+            received = signals.received or signal.SIGTERM  # of several processes, another one was told
             raise RunStopped(
-                f"stopped by {signals.received.name} after step {loop.step} of {prepared.num_steps}. "
+                f"stopped by {received.name} after step {loop.step} of {prepared.num_steps}. "
                 f"{last_good_checkpoint(run.checkpoints)}",
-                signals.received,
+                received,
             )
+        if recipe.training.keep == "best" and not loop.best_weights:
+            loop.validate()  # the recipe was changed after the last step
     return TrainingDone(
         adapter_dir=str(run.adapter),
         num_steps=prepared.num_steps,
-        # The loop validates after the last step too, so there is always a best.
-        kept_step=loop.use_best() if recipe.training.keep == "best" else prepared.num_steps,
+        kept_step=loop.use_best() if recipe.training.keep == "best" else loop.step,
         seconds=loop.seconds,
         peak_memory_bytes=loop.peak_memory_bytes,
         predicted_memory_bytes=plan.predicted_memory_bytes,

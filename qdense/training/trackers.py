@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
+from accelerate.tracking import GeneralTracker, get_available_trackers
 
 from qdense.errors import RunError
 from qdense.events import Emit, Notice, StepDone, Validated
@@ -37,9 +38,9 @@ class Trackers:
     """Told a run's events, passes its steps and validations on. A tracker that fails later on ends no run."""
 
     def __init__(self, accelerator: Accelerator, recipe: Recipe, folder: RunFolder, emit: Emit) -> None:
-        self.accelerator, self.emit = accelerator, emit
-        self.is_on = bool(recipe.training.trackers)
-        if not self.is_on:
+        self.emit = emit
+        self.trackers: list[GeneralTracker] = []
+        if not recipe.training.trackers:
             return
         config = {key: _plain(value) for key, value in recipe.flattened().items()}
         options = {name: {_NAMED[name]: folder.path.name} for name in recipe.training.trackers if name in _NAMED}
@@ -50,9 +51,10 @@ class Trackers:
                 f"training.trackers = {list(recipe.training.trackers)}: cannot be started: {error}. Set them up, or leave out "
                 "training.trackers."
             ) from error
+        self.trackers = list(accelerator.trackers)
 
     def __call__(self, event: Any) -> None:
-        if not self.is_on or not isinstance(event, StepDone | Validated):
+        if not self.trackers or not isinstance(event, StepDone | Validated):
             return
         table = "train" if isinstance(event, StepDone) else "validation"
         values = {
@@ -60,18 +62,19 @@ class Trackers:
             for key, value in asdict(event).items()
             if key != "step" and not (isinstance(value, float) and not math.isfinite(value))
         }
-        self._try(lambda: self.accelerator.log(values, step=event.step))
+        self._have_each(lambda tracker: tracker.log(values, step=event.step))
 
     def close(self) -> None:
-        if self.is_on:
-            self._try(self.accelerator.end_training)
+        self._have_each(lambda tracker: tracker.finish())
 
-    def _try(self, action: Any) -> None:
-        try:
-            action()
-        except Exception as error:  # a run that trains well does not end because nobody keeps its curves
-            self.is_on = False
-            self.emit(Notice(f"training.trackers: {error}; metrics.jsonl goes on, the trackers do not", "warning"))
+    def _have_each(self, action: Callable[[GeneralTracker], None]) -> None:
+        for tracker in list(self.trackers):
+            try:
+                action(tracker)
+            except Exception as error:  # a run that trains well does not end because nobody keeps its curves
+                self.trackers.remove(tracker)
+                what = f"training.trackers: {tracker.name}: {error}; the run continues without it"
+                self.emit(Notice(what, "warning"))
 
 
 def _plain(value: Any) -> bool | int | float | str:

@@ -36,39 +36,41 @@ class Watch:
     ) -> None:
         self.parameters, self.has_gradient_at_start = parameters, has_gradient_at_start
         self.skips, self.emit, self.last_good = skips, emit, last_good
-        self.num_skipped = 0  # steps in a row
+        self.num_skipped, self.num_left_out = 0, 0  # steps in a row; in all
         self.mean_loss, self.lowest_mean, self.has_exploded = math.nan, math.inf, False
 
-    def allows(self, step: int, losses: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> bool:
-        """Whether the step's update may be made.
+    def allows(self, step: int, losses: Sequence[float | Tensor], rows: Sequence[Sequence[int]]) -> bool:
+        """Whether the step's update may be made. Gradients are there, and not clipped yet.
 
         Args:
-            losses: of each micro-batch, scalars; their sum is the step's.
+            losses: of each micro-batch; their sum is the step's.
             rows: the numbers of each micro-batch's data rows.
 
         Raises:
             RunError: the run must not continue.
         """
-        on_host = torch.stack(list(losses)).float().cpu()
-        # One transfer for all of them. Clipping has happened by now; it keeps zero, NaN and infinity what they are.
-        norms = torch.stack(
-            [p.grad.norm().float() if p.grad is not None else losses[0].new_zeros((), dtype=torch.float32)
+        values = [float(loss) for loss in losses]
+        norms = torch.stack(  # one transfer for all of them
+            [p.grad.norm().float() if p.grad is not None else torch.zeros((), device=p.device)
              for p in self.parameters.values()]
         ).cpu()  # fmt: skip
-        if not torch.isfinite(on_host).all():
-            bad = [row for loss, numbers in zip(on_host, rows, strict=True) if not loss.isfinite() for row in numbers]
+        if not all(map(math.isfinite, values)):
+            bad = [
+                row for loss, numbers in zip(values, rows, strict=True) if not math.isfinite(loss) for row in numbers
+            ]
             return self._skip(f"step {step}: the loss is not finite; data rows {bad} (counted from 0).")
         if not torch.isfinite(norms).all():
             all_rows = [row for numbers in rows for row in numbers]
             return self._skip(f"step {step}: a gradient is not finite; data rows {all_rows} (counted from 0).")
         self.num_skipped = 0
-        self._tell_of_explosion(step, float(on_host.sum()))
-        if step in (1, 3):
-            self._refuse_dead_parameters(step, norms)
+        self._tell_of_explosion(step, sum(values))
+        if (update := step - self.num_left_out) in (1, 3):
+            self._refuse_dead_parameters(step, update, norms)
         return True
 
     def _skip(self, what: str) -> bool:
         self.num_skipped += 1
+        self.num_left_out += 1
         if not self.skips:
             raise RunError(f"{what} {REMEDY} {self.last_good()}")
         if self.num_skipped > _MOST_SKIPPED:
@@ -79,11 +81,11 @@ class Watch:
         self.emit(Notice(f"{what} This step changes nothing (training.on_nonfinite).", "warning"))
         return False
 
-    def _refuse_dead_parameters(self, step: int, norms: Tensor) -> None:
+    def _refuse_dead_parameters(self, step: int, update: int, norms: Tensor) -> None:
         dead = [
             name
             for name, norm in zip(self.parameters, norms, strict=True)
-            if norm == 0 and (step == 3 or self.has_gradient_at_start(name))
+            if norm == 0 and (update == 3 or self.has_gradient_at_start(name))
         ]
         if dead:
             raise RunError(

@@ -138,6 +138,8 @@ def change_manifest(path, change):
     ("change", "told"),
     [
         (lambda manifest: manifest.pop("files"), r"cannot be read: KeyError"),
+        (lambda manifest: manifest.pop("format"), r"names no format"),
+        (lambda manifest: manifest.update(format="2"), r"names no format"),
         (lambda manifest: manifest.update(files=[]), r"cannot be read: (Attribute|Type)Error"),
         (lambda manifest: manifest["files"].update({"state.json": None}), r"cannot be read: TypeError"),
         (lambda manifest: manifest["files"]["state.json"].pop("sha256"), r"cannot be read: KeyError"),
@@ -160,7 +162,9 @@ def test_a_manifest_that_is_no_table_is_a_fault(tmp_path, text):
     assert "manifest.json cannot be read" in fault_of(path)
 
 
-@pytest.mark.parametrize(("changes", "found"), [({}, 1), ({"format": 1}, 1), ({"format": 3}, 3)])
+@pytest.mark.parametrize(
+    ("changes", "found"), [({"files": {"qdense.json": {}}}, 1), ({"format": 1}, 1), ({"format": 3}, 3)]
+)
 def test_another_format_is_another_version_s(tmp_path, changes, found):
     path = checkpoint().save(tmp_path)
     change_manifest(path, lambda manifest: (manifest.pop("format"), manifest.update(changes)))  # the first had none

@@ -19,7 +19,7 @@ from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
 from qdense.benchmarks.generation import DECODINGS
 from qdense.benchmarks.tasks import TASKS
 from qdense.errors import EvaluationError, RunError, RunStopped
-from qdense.events import CheckpointSaved, EvaluationProgress, Notice, StepDone, TrainingStarted
+from qdense.events import CheckpointSaved, EvaluationProgress, Notice, StepDone, TrainingStarted, Validated
 from qdense.modeling.load import load_base
 from qdense.recipe import ModelRecipe, load_recipe
 from qdense.runs import RunFolder
@@ -178,6 +178,45 @@ def test_changes_are_refused_with_a_list_or_accepted_by_a_flag(tiny_model, tmp_p
     assert load_recipe(tmp_path / "run" / "recipe.toml").training.learning_rate == 2e-2
 
 
+def test_a_learning_rate_that_was_lowered_is_that_of_the_resumed_run(tiny_model, tmp_path):
+    """The remedy for a loss that explodes."""
+    killed_run(recipe_for(tiny_model, tmp_path / "run", training__schedule="constant"), step=3)
+    lower = recipe_for(tiny_model, tmp_path / "run", training__schedule="constant", training__learning_rate=1e-4)
+    events = []
+    train(lower, resume=True, data_dir=None, emit=events.append, accept_changes=True)
+    assert [event.learning_rate for event in events if isinstance(event, StepDone)] == [1e-4] * 4
+
+
+def test_a_checkpoint_that_does_not_fit_the_changed_recipe_is_refused(tiny_model, tmp_path):
+    killed_run(recipe_for(tiny_model, tmp_path / "run"), step=5)
+    for changes, told in (
+        ({"training__max_steps": 3}, r"checkpoint 4 of .* does not fit this run: the run now has 3 steps"),
+        ({"adapter__r": 1}, r"does not fit this run: .* is \[8, 64\] there and \[1, 64\] here"),
+        ({"adapter__method": "lora"}, r"does not fit this run: .*tensors are missing or unknown"),
+    ):
+        with pytest.raises(RunError, match=told):
+            train(
+                recipe_for(tiny_model, tmp_path / "run", **changes),
+                resume=True, data_dir=None, emit=lambda event: None, accept_changes=True,
+            )  # fmt: skip
+
+
+def test_the_best_is_kept_by_a_recipe_that_wants_it_only_after_the_last_step(tiny_model, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def emit(event):
+        if isinstance(event, CheckpointSaved) and event.step == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(recipe_for(tiny_model, tmp_path / "run", training__keep="last"), resume=False, data_dir=None, emit=emit)
+    events = []
+    train(recipe_for(tiny_model, tmp_path / "run"), resume=True, data_dir=None, emit=events.append, accept_changes=True)
+    assert [event.step for event in events if isinstance(event, Validated)] == [6]
+    assert events[-1].kept_step == 6
+
+
 def test_other_versions_are_refused(tiny_model, tmp_path, monkeypatch):
     recipe = recipe_for(tiny_model, tmp_path / "run")
     killed_run(recipe, step=3)
@@ -255,6 +294,31 @@ def test_a_step_may_be_skipped(tiny_model, tmp_path, monkeypatch, method):
     assert [line["loss"] is None for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["event"] == "step"] == [
         False, False, True, False, False, False,
     ]  # fmt: skip
+
+
+def test_a_step_that_is_skipped_in_the_warm_up_makes_nothing_look_dead(tiny_model, tmp_path, monkeypatch):
+    """Warm-up's first rate is 0: with step 2 left out, the decoder is still zero at step 3, and all else without a gradient."""
+    poisoned_at(monkeypatch, 2)
+    events = run(recipe_for(tiny_model, tmp_path / "run", training__on_nonfinite="skip"))
+    assert [event.step for event in events if isinstance(event, StepDone)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_skipped_last_cut_of_adaloras_ranks_is_made_at_the_next_step(tiny_model, tmp_path, monkeypatch):
+    settings = {"adapter__method": "adalora", "training__on_nonfinite": "skip", "training__max_steps": 10}
+    own = {"adapter__adalora": {"warmup_share": 0.1, "final_share": 0.5, "cut_every": 1}}
+    poisoned_at(monkeypatch, 5)
+    events = run(recipe_for(tiny_model, tmp_path / "run", **settings, **own, training__eval_steps=1))
+    settled = [event.step for event in events if isinstance(event, Validated) and event.is_best]
+    assert min(settled) == 6  # not 5, whose ranks were not cut
+    weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    ranks = [len(tensor) for name, tensor in weights.items() if name.endswith("lora_E")]
+    assert sum(ranks) == 8 * len(ranks)  # the target: r on average
+
+
+def test_a_gradient_whose_norm_overflows_stops_the_run(tiny_model, tmp_path, monkeypatch):
+    change_losses(monkeypatch, lambda loop, loss, number: loss + 1e30 * (loss - loss.detach()))
+    with pytest.raises(RunError, match="step 1: a gradient is not finite"):
+        run(recipe_for(tiny_model, tmp_path / "run"))
 
 
 def test_steps_are_not_skipped_for_ever(tiny_model, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import sys
 from typing import get_args
 
 import pytest
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoardTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoardTracker, TrackioTracker
 
 from qdense.errors import RecipeError, RunError
 from qdense.events import Notice, StepDone, Validated
@@ -93,6 +93,23 @@ def test_a_tracker_that_fails_ends_no_run_and_is_told_once(tiny_model, tmp_path,
     assert len(told) == 1
     run(recipe_for(tiny_model, tmp_path / "plain"))
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "plain")
+
+
+def test_a_tracker_that_fails_takes_no_other_with_it(tiny_model, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def fails(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(TrackioTracker, "start", lambda self: None)
+    monkeypatch.setattr(TrackioTracker, "store_init_configuration", lambda self, values: None)
+    monkeypatch.setattr(TrackioTracker, "log", fails)
+    events = run(recipe_for(tiny_model, tmp_path / "run", training__trackers=["trackio", "tensorboard"]))
+    assert [event.text for event in events if isinstance(event, Notice) and "no route to host" in event.text] == [
+        "training.trackers: trackio: no route to host; the run continues without it"
+    ]
+    found = EventAccumulator(str(tmp_path / "run" / "logs" / "qdense")).Reload()
+    assert len(found.Scalars("train/loss")) == 6
 
 
 def test_a_tracker_that_cannot_start_stops_the_run_and_says_so(tiny_model, tmp_path, monkeypatch):

@@ -422,7 +422,8 @@ def test_a_checkpoint_of_another_version_is_refused(tiny_model, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-4")
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-2"
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    del manifest["format"]  # the first version had none
+    del manifest["format"]  # the first version had none, and this file
+    manifest["files"]["qdense.json"] = {}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(RunError, match=r"checkpoint-2: another version of qdense wrote it \(format 1, not 2\)"):
         run(recipe, resume=True)
@@ -506,3 +507,14 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_a_resume_writes_the_adapter(
     assert not (tmp_path / "run" / "adapter").exists()
     run(recipe, resume=True)
     assert adapter_bytes(tmp_path / "run")
+
+
+def test_kernels_that_cannot_run_here_are_refused_before_anything_is_done(tiny_model, tmp_path, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(
+        RunError, match=r'training.kernels = "triton": .*(needs a CUDA device|not installed).*Take "auto"'
+    ):
+        run(recipe_for(tiny_model, tmp_path / "run", training__kernels="triton", data__path="none.json"))
+    assert not (tmp_path / "run").exists()

@@ -329,7 +329,9 @@ class TrainingLoop:
 
     @torch.no_grad()
     def use_best(self) -> int:
-        """Put the weights of the lowest validation loss into the model; returns their step."""
+        """Put the weights of the lowest validation loss into the model, if there were any; returns the step of those it has."""
+        if not self.best_weights:
+            return self.step
         for name, parameter in self.parameters.items():
             parameter.copy_(self.best_weights[name])
         return self.best_step
@@ -386,7 +388,8 @@ class TrainingLoop:
                 self.job.method.schedule.restore(self.job.model, checkpoint.schedule, values["schedule"])
             if self.job.takes_saved_choice:
                 self.follow(Choice(**values["choice"]))
-            if values["best_loss"] is not None:
+            # A run that kept the last weights has no best ones: should it want them now, it looks for them from here on.
+            if values["best_loss"] is not None and (checkpoint.best or self.job.recipe.training.keep == "last"):
                 self.best_step, self.best_loss = values["best_step"], values["best_loss"]
                 self.best_weights = checkpoint.best
         except (KeyError, TypeError, ValueError, RuntimeError) as error:

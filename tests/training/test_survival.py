@@ -191,7 +191,7 @@ def test_a_checkpoint_that_does_not_fit_the_changed_recipe_is_refused(tiny_model
     killed_run(recipe_for(tiny_model, tmp_path / "run"), step=5)
     for changes, told in (
         ({"training__max_steps": 3}, r"checkpoint 4 of .* does not fit this run: the run now has 3 steps"),
-        ({"adapter__r": 1}, r"does not fit this run: .* is \[8, 64\] there and \[1, 64\] here"),
+        ({"adapter__r": 1}, r"does not fit this run: .* is \[8, 8\] there and \[1, 1\] here"),
         ({"adapter__method": "lora"}, r"does not fit this run: .*tensors are missing or unknown"),
     ):
         with pytest.raises(RunError, match=told):

@@ -10,7 +10,7 @@
 cosmic-ray's operators make the mutants; this file runs them. Importing torch, transformers and peft takes longer than most
 tests, so they are imported once, without any torch operation and without qdense; each mutant is a fork that sees the mutated
 source through an import hook (nothing on the disk changes) and runs the tests that execute the mutated statement, the quick
-before the slow, up to `--budget` seconds of them. A test that runs qdense in a
+before the slow and those of its own package before others, up to `--budget` seconds of them. A test that runs qdense in a
 process of its own does not see the mutant.
 
 Left out, as no test should depend on them: annotations, what is spelled in an error or a notice, `if TYPE_CHECKING`; and as
@@ -244,7 +244,8 @@ def tests_of(mutant: Mutant, surveyed: dict[str, Any], imported: set[int], budge
     able: list[str] = []
     for wanted in (inside - imported, inside) if statement & imported else (statement,):
         able = able or [name for name, test in surveyed.items() if wanted & set(test["lines"].get(mutant.module, ()))]
-    able.sort(key=lambda name: surveyed[name]["seconds"])
+    package = f"tests/{Path(mutant.module).parent.name}/"
+    able.sort(key=lambda name: surveyed[name]["seconds"] * (1 if name.startswith(package) else 3))
     chosen: list[str] = []
     seconds = 0.0
     for name in able:

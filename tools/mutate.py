@@ -4,13 +4,13 @@
     python tools/mutate.py survey                        # which test runs which line (minutes; again for changed files)
     python tools/mutate.py run qdense/ops/dropout.py     # every mutant of a module
     python tools/mutate.py run --sample 30 qdense/methods/*.py
-    python tools/mutate.py run --again qdense/ops/*.py   # the survivors once more, after a test was written
+    python tools/mutate.py run --again qdense/ops/*.py   # the survivors once more, after a test was written (--by NAME: by it)
     python tools/mutate.py report
 
 cosmic-ray's operators make the mutants; this file runs them. Importing torch, transformers and peft takes longer than most
 tests, so they are imported once, without any torch operation and without qdense; each mutant is a fork that sees the mutated
 source through an import hook (nothing on the disk changes) and runs the tests that execute the mutated statement, the quick
-before the slow, up to `--budget` seconds of them. A test that runs qdense in a
+before the slow and those of its own package before others, up to `--budget` seconds of them. A test that runs qdense in a
 process of its own does not see the mutant.
 
 Left out, as no test should depend on them: annotations, what is spelled in an error or a notice, `if TYPE_CHECKING`; and as
@@ -244,7 +244,8 @@ def tests_of(mutant: Mutant, surveyed: dict[str, Any], imported: set[int], budge
     able: list[str] = []
     for wanted in (inside - imported, inside) if statement & imported else (statement,):
         able = able or [name for name, test in surveyed.items() if wanted & set(test["lines"].get(mutant.module, ()))]
-    able.sort(key=lambda name: surveyed[name]["seconds"])
+    package = f"tests/{Path(mutant.module).parent.name}/"
+    able.sort(key=lambda name: surveyed[name]["seconds"] * (1 if name.startswith(package) else 3))
     chosen: list[str] = []
     seconds = 0.0
     for name in able:
@@ -358,10 +359,10 @@ def _forked(work: Callable[[], int], limit: float) -> int:
     return -1
 
 
-def run(modules: Sequence[str], *, sample: int, seed: int, budget: float, jobs: int, again: bool) -> None:
+def run(modules: Sequence[str], *, sample: int, seed: int, budget: float, jobs: int, again: bool, by: str) -> None:
     surveyed: dict[str, Any] = {}
     for path in sorted((WORK / "survey").glob("*.json")):
-        surveyed |= json.loads(path.read_text())
+        surveyed |= {name: test for name, test in json.loads(path.read_text()).items() if re.search(by, name)}
     imported = json.loads((WORK / "imports.json").read_text())
     before = results()
     queue = []
@@ -488,6 +489,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=float, default=40.0, help="seconds of tests a mutant")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--by", default="", help="only tests whose names match, such as the ones just written")
     parser.add_argument("--again", action="store_true", help="the survivors so far")
     arguments = parser.parse_intermixed_args()
     os.chdir(ROOT)
@@ -503,7 +505,7 @@ def main() -> None:
     if arguments.command == "survey":
         every = (path for name in TESTS for path in sorted((ROOT / "tests").glob(name)))
         return survey(arguments.files or [str(path.relative_to(ROOT)) for path in every])
-    settings = {key: getattr(arguments, key) for key in ("sample", "seed", "budget", "jobs", "again")}
+    settings = {key: getattr(arguments, key) for key in ("sample", "seed", "budget", "jobs", "again", "by")}
     run(arguments.files, **settings)
 
 

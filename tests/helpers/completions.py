@@ -49,6 +49,9 @@ LETTERS = [
     ("It is not (B) but (C)", "B", "C"),
     ("it is (C), not (B)", "C", "C"),
     ("answer choice (E)", "E", "E"),
+    ("The answer is B. No: the answer is C, for B is odd.", "B", "C"),  # the last of each kind
+    ("First option B, then option D, not C", "B", "D"),
+    ("B or D", "B", "D"),
 ]
 
 OPTIONS = [

@@ -1,5 +1,6 @@
 """What the planner is told of each method, counted in the method's own layers."""
 
+import dataclasses
 import math
 import weakref
 
@@ -158,6 +159,18 @@ def test_bytes_that_are_moved_are_estimated_within_a_factor(tiny_model, method):
         assert costs.moved / 2.5 <= of_a_token <= 2.5 * costs.moved, path
         if costs.weights.moved:
             assert costs.weights.moved / 2 <= counts[0] - 8 * of_a_token <= costs.weights.moved, path
+
+
+@pytest.mark.parametrize("method", [name for name in TRAINED if METHODS[name].is_adapter])
+def test_only_methods_that_make_matrices_as_large_as_a_weight_have_their_costs(tiny_model, method):
+    at = computation_of(recipe_for(tiny_model, method), model_shape(str(tiny_model)), ON_CPU)
+    costs = METHODS[method].costs.of_module(at, 64, 128)
+    none = WeightCosts(kept=0, in_forward=0, in_backward=0, products=0, moved=0)
+    assert costs.in_backward == 0
+    if method == "adalora":
+        assert dataclasses.replace(costs.weights, kept=0) == none
+    elif method not in ("dora", "hira", "lokr", "randlora"):
+        assert costs.weights == none
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

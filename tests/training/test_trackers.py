@@ -1,6 +1,7 @@
 """Experiment trackers: TensorBoard and trackio for real, the others by accelerate's contract; missing packages; failures."""
 
 import json
+import math
 import subprocess
 import sys
 from typing import get_args
@@ -11,8 +12,10 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoar
 from qdense.errors import RecipeError, RunError
 from qdense.events import Notice, StepDone, Validated
 from qdense.recipe import Tracker
+from qdense.runs import RunFolder
 from qdense.training import trackers as trackers_module
 from qdense.training.metrics import read_metrics
+from tests.helpers.recipes import recipe_of
 from tests.helpers.runs import adapter_bytes, killed_run, recipe_for, run
 
 
@@ -125,3 +128,80 @@ def test_trackers_may_change_at_a_resume(tiny_model, tmp_path):
     killed_run(recipe_for(tiny_model, tmp_path / "run"), step=3)
     run(recipe_for(tiny_model, tmp_path / "run", training__trackers=["tensorboard"]), resume=True)
     assert (tmp_path / "run" / "logs").is_dir()
+
+
+# --- what accelerate is asked for, without a run ------------------------------------------------------------------------
+
+
+class Asked:
+    """Stands for the Accelerator: writes down what it is asked for, and fails from the given call on."""
+
+    def __init__(self, fails=()):
+        self.calls, self.fails = [], fails
+
+    def _note(self, name, *what):
+        if name in self.fails:
+            raise OSError(f"{name} is down")
+        self.calls.append((name, *what))
+
+    def init_trackers(self, project, config, options):
+        self._note("init", project, config, options)
+
+    def log(self, values, step):
+        self._note("log", values, step)
+
+    def end_training(self):
+        self._note("end")
+
+
+STEP = StepDone(3, 0.5, 0.25, 1e-3, math.inf, 10, 5.0, 100, 2.0)
+EVENTS = [STEP, Notice("hello"), Validated(3, math.nan, True)]
+
+
+def trackers_of(tmp_path, names, accelerator, notices=None):
+    recipe = recipe_of(training__trackers=names, training__learning_rate=0.5, adapter__target_modules=["q_proj"])
+    emit = (lambda event: None) if notices is None else notices.append
+    return trackers_module.Trackers(accelerator, recipe, RunFolder(tmp_path / "my-run"), emit)
+
+
+def test_without_trackers_nothing_is_asked_for(tmp_path):
+    accelerator = Asked()
+    trackers = trackers_of(tmp_path, [], accelerator)
+    for event in EVENTS:
+        trackers(event)
+    trackers.close()
+    assert accelerator.calls == []
+
+
+def test_steps_and_validations_are_passed_on_without_what_is_not_finite(tmp_path):
+    accelerator = Asked()
+    trackers = trackers_of(tmp_path, ["wandb", "mlflow", "tensorboard"], accelerator)
+    for event in EVENTS:
+        trackers(event)
+    trackers.close()
+    (_, project, config, options), *logged, end = accelerator.calls
+    assert (project, end) == ("qdense", ("end",))
+    assert options == {"wandb": {"name": "my-run"}, "mlflow": {"run_name": "my-run"}}
+    plain = (config["training.learning_rate"], config["training.packing"], config["adapter.target_modules"])
+    assert plain == (0.5, True, "['q_proj']")
+    kept = {"epoch": 0.5, "loss": 0.25, "learning_rate": 1e-3, "num_tokens": 10, "tokens_per_second": 5.0}
+    kept |= {"memory_bytes": 100, "seconds": 2.0}
+    assert logged == [
+        ("log", {f"train/{key}": value for key, value in kept.items()}, 3),
+        ("log", {"validation/is_best": True}, 3),
+    ]
+
+
+def test_a_tracker_that_fails_is_told_once_and_not_asked_again(tmp_path):
+    accelerator, notices = Asked(fails=("log", "end")), []
+    trackers = trackers_of(tmp_path, ["wandb"], accelerator, notices)
+    for event in EVENTS:
+        trackers(event)
+    trackers.close()
+    assert [name for name, *_ in accelerator.calls] == ["init"]
+    (notice,) = notices
+    assert notice.level == "warning"
+    assert "log is down" in notice.text
+    ending = trackers_of(tmp_path, ["wandb"], Asked(fails=("end",)), notices)
+    ending.close()
+    assert "end is down" in notices[1].text

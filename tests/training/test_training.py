@@ -56,6 +56,7 @@ def test_a_run_writes_what_it_says(tiny_model, tmp_path):
     assert isinstance(events[-1], TrainingDone)
     started = next(event for event in events if isinstance(event, TrainingStarted))
     assert (started.num_steps, started.first_step) == (6, 0)
+    assert started.memory_name == "process"
     facts = dict(started.facts)
     assert facts["adapter"] == "denselora r 8, alpha 16, on q, k, v, up, down"
     assert facts["trainable"] == "6,272 parameters, 6.48% of the model, bfloat16"  # of 96,832, by hand

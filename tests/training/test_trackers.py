@@ -134,10 +134,12 @@ def test_trackers_may_change_at_a_resume(tiny_model, tmp_path):
 
 
 class Asked:
-    """Stands for the Accelerator: writes down what it is asked for, and fails from the given call on."""
+    """Stands for the Accelerator and its one tracker: writes down what it is asked for, and fails at the calls given."""
+
+    name = "one"
 
     def __init__(self, fails=()):
-        self.calls, self.fails = [], fails
+        self.calls, self.fails, self.trackers = [], fails, [self]
 
     def _note(self, name, *what):
         if name in self.fails:
@@ -150,7 +152,7 @@ class Asked:
     def log(self, values, step):
         self._note("log", values, step)
 
-    def end_training(self):
+    def finish(self):
         self._note("end")
 
 

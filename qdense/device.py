@@ -45,6 +45,12 @@ def memory_of_process() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def free_cache(device: torch.device) -> None:
+    """Give back to the card what torch holds of it without using it, after memory has run out."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most GPU memory that was reserved so far, or the most memory of this process where there is no GPU."""
     if device.type == "cuda":

@@ -11,7 +11,7 @@ RUN/:
     eval/DIGEST/         what `qdense evaluate` found, a folder for each way of evaluating
     analysis/            what `qdense analyze` drew
     logs/                what trackers wrote
-    .lock, .running      held, and left behind, by the process that trains here
+    .lock, .running      held while a process trains here; left behind by one that was killed
 
 A model that was not trained here has evaluations only: in runs/base-MODEL/ those of a bare base, in runs/endpoint-MODEL/ those
 of a model behind an endpoint.

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from qdense.device import free_cache
 from qdense.errors import EvaluationError
 from qdense.modeling.load import BaseModel
 
@@ -141,8 +142,7 @@ def generate(
         batch_size //= 2
         if queue:
             gc.collect()
-            if base.device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_cache(base.device)
             smaller_batch(batch_size)
 
 

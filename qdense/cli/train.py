@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from qdense.cli.arguments import add_data_dir, add_quiet, add_recipe, as_toml
 from qdense.libraries import quiet_libraries
@@ -40,7 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
     from qdense.ui.console import make_console
     from qdense.ui.training import TrainingDisplay
 
-    with TrainingDisplay(make_console(), quiet=arguments.quiet) as show:
+    # Of several processes the first alone draws.
+    is_first = os.environ.get("RANK", "0") == "0"
+    with TrainingDisplay(make_console(), quiet=arguments.quiet or not is_first) as show:
         show.status = "loading libraries"
         quiet_libraries()
         from qdense.training.run import train

@@ -1,4 +1,4 @@
-"""The adapter on a base: attached by a recipe, saved in PEFT's format, loaded again, refused where it does not belong.
+"""An adapter's files: saved in PEFT's format, loaded again, refused where they do not belong.
 
 Full fine-tuning goes the same way; what it saves is a whole model in Transformers' format. Beside the files of either is
 qdense.json: the base's fingerprint, the prompt template, and what made the adapter. Adapters made by PEFT alone load too; then

@@ -1,4 +1,4 @@
-"""The base model: found by name, loaded in NF4 (or 8-bit, or unquantized), frozen, and recognised by a fingerprint."""
+"""The base model: loaded in NF4 (or 8-bit, or unquantized) and frozen."""
 
 from __future__ import annotations
 
@@ -91,17 +91,11 @@ def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_trai
     return BaseModel(recipe.name, reference, model, tokenizer, fingerprint, pad_token_id, device, stored_as)
 
 
-# --- finding ------------------------------------------------------------------------------------------------------------
-
-
 def _reason(error: Exception) -> str:
     """Why Transformers could not load a model. It would have its user allow the model's own code; that is not to be had here."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own, which qdense does not run. Take a model whose architecture Transformers has"
     return str(error)
-
-
-# --- recognising ----------------------------------------------------------------------------------------------------------
 
 
 # --- quantizing -----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from transformers import get_scheduler
 
 from qdense.cache import require_free_space
 from qdense.data.examples import Example
-from qdense.device import peak_memory
+from qdense.device import free_cache, peak_memory
 from qdense.errors import RunError
 from qdense.events import CheckpointSaved, Emit, Notice, StepDone, Validated, ValidationProgress
 from qdense.methods import Method
@@ -207,8 +207,7 @@ class TrainingLoop:
                 )
             )
             self.optimizer.zero_grad()
-            if self.job.base.device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_cache(self.job.base.device)
 
     def _try_forward_and_backward(
         self, examples: Sequence[Example], num_labels: int, num_sharing: int

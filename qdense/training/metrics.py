@@ -14,7 +14,7 @@ from qdense.events import StepDone, Validated
 
 
 class MetricsFile:
-    """Appends steps and validations. Opened for a resume, it first drops what lies behind the checkpoint's step."""
+    """Appends steps and validations. Opened for a resume, it first drops the lines after the checkpoint's step."""
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []

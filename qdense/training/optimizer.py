@@ -104,13 +104,13 @@ def _with_masters(base: Any) -> Any:
 
 
 def take_over_changes(optimizer: torch.optim.Optimizer) -> None:
-    """Tell the optimizer that parameters were changed beside its own step, as AdaLoRA does; only masters need to know."""
+    """Tell the optimizer that parameters were changed outside its own step, as AdaLoRA does; only masters need to know."""
     if hasattr(optimizer, "take_over_changes"):
         optimizer.take_over_changes()
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """What the optimizer has come to, as tensors and as numbers, both by parameter; its settings are the recipe's.
+    """The optimizer's state, as tensors and as numbers, both by parameter; its settings are the recipe's.
 
     Returns:
         ("masters.3", "3.exp_avg", ...) -> tensor; and "3" -> {"step": 41, ...}.

@@ -115,7 +115,7 @@ def _tell_of_a_killed_process(run: RunFolder, recipe: Recipe, emit: Emit) -> Non
         return
     emit(
         Notice(
-            f"{run.path}: the previous process was killed, or lost its power. Planned: {planned:.1f} GiB{used}, of "
+            f"{run.path}: the previous process was killed, or the power failed. Planned: {planned:.1f} GiB{used}, of "
             f"{total:.1f} GiB. If the system killed it for its memory (`dmesg | grep -i oom`), add --accept-changes and lower "
             f"training.micro_batch_size ({rows}) or data.max_length ({recipe.data.max_length}), or set "
             f'training.recompute = "all" ({layers} layers)',

@@ -42,7 +42,7 @@ class StopSignals:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
         notice = Notice(
-            f"{self.received.name}: stopping after this step, with a checkpoint; once more leaves at once", "warning"
+            f"{self.received.name}: stopping after this step, with a checkpoint; a second one stops at once", "warning"
         )
         # In a thread: what draws may itself be interrupted here, in the middle of a write.
         threading.Thread(target=self._emit, args=(notice,), daemon=True).start()

@@ -207,11 +207,11 @@ def test_the_best_weights_are_kept(tiny_model, tmp_path):
     assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "best")
 
 
-def test_a_checkpoint_takes_no_more_than_is_asked_of_the_disk(tiny_model, tmp_path):
+@pytest.mark.parametrize(("method", "r"), [("vera", 8), ("denselora", 256)])
+def test_a_checkpoint_takes_no_more_than_is_asked_of_the_disk(tiny_model, tmp_path, method, r):
     """All its tensors with bf16 weights, fp32 masters and moments; a MiB is left for names and numbers."""
-    recipe = recipe_for(
-        tiny_model, tmp_path / "run", adapter__method="vera", training__optimizer="adamw_torch", training__max_steps=2
-    )
+    settings = {"training__optimizer": "adamw_torch", "training__max_steps": 2}
+    recipe = recipe_for(tiny_model, tmp_path / "run", adapter__method=method, adapter__r=r, **settings)
     folder = Path(next(event for event in run(recipe) if isinstance(event, CheckpointSaved)).path)
     size = sum(file.stat().st_size for file in folder.iterdir())
     model = attach_adapter(load_base(recipe.model), recipe.adapter, num_steps=2)

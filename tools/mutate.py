@@ -388,7 +388,8 @@ def run(modules: Sequence[str], *, sample: int, seed: int, budget: float, jobs: 
             mutant = queue.pop(0)
             tests, seconds = tests_of(mutant, surveyed, set(imported[mutant.module]), budget)
             if not tests:
-                _record(mutant, {"result": "survived", "by": "no test executes it"}, 0, 0)
+                if not by:
+                    _record(mutant, {"result": "survived", "by": "no test executes it"}, 0, 0)
                 continue
             number += 1
             verdict = folder / str(number)
@@ -408,7 +409,8 @@ def run(modules: Sequence[str], *, sample: int, seed: int, budget: float, jobs: 
             else:
                 outcome = {"result": "error", "by": "the process ended"}
             del running[child]
-            _record(mutant, outcome, took, num_tests)
+            if outcome["result"] == "killed" or not by:  # who outlives some tests is not known to outlive all
+                _record(mutant, outcome, took, num_tests)
             shutil.rmtree(verdict.with_suffix(".tmp"), ignore_errors=True)
             if outcome["result"] == "killed":
                 verdict.with_suffix(".log").unlink(missing_ok=True)

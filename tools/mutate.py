@@ -233,7 +233,7 @@ def _survey(file: str) -> int:
 
 
 def tests_of(mutant: Mutant, surveyed: dict[str, Any], imported: set[int], budget: float) -> tuple[list[str], float]:
-    """Those that execute its statement (of one that importing executes: anything of the module), and what they take."""
+    """Those that execute its statement (of one that importing executes: anything of the module, or of its package's tests)."""
     inside = {
         line
         for function in ast.walk(ast.parse((ROOT / mutant.module).read_text()))
@@ -241,10 +241,11 @@ def tests_of(mutant: Mutant, surveyed: dict[str, Any], imported: set[int], budge
         for line in range(function.body[0].lineno, (function.end_lineno or 0) + 1)
     }
     statement = set(range(mutant.statement[0], mutant.statement[1] + 1))
-    able: list[str] = []
-    for wanted in (inside - imported, inside) if statement & imported else (statement,):
-        able = able or [name for name, test in surveyed.items() if wanted & set(test["lines"].get(mutant.module, ()))]
     package = f"tests/{Path(mutant.module).parent.name}/"
+    able = [name for name, test in surveyed.items() if statement & set(test["lines"].get(mutant.module, ()))]
+    if statement & imported:  # what importing makes is used by tests that do not run it
+        able = [name for name, test in surveyed.items() if inside & set(test["lines"].get(mutant.module, ()))]
+        able += [name for name in surveyed if name.startswith(package) and name not in able]
     able.sort(key=lambda name: surveyed[name]["seconds"] * (1 if name.startswith(package) else 3))
     chosen: list[str] = []
     seconds = 0.0
@@ -387,7 +388,8 @@ def run(modules: Sequence[str], *, sample: int, seed: int, budget: float, jobs: 
             mutant = queue.pop(0)
             tests, seconds = tests_of(mutant, surveyed, set(imported[mutant.module]), budget)
             if not tests:
-                _record(mutant, {"result": "survived", "by": "no test executes it"}, 0, 0)
+                if not by:
+                    _record(mutant, {"result": "survived", "by": "no test executes it"}, 0, 0)
                 continue
             number += 1
             verdict = folder / str(number)
@@ -407,7 +409,8 @@ def run(modules: Sequence[str], *, sample: int, seed: int, budget: float, jobs: 
             else:
                 outcome = {"result": "error", "by": "the process ended"}
             del running[child]
-            _record(mutant, outcome, took, num_tests)
+            if outcome["result"] == "killed" or not by:  # who outlives some tests is not known to outlive all
+                _record(mutant, outcome, took, num_tests)
             shutil.rmtree(verdict.with_suffix(".tmp"), ignore_errors=True)
             if outcome["result"] == "killed":
                 verdict.with_suffix(".log").unlink(missing_ok=True)

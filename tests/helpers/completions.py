@@ -52,6 +52,7 @@ LETTERS = [
     ("The answer is B. No: the answer is C, for B is odd.", "B", "C"),  # the last of each kind
     ("First option B, then option D, not C", "B", "D"),
     ("B or D", "B", "D"),
+    ("(B), I think.\n\n### Response:\n(C)", "B", "B"),  # the authors: the first, of letters
 ]
 
 OPTIONS = [

@@ -60,3 +60,16 @@ def test_only_noras_start_looks_at_training_rows():
     }
     assert {name for name, number in rows.items() if number} == {"nora"}
     assert rows["nora"] == 5
+
+
+def test_adaloras_schedule_is_in_shares_of_the_run():
+    recipe = AdapterRecipe(method="adalora", r=8, alpha=24.0, dropout=0.25, target_modules=["q_proj"])
+    config = METHODS["adalora"].build_config(recipe, 200)
+    assert (config.init_r, config.target_r, config.lora_alpha, config.lora_dropout) == (12, 8, 24.0, 0.25)
+    assert (config.tinit, config.tfinal, config.deltaT, config.total_step) == (20, 60, 10, 200)
+    assert config.orth_reg_weight == 0.5
+    recipe = AdapterRecipe(method="adalora", adalora={"warmup_share": 0.5, "final_share": 0.49})
+    assert METHODS["adalora"].build_config(recipe, 100).tinit == 50
+    recipe = AdapterRecipe(method="adalora", adalora={"warmup_share": 0.5, "final_share": 0.5})
+    with pytest.raises(ValueError, match="no step to cut ranks in"):
+        METHODS["adalora"].build_config(recipe, 100)

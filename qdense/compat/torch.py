@@ -68,8 +68,9 @@ def checkpointed_inputs(pack: Callable[[Tensor], Any], unpack: Callable[[Any], A
 
 
 @contextmanager
-def watched_operations(watch: Callable[[list[Tensor], list[Tensor]], None]) -> Iterator[None]:
-    """Within it, `watch` is given the tensors that each operation took and returned, those of the backward pass included.
+def watched_operations(watch: Callable[[Any, list[Tensor], list[Tensor]], None]) -> Iterator[None]:
+    """Within it, `watch` is given each operation (an OpOverload), the tensors that it took, and those that it returned; the
+    operations of the backward pass too.
 
     torch has a documented mode for calls of its functions, which does not see the backward pass. Without this, no test on a
     CPU could hold a step's memory to its prediction.
@@ -83,7 +84,7 @@ def watched_operations(watch: Callable[[list[Tensor], list[Tensor]], None]) -> I
     class Watched(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
-            watch(tensors((args, kwargs)), tensors(result))
+            watch(func, tensors((args, kwargs)), tensors(result))
             return result
 
     with Watched():

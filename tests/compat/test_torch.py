@@ -113,7 +113,7 @@ def test_operations_of_the_backward_pass_are_watched_too():
     x, weight = torch.randn(5, 3), torch.randn(2, 3, requires_grad=True)
     given, made = [], []
 
-    def watch(taken, returned):
+    def watch(operation, taken, returned):
         given.extend(taken)
         made.extend(returned)
 

@@ -41,7 +41,7 @@ class TensorMemory(ExitStack):
         self.enter_context(watched_operations(self._watch))
         return self
 
-    def _watch(self, given: list[torch.Tensor], made: list[torch.Tensor]) -> None:
+    def _watch(self, operation: object, given: list[torch.Tensor], made: list[torch.Tensor]) -> None:
         storages = {id(tensor.untyped_storage()) for tensor in given}
         for storage in (tensor.untyped_storage() for tensor in made if not _hidden):
             if id(storage) not in self._known and id(storage) not in storages:

@@ -3,14 +3,14 @@
 import dataclasses
 import math
 import weakref
+from contextlib import ExitStack
 
 import pytest
 import torch
 from peft import PeftModel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from qdense.compat.torch import watched_operations
 from qdense.methods import METHODS
 from qdense.methods.costs import WeightCosts
 from qdense.modeling.attach import attach_adapter
@@ -120,23 +120,20 @@ def test_bytes_that_are_kept_are_those_that_autograd_holds(tiny_model, method, d
             assert of_module.weights.kept <= fixed <= 1.05 * of_module.weights.kept + 512, path  # and a few numbers
 
 
-class MovedBytes(TorchDispatchMode):
+class MovedBytes(ExitStack):
     """Bytes that operations read and write, but for matrix products and views."""
 
-    def __init__(self):
-        super().__init__()
+    def __enter__(self):
         self.num_bytes = 0
+        self.enter_context(watched_operations(self._count))
+        return self
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        read, written = (
-            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)] for tree in ((args, kwargs), result)
-        )
+    def _count(self, operation, read, written):
         before = {tensor.data_ptr() for tensor in read}
-        is_view = not func._schema.is_mutable and all(tensor.data_ptr() in before for tensor in written)
-        if func.overloadpacket not in (aten.mm, aten.addmm, aten.bmm) and not is_view:
+        changes = operation.overloadpacket.__name__.endswith("_")  # in place, by torch's convention
+        is_view = not changes and all(tensor.data_ptr() in before for tensor in written)
+        if operation.overloadpacket not in (aten.mm, aten.addmm, aten.bmm) and not is_view:
             self.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in (*read, *written))
-        return result
 
 
 @pytest.mark.parametrize("method", [name for name in TRAINED if METHODS[name].is_adapter])

@@ -328,7 +328,7 @@ def test_kernels_that_are_missing_on_cuda_are_named(monkeypatch):
     assert reasons() == ["no Liger for llama"]
     assert reasons(training__kernels="torch") == []
     assert reasons(Machine("here", Kernels(False, False, False), 24 * GIB, 0)) == []
-    monkeypatch.setattr(machine_module, "has_triton", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (reason,) = reasons()
     assert "Triton is not installed" in reason
 

@@ -180,7 +180,7 @@ class Bench:
             batches = self.split(way, self.examples[start : start + size])
             figures.passes.append(len(batches))
             figures.places.append(sum(batch["input_ids"].numel() for batch in batches))
-            num_labels = torch.tensor(sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches))
+            num_labels = torch.tensor(sum(example.num_labels for example in self.examples[start : start + size]))
             for batch in batches:
                 arguments = {
                     key: value.to(base.device) if isinstance(value, torch.Tensor) else value

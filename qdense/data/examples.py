@@ -70,6 +70,11 @@ class Example:
     input_ids: np.ndarray
     labels: np.ndarray
 
+    @property
+    def num_labels(self) -> int:
+        """Tokens that the loss counts; never the first, which no token precedes."""
+        return int((self.labels[1:] != IGNORED).sum())
+
 
 @dataclass(frozen=True)
 class Encoded:

@@ -146,6 +146,11 @@ def frozen_readers(at: Computation, d_in: int, num_readers: int) -> float:
     return d_in * at.mask_width * num_readers
 
 
+def count_low_rank(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> dict[str, int]:
+    """(d_in + d_out) r for each layer: A (r, d_in) and B (d_out, r), trained parameters by module kind."""
+    return {kind: (d_in + d_out) * adapter.r * num_layers for kind, (d_in, d_out) in shapes.items()}
+
+
 def low_rank(at: Computation, d_in: int, d_out: int, *, r: int) -> ModuleCosts:
     """LoRA's output, scaling * B A drop(x), added to the base's: A (r, d_in) and B (d_out, r) are trained."""
     products = r * (d_in + d_out)

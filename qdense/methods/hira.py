@@ -11,10 +11,10 @@ from qdense.methods.costs import (
     AdapterSettings,
     Computation,
     Costs,
-    LinearShapes,
     ModuleCosts,
     WeightCosts,
     added_output,
+    count_low_rank,
     dropped_input,
     no_frozen_parameters,
     trained_readers,
@@ -31,11 +31,6 @@ def _build_config(adapter: AdapterSettings, num_steps: int) -> Any:
         target_modules=list(adapter.target_modules),
         task_type="CAUSAL_LM",
     )
-
-
-def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> dict[str, int]:
-    """(d_in + d_out) r for each layer."""
-    return {kind: (d_in + d_out) * adapter.r * num_layers for kind, (d_in, d_out) in shapes.items()}
 
 
 def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
@@ -62,7 +57,7 @@ METHOD = Method(
     summary="HiRA, PEFT's: the weight times a low-rank matrix, element by element; unpacks every weight in each forward",
     uses=frozenset({"r", "dropout", "target_modules"}),
     build_config=_build_config,
-    count_parameters=_count_parameters,
+    count_parameters=count_low_rank,
     costs=Costs(of_input=trained_readers, of_module=_module, frozen_parameters=no_frozen_parameters),
     quantizations=("nf4", "none"),
     why_not_quantized="PEFT's HiRA multiplies in fp16 what it unpacks of 8-bit weights (peft 0.21)",

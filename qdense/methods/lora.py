@@ -12,6 +12,7 @@ from qdense.methods.costs import (
     LinearShapes,
     ModuleCosts,
     WeightCosts,
+    count_low_rank,
     dropped_input,
     low_rank,
     no_frozen_parameters,
@@ -33,14 +34,9 @@ def _config(adapter: AdapterSettings, **changes: Any) -> Any:
     )
 
 
-def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> dict[str, int]:
-    """(d_in + d_out) r for each layer."""
-    return {kind: (d_in + d_out) * adapter.r * num_layers for kind, (d_in, d_out) in shapes.items()}
-
-
 def _count_dora(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> dict[str, int]:
     """LoRA's, and a magnitude for each output: d_out for each layer."""
-    lora = _count_parameters(adapter, shapes, num_layers)
+    lora = count_low_rank(adapter, shapes, num_layers)
     return {kind: lora[kind] + d_out * num_layers for kind, (_, d_out) in shapes.items()}
 
 
@@ -81,7 +77,7 @@ METHOD = Method(
     summary="LoRA, PEFT's",
     uses=frozenset({"r", "alpha", "dropout", "target_modules"}),
     build_config=lambda adapter, num_steps: _config(adapter),
-    count_parameters=_count_parameters,
+    count_parameters=count_low_rank,
     costs=Costs(of_input=trained_readers, of_module=_module, frozen_parameters=no_frozen_parameters),
     quantizations=("nf4", "int8", "none"),
     peft_type="LORA",

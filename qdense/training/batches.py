@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from qdense.data.examples import Example, collate, join, pack
-from qdense.ops.cross_entropy import IGNORED
 
 
 class Batches:
@@ -60,11 +59,13 @@ def micro_batches(
         size: rows of the greatest length that one forward pass may hold.
         max_length: that length, for packed rows; None pads each micro-batch to its longest row.
     """
+    groups: list[Sequence[Example]]
     if max_length is not None:
-        batches = [join(group) for group in pack(examples, size * max_length)]
+        groups = [*pack(examples, size * max_length)]
+        batches = [join(group) for group in groups]
     else:
         groups = [examples[start : start + size] for start in range(0, len(examples), size)]
         batches = [collate(group, pad_token_id) for group in groups]
-    for batch in batches:
-        batch["num_labels"] = int((batch["labels"][:, 1:] != IGNORED).sum())
+    for group, batch in zip(groups, batches, strict=True):
+        batch["num_labels"] = sum(example.num_labels for example in group)
     return batches

@@ -34,7 +34,6 @@ from qdense.modeling.load import BaseModel
 from qdense.modeling.loss import without_logits
 from qdense.modeling.packing import packed_attention, why_not_packed
 from qdense.modeling.recompute import Recompute, apply_recompute
-from qdense.ops.cross_entropy import IGNORED
 from qdense.planning.memory import Choice
 from qdense.recipe import Recipe
 from qdense.runs import RunFolder
@@ -183,7 +182,7 @@ class TrainingLoop:
             The micro-batches, and the loss of each: token losses summed, over the labels of the whole step.
         """
         # The loss is a mean over the labels of the whole step, whatever it is cut into.
-        num_labels = sum(int((example.labels[1:] != IGNORED).sum()) for example in examples)
+        num_labels = sum(example.num_labels for example in examples)
         num_processes = self.accelerator.num_processes
         mine = examples[self.accelerator.process_index :: num_processes]
         while True:
@@ -240,7 +239,7 @@ class TrainingLoop:
         return total.tolist()
 
     def _of_all(self, values: list[Any]) -> list[Any]:
-        """Values of this process followed or preceded by those of the others, in the order of the processes."""
+        """The values of all processes, in the order of the processes."""
         if self.accelerator.num_processes == 1:
             return values
         gathered: list[Any] = gather_object(values)

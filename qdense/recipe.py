@@ -128,7 +128,7 @@ class _AdapterRecipe(_Table):
         return _DTYPE_BYTES[self.dtype]
 
     @property
-    def own(self) -> Any:
+    def method_settings(self) -> Any:
         """The method's own table, [adapter.<method>]; None if it has none."""
         return getattr(self, self.method, None)
 
@@ -136,7 +136,7 @@ class _AdapterRecipe(_Table):
     def unused(self) -> list[str]:
         """Keys that the recipe gives and the method does not read."""
         always = {"method", "dtype", "master_weights", self.method}
-        return sorted(self.model_fields_set - METHODS[self.method].uses - always - _OWN_TABLES.keys())
+        return sorted(self.model_fields_set - METHODS[self.method].adapter_keys - always - _OWN_TABLES.keys())
 
 
 # A method's own table is read whatever the method is, so that one recipe serves all methods.

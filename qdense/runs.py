@@ -3,7 +3,7 @@
 RUN/:
 
     recipe.toml          the resolved recipe, with [provenance]: versions, device, data checksum, base fingerprint, git hash and
-                         the plan's choice, which a resumed run keeps
+                         the plan's layout, which a resumed run keeps
     metrics.jsonl        a line for each step and each validation
     initial.safetensors  the trained tensors before the first step (not of full fine-tuning: they are the base's)
     adapter/             the result: PEFT's files and qdense.json

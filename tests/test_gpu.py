@@ -92,8 +92,8 @@ def test_recomputation_repeats_the_fused_dropout(tiny_model):
     torch.manual_seed(5)
     model = attach_adapter(base, recipe, 1)
     found = []
-    for choice in (Recompute(0), Recompute(2), Recompute(2, offload=True), Recompute(1)):
-        apply_recompute(model, choice)
+    for layout in (Recompute(0), Recompute(2), Recompute(2, offload=True), Recompute(1)):
+        apply_recompute(model, layout)
         torch.manual_seed(6)
         found.append(step(base, model, batch))
     for loss, gradients in found[1:]:
@@ -114,7 +114,7 @@ def test_a_whole_run_learns_as_planned(tiny_model, tmp_path, kernels):
     plan = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())["provenance"]["plan"]
     is_fused = kernels == "triton"
     assert plan["kernels"] == {"is_cuda": True, "is_fused": is_fused, "has_liger": is_fused}
-    assert plan["choice"] == {"micro_batch_size": 4, "recompute_layers": 0, "offload": False}
+    assert plan["layout"] == {"micro_batch_size": 4, "recompute_layers": 0, "offload": False}
     facts = dict(next(event for event in events if isinstance(event, TrainingStarted)).facts)
     assert "4 rows (1,280 tokens) at a time, no layer recomputed" in facts["plan"]
     assert not [event.text for event in events if isinstance(event, Notice) and "predicted to need" in event.text]

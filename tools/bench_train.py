@@ -45,7 +45,7 @@ from qdense.modeling.recompute import Recompute, apply_recompute
 from qdense.ops.cross_entropy import IGNORED
 from qdense.ops.kernels import use_kernels
 from qdense.planning.machine import this_machine
-from qdense.planning.memory import Choice, Kernels, memory_of
+from qdense.planning.memory import Kernels, StepLayout, memory_of
 from qdense.planning.plan import longest_context, make_plan
 from qdense.planning.shapes import model_shape
 from qdense.planning.speed import flops_per_token
@@ -60,7 +60,7 @@ class Way:
 
     Attributes:
         method: of the adapter; None for the bare base.
-        choice: how a step is cut up; without packing, micro_batch_size counts padded rows.
+        layout: how a step is cut up; without packing, micro_batch_size counts padded rows.
         padding: "longest" row of the micro-batch, "max_length", or None for packed rows.
         is_fused: Triton for the adapter and Liger for the rest; else plain PyTorch.
         is_ours: whether the loss goes without all logits; else it is Transformers' own.
@@ -69,7 +69,7 @@ class Way:
     name: str
     method: str | None
     r: int
-    choice: Choice
+    layout: StepLayout
     padding: str | None = None
     is_fused: bool = False
     is_ours: bool = True
@@ -90,9 +90,9 @@ class Figures:
     fault: str = ""
 
 
-def ways(recipe: Recipe, choice: Choice, num_layers: int, is_cuda: bool) -> list[Way]:
-    """The first is the reference, the last the bare base with the same choice as the way before it."""
-    everything = Choice(4, num_layers)
+def ways(recipe: Recipe, layout: StepLayout, num_layers: int, is_cuda: bool) -> list[Way]:
+    """The first is the reference, the last the bare base with the same layout as the way before it."""
+    everything = StepLayout(4, num_layers)
     chosen = [
         Way("lora r 16, padded, 4 rows, all recomputed", "lora", 16, everything, "longest", is_ours=False),
         Way("denselora r 32, padded, 4 rows, all recomputed", "denselora", 32, everything, "longest"),
@@ -104,14 +104,14 @@ def ways(recipe: Recipe, choice: Choice, num_layers: int, is_cuda: bool) -> list
             Way("base alone, 4 rows, all recomputed", None, 32, everything, is_fused=True),
         ]
     else:
-        at_once = Choice(recipe.training.batch_size, 0)
+        at_once = StepLayout(recipe.training.batch_size, 0)
         chosen += [
             Way("denselora r 32, padded to the longest, as planned", "denselora", 32, at_once, "longest"),
             Way("denselora r 32, padded to max_length, as planned", "denselora", 32, at_once, "max_length"),
         ]
     chosen += [
-        Way("denselora r 32, packed, as planned", "denselora", 32, choice, is_fused=is_cuda),
-        Way("base alone, packed, as planned", None, 32, choice, is_fused=is_cuda),
+        Way("denselora r 32, packed, as planned", "denselora", 32, layout, is_fused=is_cuda),
+        Way("base alone, packed, as planned", None, 32, layout, is_fused=is_cuda),
     ]
     return chosen
 
@@ -141,7 +141,7 @@ class Bench:
         return replace(self.base, model=copy.deepcopy(model, {id(thing): thing for thing in shared}))
 
     def split(self, way: Way, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        rows, longest = way.choice.micro_batch_size, self.recipe.data.max_length
+        rows, longest = way.layout.micro_batch_size, self.recipe.data.max_length
         if way.padding is None:
             return [join(group) for group in pack(examples, rows * longest)]
         groups = [examples[i : i + rows] for i in range(0, len(examples), rows)]
@@ -167,8 +167,8 @@ class Bench:
                 weight_decay=0.0,
                 master_weights=recipe.adapter.dtype == "bfloat16",
             )
-        choice = way.choice
-        apply_recompute(model, Recompute(choice.recompute_layers, choice.offload, choice.mlp_tile_tokens))
+        layout = way.layout
+        apply_recompute(model, Recompute(layout.recompute_layers, layout.offload, layout.mlp_tile_tokens))
         if way.method is None:
             base.model.get_input_embeddings().register_forward_hook(
                 lambda module, args, output: output.requires_grad_()
@@ -203,7 +203,7 @@ class Bench:
         found = {way.name: Figures() for way in chosen}
         for way in chosen:
             if way.method is not None:
-                memory = memory_of(self.recipe_of(way), self.shape, self.kernels(way), way.choice)
+                memory = memory_of(self.recipe_of(way), self.shape, self.kernels(way), way.layout)
                 found[way.name].predicted_bytes = memory.peak_bytes
         if self.is_cuda:
             for way in chosen:
@@ -302,7 +302,7 @@ def table(bench: Bench, chosen: Sequence[Way], found: dict[str, Figures], tokens
             continue
         speeds = [count / took for count, took in zip(tokens, figures.seconds, strict=True)]
         ratios = [old / new for old, new in zip(reference, figures.seconds, strict=True)] if reference else []
-        flops = flops_per_token(bench.shape, context, way.choice.recompute_layers)
+        flops = flops_per_token(bench.shape, context, way.layout.recompute_layers)
         sizes = [figures.allocated_bytes, figures.predicted_bytes, figures.reserved_bytes]
         lines.append(
             f"| {way.name} | {statistics.mean(figures.passes[1:]):.1f} | {1 - sum(tokens) / sum(figures.places[1:]):.0%} | "
@@ -367,7 +367,7 @@ def main() -> None:
     machine = this_machine(recipe, shape)
     if arguments.memory:
         machine = replace(machine, memory_bytes=arguments.memory)
-    choice = make_plan(recipe, shape, machine).choice
+    layout = make_plan(recipe, shape, machine).layout
     device = torch.device("cuda" if is_cuda else "cpu")
     dtype = getattr(torch, arguments.dtype)
     base = random_base(shape, device, dtype) if arguments.random_weights else load_base(recipe.model)
@@ -377,7 +377,7 @@ def main() -> None:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).tolist()[:num_rows]
         examples = encode_rows(rows, order, base.tokenizer, recipe.data).examples
     bench = Bench(recipe, base, examples)
-    chosen = ways(recipe, choice, shape.num_layers, is_cuda)
+    chosen = ways(recipe, layout, shape.num_layers, is_cuda)
     if arguments.only:
         chosen = [
             w for i, w in enumerate(chosen) if i in (0, len(chosen) - 2, len(chosen) - 1) or arguments.only in w.name
@@ -394,14 +394,14 @@ def main() -> None:
     print(
         f"{arguments.model} (nf4{', random' if arguments.random_weights else ''}, {arguments.dtype}) on {name}, "
         f"{ceiling / 1e12:.3g} TFLOP/s; {source}; {arguments.steps} steps of {batch_size} rows, "
-        f"{statistics.mean(tokens):.0f} tokens a step; planned: {asdict(choice)}; commit {git_hash()}, {package_versions()}\n"
+        f"{statistics.mean(tokens):.0f} tokens a step; planned: {asdict(layout)}; commit {git_hash()}, {package_versions()}\n"
     )
     longest = longest_context(recipe, shape, machine)
     print(table(bench, chosen, found, tokens, ceiling))
     print(f"\nLongest row that would fit here, one at a time, as predicted: {longest:,} tokens.")
     if arguments.output:
         record = {"device": name, "ceiling_flops": ceiling, "commit": git_hash(), "versions": package_versions(),
-                  "command": sys.argv, "choice": asdict(choice), "longest_context_tokens": longest, "tokens": tokens,
+                  "command": sys.argv, "layout": asdict(layout), "longest_context_tokens": longest, "tokens": tokens,
                   "ways": {way: asdict(figures) for way, figures in found.items()}}  # fmt: skip
         arguments.output.write_text(json.dumps(record, indent=1))
 

@@ -165,7 +165,7 @@ def _changes(
         if not end.numel():
             continue  # the layer's rank was cut to 0
         if method is not None:
-            start = method.left_of(config, name, start)
+            start = method.comparable_initial(config, name, start)
         if start.shape != end.shape:
             raise AdapterError(
                 f"{run}: {name} has shape {list(start.shape)} at the start and {list(end.shape)} at the end"

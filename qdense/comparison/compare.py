@@ -164,7 +164,7 @@ def _identity(evaluation: Evaluation) -> dict[str, Any]:
         return identity
     adapter = evaluation.recipe["adapter"]
     method = METHODS.get(adapter["method"])
-    r = adapter["r"] if method is None or "r" in method.uses else None
+    r = adapter["r"] if method is None or "r" in method.adapter_keys else None
     name = adapter["method"] if r is None else f"{adapter['method']} r{r}"
     identity |= {"name": name, "method": adapter["method"], "r": r}
     try:

@@ -47,15 +47,15 @@ def method_of(config: Mapping[str, Any]) -> Method | None:
         for method in METHODS.values()
         if method.is_adapter
         and method.peft_type == config.get("peft_type")
-        and all(config.get(key) == value for key, value in method.marks.items())
+        and all(config.get(key) == value for key, value in method.identifying_config.items())
     ]
-    return max(fitting, key=lambda method: len(method.marks), default=None)
+    return max(fitting, key=lambda method: len(method.identifying_config), default=None)
 
 
 def sizes_in(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The keys of a configuration that are sizes of tensors."""
     method = method_of(config)
-    return _OTHER_SIZES if method is None else method.sizes
+    return _OTHER_SIZES if method is None else method.size_keys
 
 
 __all__ = ["METHODS", "PEFT_TYPES", "Method", "MethodSettings", "method_of", "sizes_in"]

@@ -21,9 +21,9 @@ from qdense.methods.costs import (
     Costs,
     LinearShapes,
     ModuleCosts,
+    input_bytes_if_trained,
     low_rank,
     no_frozen_parameters,
-    trained_readers,
 )
 from qdense.methods.method import Method, MethodSettings
 
@@ -46,28 +46,28 @@ class AdaLoraSettings(MethodSettings):
 
 
 def _initial_r(adapter: AdapterSettings) -> int:
-    return int(adapter.own.initial_r * adapter.r)
+    return int(adapter.method_settings.initial_r * adapter.r)
 
 
 def _build_config(adapter: AdapterSettings, num_steps: int) -> Any:
     from peft import AdaLoraConfig
 
-    own: AdaLoraSettings = adapter.own
-    first_cut = int(own.warmup_share * num_steps)
-    last_cut = num_steps - int(own.final_share * num_steps)
+    settings: AdaLoraSettings = adapter.method_settings
+    first_cut = int(settings.warmup_share * num_steps)
+    last_cut = num_steps - int(settings.final_share * num_steps)
     if first_cut >= last_cut:
         raise ValueError(
-            f"AdaLoRA has no step to cut ranks in: warmup_share = {own.warmup_share} and final_share = {own.final_share} leave "
-            f"none of the {num_steps} steps. Lower one of them."
+            f"AdaLoRA has no step to cut ranks in: warmup_share = {settings.warmup_share} and "
+            f"final_share = {settings.final_share} leave none of the {num_steps} steps. Lower one of them."
         )
     return AdaLoraConfig(
         target_r=adapter.r,
         init_r=_initial_r(adapter),
         tinit=first_cut,
         tfinal=num_steps - last_cut,
-        deltaT=own.cut_every,
+        deltaT=settings.cut_every,
         total_step=num_steps,
-        orth_reg_weight=own.orthogonality,
+        orth_reg_weight=settings.orthogonality,
         lora_alpha=adapter.scaling_alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=adapter.dropout,
         target_modules=list(adapter.target_modules),
@@ -92,7 +92,7 @@ class _Schedule:
     """PEFT's rank allocator, driven and saved."""
 
     @contextmanager
-    def weighing(self, model: Any, share: float) -> Iterator[None]:
+    def auxiliary_loss(self, model: Any, share: float) -> Iterator[None]:
         config = model.peft_config["default"]
         weight, config.orth_reg_weight = config.orth_reg_weight, share * config.orth_reg_weight
         try:
@@ -136,7 +136,7 @@ def final_ranks(model: Any) -> list[int]:
     return [int(torch.count_nonzero(p)) for name, p in model.named_parameters() if ".lora_E." in name]
 
 
-def _left_of(config: Mapping[str, Any], name: str, initial: Any) -> Any:
+def _comparable_initial(config: Mapping[str, Any], name: str, initial: Any) -> Any:
     """PEFT saves only the ranks that are left."""
     for pattern, kept in (config["rank_pattern"] or {}).items():
         if name.startswith(f"base_model.model.{pattern.rpartition('.lora_E')[0]}."):
@@ -154,22 +154,25 @@ def _freeze_counters(model: Any) -> None:
 METHOD = Method(
     name="adalora",
     summary="AdaLoRA, PEFT's: rank is moved to the layers that need it",
-    uses=frozenset({"r", "alpha", "dropout", "target_modules"}),
+    adapter_keys=frozenset({"r", "alpha", "dropout", "target_modules"}),
     build_config=_build_config,
     count_parameters=_count_parameters,
     costs=Costs(
-        of_input=trained_readers, of_module=_module, frozen_parameters=no_frozen_parameters, has_weight_penalty=True
+        of_input=input_bytes_if_trained,
+        of_module=_module,
+        frozen_parameters=no_frozen_parameters,
+        has_weight_penalty=True,
     ),
     quantizations=("nf4", "none"),
     why_not_quantized="PEFT's AdaLoRA multiplies fp32 inputs by bf16 factors on an 8-bit base (peft 0.21)",
     peft_type="ADALORA",
-    sizes=("init_r",),
+    size_keys=("init_r",),
     reads_base_weights=False,
     factors={"lora_A": "A", "lora_B": "B", "lora_E": "E"},
     # The orthogonality term moves A and B from the start too, unless it is switched off.
-    awake_at_start=lambda name: ".lora_E." in name,
+    has_gradient_at_start=lambda name: ".lora_E." in name,
     settings=AdaLoraSettings,
     prepare=_freeze_counters,
     schedule=_Schedule(),
-    left_of=_left_of,
+    comparable_initial=_comparable_initial,
 )

@@ -15,7 +15,7 @@ LinearShapes = Mapping[str, tuple[int, int]]
 
 
 class AdapterSettings(Protocol):
-    """What a method may read of a recipe's [adapter] table; `own` is its table of settings."""
+    """What a method may read of a recipe's [adapter] table; `method_settings` is its own table."""
 
     @property
     def r(self) -> int: ...
@@ -32,7 +32,7 @@ class AdapterSettings(Protocol):
     @property
     def target_modules(self) -> Sequence[str]: ...
     @property
-    def own(self) -> Any: ...
+    def method_settings(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -136,14 +136,14 @@ def no_frozen_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_lay
     return 0
 
 
-def trained_readers(at: Computation, d_in: int, num_readers: int) -> float:
+def input_bytes_if_trained(at: Computation, d_in: int, num_modules: int) -> float:
     """Trained matrices read the input: it is kept, or what a cast or dropout has left of it, for each, and the masks."""
-    return d_in * (at.width + at.mask_width) * (num_readers if at.is_input_copied else 1)
+    return d_in * (at.width + at.mask_width) * (num_modules if at.is_input_copied else 1)
 
 
-def frozen_readers(at: Computation, d_in: int, num_readers: int) -> float:
+def input_bytes_if_frozen(at: Computation, d_in: int, num_modules: int) -> float:
     """Frozen matrices read the input: only the masks are kept."""
-    return d_in * at.mask_width * num_readers
+    return d_in * at.mask_width * num_modules
 
 
 def count_low_rank(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> dict[str, int]:

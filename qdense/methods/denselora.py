@@ -19,7 +19,7 @@ from qdense.methods.costs import (
 )
 from qdense.methods.method import Method
 
-_USES = frozenset({"r", "alpha", "dropout", "activation", "sharing", "zero_init", "target_modules"})
+_ADAPTER_KEYS = frozenset({"r", "alpha", "dropout", "activation", "sharing", "zero_init", "target_modules"})
 
 
 def _config(adapter: AdapterSettings, **changes: Any) -> Any:
@@ -63,12 +63,12 @@ def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers
     return {name: count + matrices[name] for name, count in _count_shared(adapter, shapes, num_layers).items()}
 
 
-def _input(at: Computation, d_in: int, num_readers: int) -> float:
-    """All readers share one copy and one mask of it; the fused kernels keep no masks."""
+def _input(at: Computation, d_in: int, num_modules: int) -> float:
+    """All modules that read it share one copy and one mask of it; the fused kernels keep no masks."""
     return d_in * (at.width + (0 if at.is_fused else at.mask_width))
 
 
-def _input_of_frozen(at: Computation, d_in: int, num_readers: int) -> float:
+def _input_of_frozen(at: Computation, d_in: int, num_modules: int) -> float:
     return 0 if at.is_fused else d_in * at.mask_width
 
 
@@ -114,16 +114,16 @@ def _awake_at_start(name: str) -> bool:
 METHOD = Method(
     name="denselora",
     summary="DenseLoRA: shared encoder and decoder, a dense matrix for each layer",
-    uses=_USES,
+    adapter_keys=_ADAPTER_KEYS,
     build_config=lambda adapter, num_steps: _config(adapter),
     count_parameters=_count_parameters,
     costs=_COSTS,
     quantizations=("nf4", "int8", "none"),
     peft_type="DENSELORA",
-    sizes=("r",),
+    size_keys=("r",),
     reads_base_weights=False,
     factors={"denselora_m": "M", "encoder": "encoder", "decoder": "decoder"},
-    awake_at_start=_awake_at_start,
+    has_gradient_at_start=_awake_at_start,
 )
 
 
@@ -146,16 +146,16 @@ FREEZE = dataclasses.replace(
         frozen_parameters=lambda *arguments: sum(_count_shared(*arguments).values()),
     ),
     factors={"denselora_m": "M"},
-    marks={"freeze_shared": True},
-    awake_at_start=lambda name: True,
+    identifying_config={"freeze_shared": True},
+    has_gradient_at_start=lambda name: True,
 )
 
 ONLY_MATRIX = dataclasses.replace(
     METHOD,
     name="denselora-only-matrix",
     summary="ablation: no activations, so the adapter is a matrix and can be merged",
-    uses=_USES - {"activation"},
+    adapter_keys=_ADAPTER_KEYS - {"activation"},
     costs=dataclasses.replace(_COSTS, of_module=_module_of_matrix),
-    marks={"activation": "none"},
+    identifying_config={"activation": "none"},
     build_config=lambda adapter, num_steps: _config(adapter, activation="none"),
 )

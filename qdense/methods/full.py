@@ -21,7 +21,7 @@ def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers
     return {kind: d_in * d_out * num_layers for kind, (d_in, d_out) in shapes.items()}
 
 
-def _input(at: Computation, d_in: int, num_readers: int) -> float:
+def _input(at: Computation, d_in: int, num_modules: int) -> float:
     return d_in * at.base_width
 
 
@@ -42,14 +42,14 @@ def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 METHOD = Method(
     name="full",
     summary="full fine-tuning: the weights of the target modules themselves, in the base's dtype",
-    uses=frozenset({"target_modules"}),
+    adapter_keys=frozenset({"target_modules"}),
     build_config=None,
     count_parameters=_count_parameters,
     costs=Costs(of_input=_input, of_module=_module, frozen_parameters=no_frozen_parameters),
     quantizations=("none",),
     why_not_quantized="weights of 4 or 8 bits cannot be trained",
     peft_type=None,
-    sizes=(),
+    size_keys=(),
     reads_base_weights=False,
     factors={"weight": "W"},
 )
@@ -57,13 +57,13 @@ METHOD = Method(
 NONE = Method(
     name="none",
     summary="the base as it is",
-    uses=frozenset(),
+    adapter_keys=frozenset(),
     build_config=None,
     count_parameters=lambda adapter, shapes, num_layers: {},
     costs=METHOD.costs,  # of no module
     quantizations=("nf4", "int8", "none"),
     peft_type=None,
-    sizes=(),
+    size_keys=(),
     reads_base_weights=False,
     factors={},
     targets=lambda adapter: (),

@@ -16,8 +16,8 @@ from qdense.methods.costs import (
     added_output,
     count_low_rank,
     dropped_input,
+    input_bytes_if_trained,
     no_frozen_parameters,
-    trained_readers,
 )
 from qdense.methods.method import Method
 
@@ -55,15 +55,15 @@ def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 METHOD = Method(
     name="hira",
     summary="HiRA, PEFT's: the weight times a low-rank matrix, element by element; unpacks every weight in each forward",
-    uses=frozenset({"r", "dropout", "target_modules"}),
+    adapter_keys=frozenset({"r", "dropout", "target_modules"}),
     build_config=_build_config,
     count_parameters=count_low_rank,
-    costs=Costs(of_input=trained_readers, of_module=_module, frozen_parameters=no_frozen_parameters),
+    costs=Costs(of_input=input_bytes_if_trained, of_module=_module, frozen_parameters=no_frozen_parameters),
     quantizations=("nf4", "none"),
     why_not_quantized="PEFT's HiRA multiplies in fp16 what it unpacks of 8-bit weights (peft 0.21)",
     peft_type="HIRA",
-    sizes=("r",),
+    size_keys=("r",),
     reads_base_weights=True,
     factors={"hira_A": "A", "hira_B": "B"},
-    awake_at_start=lambda name: ".hira_B." in name,
+    has_gradient_at_start=lambda name: ".hira_B." in name,
 )

@@ -18,8 +18,8 @@ from qdense.methods.costs import (
     LinearShapes,
     ModuleCosts,
     WeightCosts,
+    input_bytes_if_trained,
     no_frozen_parameters,
-    trained_readers,
 )
 from qdense.methods.method import Method, MethodSettings
 
@@ -45,8 +45,8 @@ def _build_config(adapter: AdapterSettings, num_steps: int) -> Any:
     return LoKrConfig(
         r=adapter.r,
         alpha=adapter.scaling_alpha,  # type: ignore[arg-type]  # PEFT takes any number
-        decompose_factor=adapter.own.decompose_factor,
-        decompose_both=adapter.own.decompose_both,
+        decompose_factor=adapter.method_settings.decompose_factor,
+        decompose_both=adapter.method_settings.decompose_both,
         target_modules=list(adapter.target_modules),
         task_type="CAUSAL_LM",
     )
@@ -63,11 +63,14 @@ def _factors(dimension: int, limit: int) -> tuple[int, int]:
 
 def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> dict[str, int]:
     """Two factors for each layer, each whole or, where that is smaller, of rank r."""
-    r, own = adapter.r, adapter.own
+    r, settings = adapter.r, adapter.method_settings
     counts = {}
     for kind, (d_in, d_out) in shapes.items():
-        (out_l, out_k), (in_m, in_n) = _factors(d_out, own.decompose_factor), _factors(d_in, own.decompose_factor)
-        is_left_low = own.decompose_both and r < max(out_l, in_m) / 2
+        (out_l, out_k), (in_m, in_n) = (
+            _factors(d_out, settings.decompose_factor),
+            _factors(d_in, settings.decompose_factor),
+        )
+        is_left_low = settings.decompose_both and r < max(out_l, in_m) / 2
         is_right_low = r < max(out_k, in_n) / 2
         left = r * (out_l + in_m) if is_left_low else out_l * in_m
         right = r * (out_k + in_n) if is_right_low else out_k * in_n
@@ -121,19 +124,19 @@ def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 METHOD = Method(
     name="lokr",
     summary="LoKr, PEFT's: a Kronecker product",
-    uses=frozenset({"r", "alpha", "target_modules"}),  # PEFT's has no dropout on the input
+    adapter_keys=frozenset({"r", "alpha", "target_modules"}),  # PEFT's has no dropout on the input
     build_config=_build_config,
     count_parameters=_count_parameters,
-    costs=Costs(of_input=trained_readers, of_module=_module, frozen_parameters=no_frozen_parameters),
+    costs=Costs(of_input=input_bytes_if_trained, of_module=_module, frozen_parameters=no_frozen_parameters),
     quantizations=("nf4", "int8", "none"),
     peft_type="LOKR",
-    sizes=(),  # a rank beyond the matrix means the whole matrix
+    size_keys=(),  # a rank beyond the matrix means the whole matrix
     reads_base_weights=False,
     factors={
         name: name.removeprefix("lokr_")
         for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
     },
-    awake_at_start=lambda name: ".lokr_w1." in name or ".lokr_w1_a." in name,
+    has_gradient_at_start=lambda name: ".lokr_w1." in name or ".lokr_w1_a." in name,
     settings=LokrSettings,
     prepare=_prepare,
 )

@@ -14,9 +14,9 @@ from qdense.methods.costs import (
     WeightCosts,
     count_low_rank,
     dropped_input,
+    input_bytes_if_trained,
     low_rank,
     no_frozen_parameters,
-    trained_readers,
 )
 from qdense.methods.method import Method
 
@@ -75,16 +75,16 @@ def _module_of_dora(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 METHOD = Method(
     name="lora",
     summary="LoRA, PEFT's",
-    uses=frozenset({"r", "alpha", "dropout", "target_modules"}),
+    adapter_keys=frozenset({"r", "alpha", "dropout", "target_modules"}),
     build_config=lambda adapter, num_steps: _config(adapter),
     count_parameters=count_low_rank,
-    costs=Costs(of_input=trained_readers, of_module=_module, frozen_parameters=no_frozen_parameters),
+    costs=Costs(of_input=input_bytes_if_trained, of_module=_module, frozen_parameters=no_frozen_parameters),
     quantizations=("nf4", "int8", "none"),
     peft_type="LORA",
-    sizes=("r",),
+    size_keys=("r",),
     reads_base_weights=False,
     factors={"lora_A": "A", "lora_B": "B"},
-    awake_at_start=lambda name: ".lora_B." in name,
+    has_gradient_at_start=lambda name: ".lora_B." in name,
 )
 
 DORA = dataclasses.replace(
@@ -98,6 +98,6 @@ DORA = dataclasses.replace(
     why_not_quantized="PEFT's DoRA loses the scales of 8-bit weights when it unpacks them on a CPU (peft 0.21)",
     reads_base_weights=True,
     factors={**METHOD.factors, "lora_magnitude_vector": "magnitude"},
-    marks={"use_dora": True},
-    awake_at_start=lambda name: ".lora_B." in name or ".lora_magnitude_vector." in name,
+    identifying_config={"use_dora": True},
+    has_gradient_at_start=lambda name: ".lora_B." in name or ".lora_magnitude_vector." in name,
 )

@@ -24,7 +24,7 @@ class MethodSettings(BaseModel):
 class RankSchedule(Protocol):
     """What a method does to its weights beside the optimizer, after each of its steps; for bit-exact resumes with a state."""
 
-    def weighing(self, model: Any, share: float) -> AbstractContextManager[None]:
+    def auxiliary_loss(self, model: Any, share: float) -> AbstractContextManager[None]:
         """Within it, the model adds this share of the method's own term to the loss of the text: of a step's n micro-batches
         each 1 / n, for their losses are summed; 0 in validation."""
 
@@ -50,18 +50,18 @@ class Method:
     Attributes:
         name: the value of `adapter.method`.
         summary: what it is, in a line.
-        uses: the keys of [adapter] that it reads; others are noted, not refused, so that one recipe serves all methods.
+        adapter_keys: the keys of [adapter] that it reads; others are noted, not refused, so that one recipe serves all methods.
         build_config: ([adapter] table, number of optimizer steps) -> PEFT configuration; None where PEFT has no part in it.
         count_parameters: ([adapter] table, shapes of one layer's target modules, number of layers) -> trainable parameters by
             module kind.
         costs: what it costs a training step.
         quantizations: those of a base that it works on.
         peft_type: the `peft_type` of its adapter_config.json; None where PEFT has no part in it.
-        sizes: the keys of that file that are sizes of tensors: one larger than every saved tensor is refused on loading.
+        size_keys: the keys of that file that are sizes of tensors: one larger than every saved tensor is refused on loading.
         reads_base_weights: whether its forward reads the base's weights, which must then lie in memory as they were loaded.
         factors: the last part of a trained tensor's name (but for PEFT's adapter name and ".weight") -> what analysis calls it.
-        marks: what its configuration says that those of other methods of the same PEFT type do not.
-        awake_at_start: whether the parameter of this name must have a gradient at step 1. The others are behind a
+        identifying_config: what its configuration says that those of other methods of the same PEFT type do not.
+        has_gradient_at_start: whether the parameter of this name must have a gradient at step 1. The others are behind a
             matrix that starts at zero: they get theirs once it has moved, at step 3 at the latest, since linear warm-up
             makes the first update's learning rate 0.
         targets: the module kinds that it adapts.
@@ -71,23 +71,23 @@ class Method:
             PEFT configuration, base's model, batches of `input_ids` and `attention_mask`).
         prepare: is given the PeftModel after it was made or loaded, to mend what PEFT leaves broken.
         schedule: see `RankSchedule`.
-        left_of: (adapter_config.json, saved tensor's name, its initial value) -> what of the initial value the saved tensor is
-            to be compared with, for a method that cuts ranks.
+        comparable_initial: (adapter_config.json, saved tensor's name, its initial value) -> the part of the initial value that
+            the saved tensor can be compared with, for a method that drops ranks.
     """
 
     name: str
     summary: str
-    uses: frozenset[str]
+    adapter_keys: frozenset[str]
     build_config: Callable[[AdapterSettings, int], Any] | None
     count_parameters: Callable[[AdapterSettings, LinearShapes, int], dict[str, int]]
     costs: Costs
     quantizations: tuple[str, ...]
     peft_type: str | None
-    sizes: tuple[str, ...]
+    size_keys: tuple[str, ...]
     reads_base_weights: bool
     factors: Mapping[str, str]
-    marks: Mapping[str, Any] = field(default_factory=dict)
-    awake_at_start: Callable[[str], bool] = lambda name: True
+    identifying_config: Mapping[str, Any] = field(default_factory=dict)
+    has_gradient_at_start: Callable[[str], bool] = lambda name: True
     targets: Callable[[AdapterSettings], Sequence[str]] = lambda adapter: adapter.target_modules
     settings: type[MethodSettings] | None = None
     why_not_quantized: str = ""
@@ -95,7 +95,7 @@ class Method:
     calibrate: Callable[[AdapterSettings, Any, Any, Sequence[Any]], None] = lambda adapter, config, model, batches: None
     prepare: Callable[[Any], None] = lambda model: None
     schedule: RankSchedule | None = None
-    left_of: Callable[[Mapping[str, Any], str, Any], Any] = lambda config, name, initial: initial
+    comparable_initial: Callable[[Mapping[str, Any], str, Any], Any] = lambda config, name, initial: initial
 
     def __post_init__(self) -> None:
         if not self.why_not_quantized and set(self.quantizations) != {"nf4", "int8", "none"}:

@@ -16,7 +16,7 @@ from qdense.methods.costs import (
     ModuleCosts,
     added_output,
     dropped_input,
-    frozen_readers,
+    input_bytes_if_frozen,
 )
 from qdense.methods.method import Method, MethodSettings
 
@@ -39,7 +39,7 @@ class NoraSettings(MethodSettings):
 
 
 def _r_inner(adapter: AdapterSettings) -> int:
-    return int(adapter.own.r_inner or max(1, adapter.r // 2))
+    return int(adapter.method_settings.r_inner or max(1, adapter.r // 2))
 
 
 def _build_config(adapter: AdapterSettings, num_steps: int) -> Any:
@@ -50,7 +50,7 @@ def _build_config(adapter: AdapterSettings, num_steps: int) -> Any:
         r_inner=_r_inner(adapter),
         # The recipe's alpha is meant for alpha / r.
         alpha=adapter.scaling_alpha * _r_inner(adapter) / adapter.r,
-        split=adapter.own.split,
+        split=adapter.method_settings.split,
         dropout=adapter.dropout,
         target_modules=list(adapter.target_modules),
         task_type="CAUSAL_LM",
@@ -90,17 +90,17 @@ def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 METHOD = Method(
     name="nora",
     summary="NoRA: a trained pair inside the frozen SVD of the weight",
-    uses=frozenset({"r", "alpha", "dropout", "target_modules"}),
+    adapter_keys=frozenset({"r", "alpha", "dropout", "target_modules"}),
     build_config=_build_config,
     count_parameters=_count_parameters,
-    costs=Costs(of_input=frozen_readers, of_module=_module, frozen_parameters=_count_frozen),
+    costs=Costs(of_input=input_bytes_if_frozen, of_module=_module, frozen_parameters=_count_frozen),
     quantizations=("nf4", "int8", "none"),
     peft_type="NORA",
-    sizes=("r", "r_inner"),
+    size_keys=("r", "r_inner"),
     reads_base_weights=False,  # only when a fresh adapter is made
     factors={"nora_inner_a": "A", "nora_inner_b": "B"},
-    awake_at_start=lambda name: ".nora_inner_b." in name,
+    has_gradient_at_start=lambda name: ".nora_inner_b." in name,
     settings=NoraSettings,
-    num_calibration_rows=lambda adapter: int(adapter.own.calibration_rows),
+    num_calibration_rows=lambda adapter: int(adapter.method_settings.calibration_rows),
     calibrate=_calibrate,
 )

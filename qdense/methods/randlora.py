@@ -43,7 +43,7 @@ def _build_config(adapter: AdapterSettings, num_steps: int) -> Any:
     with warnings.catch_warnings(action="ignore"):  # that A and B_j are not saved
         return RandLoraConfig(
             r=adapter.r,
-            randlora_alpha=adapter.own.scaling * adapter.r,
+            randlora_alpha=adapter.method_settings.scaling * adapter.r,
             randlora_dropout=adapter.dropout,
             save_projection=False,
             target_modules=list(adapter.target_modules),
@@ -82,7 +82,7 @@ def _prepare(model: Any) -> None:
             module.register_forward_hook(lambda layer, inputs, output: output.to(inputs[0].dtype))
 
 
-def _input(at: Computation, d_in: int, num_readers: int) -> float:
+def _input(at: Computation, d_in: int, num_modules: int) -> float:
     return 0  # whether a module keeps its input depends on its output
 
 
@@ -116,16 +116,16 @@ def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 METHOD = Method(
     name="randlora",
     summary="RandLoRA, PEFT's: a sum of frozen random products of rank r, as many as make it of full rank, each scaled",
-    uses=frozenset({"r", "dropout", "target_modules"}),
+    adapter_keys=frozenset({"r", "dropout", "target_modules"}),
     build_config=_build_config,
     count_parameters=_count_parameters,
     costs=Costs(of_input=_input, of_module=_module, frozen_parameters=_count_frozen),
     quantizations=("nf4", "int8", "none"),
     peft_type="RANDLORA",
-    sizes=("r",),
+    size_keys=("r",),
     reads_base_weights=False,
     factors={"randlora_lambda": "lambda", "randlora_gamma": "gamma"},
-    awake_at_start=lambda name: ".randlora_lambda." in name,
+    has_gradient_at_start=lambda name: ".randlora_lambda." in name,
     settings=RandLoraSettings,
     prepare=_prepare,
 )

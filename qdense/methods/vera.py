@@ -15,7 +15,7 @@ from qdense.methods.costs import (
     ModuleCosts,
     added_output,
     dropped_input,
-    frozen_readers,
+    input_bytes_if_frozen,
 )
 from qdense.methods.method import Method, MethodSettings
 
@@ -31,8 +31,8 @@ def _build_config(adapter: AdapterSettings, num_steps: int) -> Any:
     from peft import VeraConfig
 
     return VeraConfig(
-        r=adapter.own.r,
-        d_initial=adapter.own.initial_d,
+        r=adapter.method_settings.r,
+        d_initial=adapter.method_settings.initial_d,
         vera_dropout=adapter.dropout,
         target_modules=list(adapter.target_modules),
         task_type="CAUSAL_LM",
@@ -41,18 +41,18 @@ def _build_config(adapter: AdapterSettings, num_steps: int) -> Any:
 
 def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> dict[str, int]:
     """d_out + r for each layer."""
-    return {kind: (d_out + adapter.own.r) * num_layers for kind, (_, d_out) in shapes.items()}
+    return {kind: (d_out + adapter.method_settings.r) * num_layers for kind, (_, d_out) in shapes.items()}
 
 
 def _count_frozen(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> int:
     """One pair for all layers, as wide as the widest module's input and output."""
     d_in, d_out = (max(sizes) for sizes in zip(*shapes.values(), strict=True))
-    return int(adapter.own.r * (d_in + d_out))
+    return int(adapter.method_settings.r * (d_in + d_out))
 
 
 def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
     """What the vectors multiply is kept: a product of length r, and one of d_out."""
-    r = at.adapter.own.r
+    r = at.adapter.method_settings.r
     products = r * (d_in + d_out)
     return ModuleCosts(
         kept=at.width * (r + d_out),
@@ -68,15 +68,15 @@ METHOD = Method(
     name="vera",
     summary="VeRA, PEFT's: two vectors for each layer on one frozen random pair",
     # adapter.r is not read: VeRA's ranks are another order of magnitude (PEFT's default and the paper's: 256).
-    uses=frozenset({"dropout", "target_modules"}),
+    adapter_keys=frozenset({"dropout", "target_modules"}),
     build_config=_build_config,
     count_parameters=_count_parameters,
-    costs=Costs(of_input=frozen_readers, of_module=_module, frozen_parameters=_count_frozen),
+    costs=Costs(of_input=input_bytes_if_frozen, of_module=_module, frozen_parameters=_count_frozen),
     quantizations=("nf4", "int8", "none"),
     peft_type="VERA",
-    sizes=("r",),
+    size_keys=("r",),
     reads_base_weights=False,
     factors={"vera_lambda_b": "b", "vera_lambda_d": "d"},
-    awake_at_start=lambda name: ".vera_lambda_b." in name,
+    has_gradient_at_start=lambda name: ".vera_lambda_b." in name,
     settings=VeraSettings,
 )

@@ -38,7 +38,7 @@ _OPTIMIZER_BYTES = {
 
 
 @dataclass(frozen=True)
-class Choice:
+class StepLayout:
     """What the planner chooses: how a step is cut up, and what of it is computed twice or moved away.
 
     Attributes:
@@ -75,15 +75,15 @@ class Memory:
         return sum(self.breakdown.values())
 
 
-def memory_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels, choice: Choice) -> Memory:
-    """The peak of a run as `recipe` and `choice` describe it. Raises ModelError for target modules that the model lacks."""
-    tokens = choice.micro_batch_size * recipe.data.max_length
+def memory_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels, layout: StepLayout) -> Memory:
+    """The peak of a run as `recipe` and `layout` describe it. Raises ModelError for target modules that the model lacks."""
+    tokens = layout.micro_batch_size * recipe.data.max_length
     layer = _Layer(recipe, shape, kernels)
-    num_kept = shape.num_layers - choice.recompute_layers
+    num_kept = shape.num_layers - layout.recompute_layers
     width = layer.width
     checkpoint = tokens * shape.hidden_size * width
     # Offloaded: one on its way out or in, one in use.
-    num_checkpoints = min(2, choice.recompute_layers) if choice.offload else choice.recompute_layers
+    num_checkpoints = min(2, layout.recompute_layers) if layout.offload else layout.recompute_layers
     checkpoints = num_checkpoints * checkpoint
     held = int(tokens * ((shape.num_layers - 1) * layer.held() + layer.held(is_first=True)))
     weights = layer.saved_weights()
@@ -96,14 +96,14 @@ def memory_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels, choice: Cho
     slice_tokens = min(tokens, logits_slice_tokens(shape.vocab_size, kernels.is_cuda))
     # Logits in fp32 twice; the hidden states and their gradient.
     logits = slice_tokens * shape.vocab_size * 8 + tokens * shape.hidden_size * 2 * width
-    is_tiled = choice.mlp_tile_tokens is not None
+    is_tiled = layout.mlp_tile_tokens is not None
     in_mlp = shape.hidden_size * width if is_tiled else layer.saved_in_mlp(is_recomputed=True)
     again = tokens * layer.saved(is_recomputed=True, has_tiled_mlp=is_tiled)
     # Backward through the MLP; or, tiled, through a tile and then the norm before it; and last through attention.
     passing, at_product = tokens * layer.passing(), tokens * layer.passing_product()
-    if choice.mlp_tile_tokens is not None:
+    if layout.mlp_tile_tokens is not None:
         largest = max(layer.passing(), layer.passing_product())
-        tile = min(tokens, choice.mlp_tile_tokens) * (layer.saved_in_mlp(is_recomputed=True) + largest)
+        tile = min(tokens, layout.mlp_tile_tokens) * (layer.saved_in_mlp(is_recomputed=True) + largest)
         passing, at_product = max(tile, tokens * layer.passing_norm()), 0
     after_mlp = again - tokens * (in_mlp + shape.hidden_size * layer.norm_width)
     in_forward, in_backward = (int(size) for size in layer.passing_weights())
@@ -118,7 +118,7 @@ def memory_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels, choice: Cho
     )
     # Activations, passing gradients, logits, copies of weights.
     moments = {"loss": (kept + tail, 0, logits, 0), "forward": (kept, 0, 0, in_forward)}
-    if choice.recompute_layers:
+    if layout.recompute_layers:
         activations, gradients, copies = recomputing
         moments["recompute"] = (int(activations + weights), int(gradients), 0, int(copies))
     if num_kept:
@@ -176,7 +176,7 @@ def computation_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels) -> Com
     """What the costs of the recipe's method depend on, beside shapes."""
     adapter, method = recipe.adapter, METHODS[recipe.adapter.method]
     width = adapter.dtype_bytes if method.is_adapter else recipe.model.dtype_bytes
-    has_dropout = "dropout" in method.uses and adapter.dropout > 0
+    has_dropout = "dropout" in method.adapter_keys and adapter.dropout > 0
     shapes = shape.linear_shapes()
     return Computation(
         adapter=adapter,

@@ -39,7 +39,7 @@ def count_parameters(model: str | CatalogModel, adapter: AdapterRecipe) -> Param
     return ParameterCount(
         method=adapter.method,
         model=model if isinstance(model, str) else model.name,
-        r=adapter.r if "r" in method.uses else None,
+        r=adapter.r if "r" in method.adapter_keys else None,
         trainable_parameters=trainable,
         base_parameters=entry.num_parameters,
         percent=100 * trainable / (entry.num_parameters + added),

@@ -13,7 +13,7 @@ from typing import Any
 
 from qdense.catalogs.models import CatalogModel
 from qdense.methods import METHODS
-from qdense.planning.memory import Choice, Kernels, Memory, memory_of
+from qdense.planning.memory import Kernels, Memory, StepLayout, memory_of
 from qdense.planning.speed import CARDS, Card, tokens_per_second
 from qdense.recipe import Recipe
 
@@ -52,7 +52,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice and what it is predicted to need.
+    """A layout and what it is predicted to need.
 
     Attributes:
         checkpoint_width: bytes of a token's hidden state.
@@ -61,7 +61,7 @@ class Plan:
     """
 
     machine: Machine
-    choice: Choice
+    layout: StepLayout
     memory: Memory
     max_length: int
     num_layers: int
@@ -99,15 +99,15 @@ class Plan:
             "tokens_per_second": {name: round(speed) for name, speed in self.speeds.items()},
             "breakdown": self.memory.breakdown,
             "moment": self.memory.moment,
-            "choice": asdict(self.choice),
+            "layout": asdict(self.layout),
             "host_bytes": self.host_bytes,
             "remedies": list(self.remedies),
         }
 
     def record(self) -> dict[str, Any]:
-        """What a run writes down: the choice, which a resumed run keeps, and what was predicted."""
+        """What a run writes down: the layout, which a resumed run keeps, and what was predicted."""
         return {
-            "choice": {key: value for key, value in asdict(self.choice).items() if value is not None},
+            "layout": {key: value for key, value in asdict(self.layout).items() if value is not None},
             "predicted_peak_bytes": self.predicted_peak_bytes,
             "memory_bytes": self.machine.memory_bytes,
             "kernels": asdict(self.machine.kernels),
@@ -116,26 +116,26 @@ class Plan:
     @property
     def host_bytes(self) -> int:
         """Pinned host memory of checkpoints that wait there: a buffer for each layer, rounded up to a power of two."""
-        checkpoint = self.choice.micro_batch_size * self.max_length * self.checkpoint_width
-        return self.choice.recompute_layers * (1 << (checkpoint - 1).bit_length()) if self.choice.offload else 0
+        checkpoint = self.layout.micro_batch_size * self.max_length * self.checkpoint_width
+        return self.layout.recompute_layers * (1 << (checkpoint - 1).bit_length()) if self.layout.offload else 0
 
     @property
     def summary(self) -> str:
-        """The choice in a line."""
-        choice = self.choice
-        tokens = choice.micro_batch_size * self.max_length
-        rows = "1 row" if choice.micro_batch_size == 1 else f"{choice.micro_batch_size} rows"
+        """The layout in a line."""
+        layout = self.layout
+        tokens = layout.micro_batch_size * self.max_length
+        rows = "1 row" if layout.micro_batch_size == 1 else f"{layout.micro_batch_size} rows"
         parts = [f"{rows} ({tokens:,} tokens) at a time"]
-        again = choice.recompute_layers
+        again = layout.recompute_layers
         parts.append(
             "all layers recomputed"
             if again == self.num_layers
             else "no layer recomputed" if not again else f"{again} of {self.num_layers} layers recomputed"
         )  # fmt: skip
-        if choice.offload:
+        if layout.offload:
             parts.append("checkpoints in host memory")
-        if choice.mlp_tile_tokens:
-            parts.append(f"MLP in tiles of {choice.mlp_tile_tokens:,} tokens")
+        if layout.mlp_tile_tokens:
+            parts.append(f"MLP in tiles of {layout.mlp_tile_tokens:,} tokens")
         return ", ".join(parts)
 
 
@@ -144,20 +144,20 @@ def needed_bytes(memory: Memory, machine: Machine) -> int:
     return int(memory.peak_bytes * (1 + fragmentation)) + machine.base_bytes
 
 
-def make_plan(recipe: Recipe, shape: CatalogModel, machine: Machine, choice: Choice | None = None) -> Plan:
-    """Choose (or take `choice` as it is, for a resumed run) and predict. Raises ModelError for modules the model lacks."""
-    if choice is None:
-        choice = _choose(recipe, shape, machine)
-    memory = memory_of(recipe, shape, machine.kernels, choice)
+def make_plan(recipe: Recipe, shape: CatalogModel, machine: Machine, layout: StepLayout | None = None) -> Plan:
+    """Choose (or take `layout` as it is, for a resumed run) and predict. Raises ModelError for modules the model lacks."""
+    if layout is None:
+        layout = _choose(recipe, shape, machine)
+    memory = memory_of(recipe, shape, machine.kernels, layout)
     cards = CARDS if machine.card is None else {machine.card.name: machine.card}
     # On a CPU the speed is not predicted; a plan for no card in particular names the known ones.
     speeds = {
-        name: tokens_per_second(recipe, shape, machine.kernels, choice, card)
+        name: tokens_per_second(recipe, shape, machine.kernels, layout, card)
         for name, card in cards.items()
         if machine.kernels.is_cuda
     }
     checkpoint_width = shape.hidden_size * recipe.model.dtype_bytes
-    plan = Plan(machine, choice, memory, recipe.data.max_length, shape.num_layers, checkpoint_width, speeds)
+    plan = Plan(machine, layout, memory, recipe.data.max_length, shape.num_layers, checkpoint_width, speeds)
     return plan if plan.fits else replace(plan, remedies=tuple(_remedies(recipe, shape, machine)))
 
 
@@ -167,9 +167,9 @@ def longest_context(recipe: Recipe, shape: CatalogModel, machine: Machine) -> in
     while high - low > 64:
         middle = (low + high) // 2
         fits = any(
-            needed_bytes(memory_of(_with_length(recipe, middle), shape, machine.kernels, choice), machine)
+            needed_bytes(memory_of(_with_length(recipe, middle), shape, machine.kernels, layout), machine)
             <= machine.memory_bytes
-            for choice in _measures(1, middle, shape.num_layers, can_offload=machine.kernels.is_cuda)
+            for layout in _measures(1, middle, shape.num_layers, can_offload=machine.kernels.is_cuda)
         )
         low, high = (middle, high) if fits else (low, middle)
     return low
@@ -179,16 +179,16 @@ def _with_length(recipe: Recipe, max_length: int) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": max_length})})
 
 
-def _measures(rows: int, max_length: int, num_layers: int, *, can_offload: bool) -> Iterator[Choice]:
+def _measures(rows: int, max_length: int, num_layers: int, *, can_offload: bool) -> Iterator[StepLayout]:
     """Everything recomputed, with ever more done for little memory."""
-    yield Choice(rows, num_layers)
+    yield StepLayout(rows, num_layers)
     if can_offload:
-        yield Choice(rows, num_layers, offload=True)
+        yield StepLayout(rows, num_layers, offload=True)
     if rows * max_length > _TILE_TOKENS:
-        yield Choice(rows, num_layers, offload=can_offload, mlp_tile_tokens=_TILE_TOKENS)
+        yield StepLayout(rows, num_layers, offload=can_offload, mlp_tile_tokens=_TILE_TOKENS)
 
 
-def _choose(recipe: Recipe, shape: CatalogModel, machine: Machine) -> Choice:
+def _choose(recipe: Recipe, shape: CatalogModel, machine: Machine) -> StepLayout:
     settings = recipe.training
     batch, layers = settings.batch_size, shape.num_layers
     if settings.micro_batch_size == "auto" and settings.packing:
@@ -208,24 +208,26 @@ def _choose(recipe: Recipe, shape: CatalogModel, machine: Machine) -> Choice:
         depths = [layers if settings.recompute == "all" else settings.recompute]
     depths = [min(depth, layers) for depth in depths]
 
-    def needed(choice: Choice) -> int:
-        return needed_bytes(memory_of(recipe, shape, machine.kernels, choice), machine)
+    def needed(layout: StepLayout) -> int:
+        return needed_bytes(memory_of(recipe, shape, machine.kernels, layout), machine)
 
-    def fits(choice: Choice) -> bool:
-        return needed(choice) <= _CHOSEN_SHARE * machine.memory_bytes
+    def fits(layout: StepLayout) -> bool:
+        return needed(layout) <= _CHOSEN_SHARE * machine.memory_bytes
 
-    card = machine.card or CARDS["RTX 4090"]  # for a choice, only the balance of computing and moving counts
+    card = machine.card or CARDS["RTX 4090"]  # for a layout, only the balance of computing and moving counts
     # For a size, the fewest recomputed layers that fit are the fastest.
-    found = [next((Choice(size, depth) for depth in depths if fits(Choice(size, depth))), None) for size in sizes]
-    fitting = [choice for choice in found if choice is not None]
+    found = [
+        next((StepLayout(size, depth) for depth in depths if fits(StepLayout(size, depth))), None) for size in sizes
+    ]
+    fitting = [layout for layout in found if layout is not None]
     if fitting:
-        return max(fitting, key=lambda choice: tokens_per_second(recipe, shape, machine.kernels, choice, card))
+        return max(fitting, key=lambda layout: tokens_per_second(recipe, shape, machine.kernels, layout, card))
     if layers in depths:
         can_offload = machine.kernels.is_cuda
         measures = list(_measures(sizes[-1], recipe.data.max_length, layers, can_offload=can_offload))
         # Where none fits, the one that needs least: it may still do without the reserve.
         return next(filter(fits, measures), min(measures, key=needed))
-    return Choice(sizes[-1], depths[-1])
+    return StepLayout(sizes[-1], depths[-1])
 
 
 def _remedies(recipe: Recipe, shape: CatalogModel, machine: Machine) -> list[str]:
@@ -235,8 +237,8 @@ def _remedies(recipe: Recipe, shape: CatalogModel, machine: Machine) -> list[str
         """The changes, by table, as a recipe has them; none if they would not do."""
         tables = {table: getattr(recipe, table).model_copy(update=values) for table, values in changes.items()}
         changed = recipe.model_copy(update=tables)
-        choice = _choose(changed, shape, machine)
-        if needed_bytes(memory_of(changed, shape, machine.kernels, choice), machine) > machine.memory_bytes:
+        layout = _choose(changed, shape, machine)
+        if needed_bytes(memory_of(changed, shape, machine.kernels, layout), machine) > machine.memory_bytes:
             return []
         named = [(f"{table}.{key}", value) for table, values in changes.items() for key, value in values.items()]
         return [" and ".join(f"{key} = {json.dumps(value)}" for key, value in named) + " would fit"]
@@ -251,7 +253,7 @@ def _remedies(recipe: Recipe, shape: CatalogModel, machine: Machine) -> list[str
     if 8 <= longest < recipe.data.max_length:
         remedies += trial(data={"max_length": longest}, training=free)
     if not remedies:
-        least = memory_of(_with_length(recipe, 8), shape, machine.kernels, Choice(1, shape.num_layers))
+        least = memory_of(_with_length(recipe, 8), shape, machine.kernels, StepLayout(1, shape.num_layers))
         remedies.append(
             f"the model itself needs {least.peak_bytes / 2**30:.1f} GiB: take a smaller model or a larger card"
         )

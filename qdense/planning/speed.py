@@ -15,7 +15,7 @@ from qdense.catalogs.families import MLP_MODULES
 from qdense.catalogs.models import CatalogModel
 from qdense.methods import METHODS
 from qdense.methods.costs import ModuleCosts
-from qdense.planning.memory import NF4_BYTES, Choice, Kernels, computation_of
+from qdense.planning.memory import NF4_BYTES, Kernels, StepLayout, computation_of
 from qdense.recipe import Recipe
 
 
@@ -80,10 +80,10 @@ def flops_per_token(shape: CatalogModel, context: float, recompute_layers: int, 
     return (2 + again) * linear + 2 * head + (3.5 + again) * attention * context + (6 + 2 * again) * with_adapter
 
 
-def tokens_per_second(recipe: Recipe, shape: CatalogModel, kernels: Kernels, choice: Choice, card: Card) -> float:
+def tokens_per_second(recipe: Recipe, shape: CatalogModel, kernels: Kernels, layout: StepLayout, card: Card) -> float:
     """Predicted tokens per second of training, for full micro-batches."""
-    tokens = choice.micro_batch_size * recipe.data.max_length
-    again = choice.recompute_layers / shape.num_layers
+    tokens = layout.micro_batch_size * recipe.data.max_length
+    again = layout.recompute_layers / shape.num_layers
     modules = _module_costs(recipe, shape, kernels)
     linear, head, attention = forward_flops(shape)
     context = recipe.data.max_length
@@ -92,10 +92,10 @@ def tokens_per_second(recipe: Recipe, shape: CatalogModel, kernels: Kernels, cho
     of_weights = 2 * (3 + again) * shape.num_layers * sum(each.weights.products for each in modules)
     seconds = (tokens * products + of_weights) / (_REACHED * card.flops)
     seconds += tokens * (3.5 + again) * attention * context / (_ATTENTION_REACHED * card.flops)
-    seconds += _moved(recipe, shape, kernels, choice, tokens) / (_BANDWIDTH_REACHED * card.bandwidth)
-    if choice.offload:
+    seconds += _moved(recipe, shape, kernels, layout, tokens) / (_BANDWIDTH_REACHED * card.bandwidth)
+    if layout.offload:
         # Copies overlap with what is computed; what they take longer is waited for.
-        copied = 2 * choice.recompute_layers * tokens * shape.hidden_size * recipe.model.dtype_bytes
+        copied = 2 * layout.recompute_layers * tokens * shape.hidden_size * recipe.model.dtype_bytes
         seconds = max(seconds, copied / card.link)
     # The host launches ahead of the device: the slower of the two decides.
     return tokens / max(seconds, shape.num_layers * _launching(card, len(modules), again))
@@ -115,14 +115,14 @@ def _module_costs(recipe: Recipe, shape: CatalogModel, kernels: Kernels) -> list
     return [method.costs.of_module(computation, *module) for module in computation.shapes.values()]
 
 
-def _moved(recipe: Recipe, shape: CatalogModel, kernels: Kernels, choice: Choice, tokens: int) -> float:
+def _moved(recipe: Recipe, shape: CatalogModel, kernels: Kernels, layout: StepLayout, tokens: int) -> float:
     """Bytes read and written beside the products' own operands."""
-    width, again = recipe.model.dtype_bytes, choice.recompute_layers / shape.num_layers
+    width, again = recipe.model.dtype_bytes, layout.recompute_layers / shape.num_layers
     shapes = shape.linear_shapes()
     passes = 2 + again
     moved = 0.0
     if recipe.model.quantization == "nf4":  # each pass unpacks each weight once, the tiled MLP for each tile
-        tiles = -(-tokens // choice.mlp_tile_tokens) if choice.mlp_tile_tokens else 1
+        tiles = -(-tokens // layout.mlp_tile_tokens) if layout.mlp_tile_tokens else 1
         elements = {kind: d_in * d_out for kind, (d_in, d_out) in shapes.items()}
         mlp = sum(elements[kind] for kind in MLP_MODULES)
         moved += passes * shape.num_layers * (sum(elements.values()) + (tiles - 1) * mlp) * (NF4_BYTES + width)

@@ -34,7 +34,7 @@ from qdense.modeling.load import BaseModel
 from qdense.modeling.loss import without_logits
 from qdense.modeling.packing import packed_attention, why_not_packed
 from qdense.modeling.recompute import Recompute, apply_recompute
-from qdense.planning.memory import Choice
+from qdense.planning.memory import StepLayout
 from qdense.recipe import Recipe
 from qdense.runs import RunFolder
 from qdense.training.batches import Batches, micro_batches, seed_step
@@ -51,7 +51,7 @@ class Job:
 
     Attributes:
         model: the base with its adapter attached; what it trains requires gradients.
-        choice: how steps are cut up; a checkpoint's own is taken instead if `takes_saved_choice`.
+        layout: how steps are cut up; a checkpoint's own is taken instead if `takes_saved_layout`.
         training, validation: tokenized rows.
         metrics: is told every event, and is on the disk before each checkpoint; of several processes the first alone
             has it, and writes.
@@ -64,8 +64,8 @@ class Job:
     training: Sequence[Example]
     validation: Sequence[Example]
     num_steps: int
-    choice: Choice
-    takes_saved_choice: bool
+    layout: StepLayout
+    takes_saved_layout: bool
     folder: RunFolder
     metrics: MetricsFile | None
     signals: StopSignals
@@ -77,7 +77,7 @@ class TrainingLoop:
 
     Attributes:
         step: the last one done.
-        choice: how steps are cut up now; memory that runs out changes it.
+        layout: how steps are cut up now; memory that runs out changes it.
         best_step, best_loss, best_weights: of the lowest validation loss so far.
         seconds: trained so far, pauses between resumed parts and validation left out.
     """
@@ -89,7 +89,7 @@ class TrainingLoop:
         if self.is_packed and (reason := why_not_packed(job.base.model)):
             self.emit(Notice(f"training.packing: {reason}; rows are padded instead", "warning"))
             self.is_packed = False
-        self.follow(job.choice)
+        self.follow(job.layout)
         self.batches = Batches(job.training, settings.batch_size, settings.seed)
         self.parameters = dict(trainable_parameters(job.model))
         self.optimizer = build_optimizer(
@@ -108,7 +108,7 @@ class TrainingLoop:
         self.share_of_rate = scheduler.lr_lambdas[0]  # by the number of steps done: nothing of it need be saved
         self.watch = Watch(
             self.parameters,
-            job.method.awake_at_start,
+            job.method.has_gradient_at_start,
             skips=settings.on_nonfinite == "skip",
             emit=self.emit,
             last_good=lambda: last_good_checkpoint(job.folder.checkpoints),
@@ -190,11 +190,11 @@ class TrainingLoop:
             try:
                 return self._try_forward_and_backward(mine, max(1, num_labels), min(len(examples), num_processes))
             except (torch.OutOfMemoryError, MemoryError):
-                smaller = self._smaller_choice()
+                smaller = self._smaller_layout()
                 if smaller is None:
                     raise
             # Out of the handler: what the failed pass still held is free by now.
-            if smaller.micro_batch_size < self.choice.micro_batch_size:
+            if smaller.micro_batch_size < self.layout.micro_batch_size:
                 what = f"micro-batches half as large, as with training.micro_batch_size = {smaller.micro_batch_size}"
             else:
                 what = 'all layers recomputed, as with training.recompute = "all"'
@@ -253,20 +253,20 @@ class TrainingLoop:
         """A step's rows (or some to validate on) as the model takes them: packed, or padded."""
         return micro_batches(
             examples,
-            self.choice.micro_batch_size,
+            self.layout.micro_batch_size,
             max_length=self.job.recipe.data.max_length if self.is_packed else None,
             pad_token_id=self.job.base.pad_token_id,
         )
 
     @contextmanager
     def passes(self, share: float) -> Iterator[None]:
-        """What surrounds each forward, and its backward, which may recompute it; `share`: see RankSchedule.weighing."""
+        """What surrounds each forward, and its backward, which may recompute it; `share`: see RankSchedule.auxiliary_loss."""
         with ExitStack() as stack:
             stack.enter_context(without_logits(self.job.model))
             if self.is_packed:
                 stack.enter_context(packed_attention(self.job.model))
             if self.job.method.schedule is not None:
-                stack.enter_context(self.job.method.schedule.weighing(self.job.model, share))
+                stack.enter_context(self.job.method.schedule.auxiliary_loss(self.job.model, share))
             yield
 
     def token_loss(self, model: Any, batch: dict[str, Any], num_labels: Tensor) -> Tensor:
@@ -279,21 +279,21 @@ class TrainingLoop:
         loss: Tensor = model(**arguments, use_cache=False, num_items_in_batch=num_labels).loss
         return loss
 
-    def follow(self, choice: Choice) -> None:
-        """Cut up steps, and recompute, as `choice` says from now on."""
-        self.choice = choice
+    def follow(self, layout: StepLayout) -> None:
+        """Cut up steps, and recompute, as `layout` says from now on."""
+        self.layout = layout
         try:
-            apply_recompute(self.job.model, Recompute(choice.recompute_layers, choice.offload, choice.mlp_tile_tokens))
+            apply_recompute(self.job.model, Recompute(layout.recompute_layers, layout.offload, layout.mlp_tile_tokens))
         except ValueError as error:
             raise RunError(f"training.recompute: {error}") from error
 
-    def _smaller_choice(self) -> Choice | None:
-        """What needs less memory than the choice now; None if that is all that may be done."""
-        if self.choice.micro_batch_size > 1:
-            return replace(self.choice, micro_batch_size=(self.choice.micro_batch_size + 1) // 2)
+    def _smaller_layout(self) -> StepLayout | None:
+        """What needs less memory than the layout now; None if that is all that may be done."""
+        if self.layout.micro_batch_size > 1:
+            return replace(self.layout, micro_batch_size=(self.layout.micro_batch_size + 1) // 2)
         num_layers = int(self.job.model.config.num_hidden_layers)
-        if self.job.recipe.training.recompute == "auto" and self.choice.recompute_layers < num_layers:
-            return replace(self.choice, recompute_layers=num_layers)
+        if self.job.recipe.training.recompute == "auto" and self.layout.recompute_layers < num_layers:
+            return replace(self.layout, recompute_layers=num_layers)
         return None
 
     # --- validation -------------------------------------------------------------------------------------------------------
@@ -358,7 +358,7 @@ class TrainingLoop:
         averages, ranks = schedule.state(self.job.model) if schedule is not None else ({}, None)
         tensors, numbers = optimizer_state(self.optimizer)
         values = {
-            "choice": asdict(self.choice),
+            "layout": asdict(self.layout),
             "best_step": self.best_step,
             "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,  # JSON has no infinity
             "optimizer": numbers,
@@ -384,8 +384,8 @@ class TrainingLoop:
             load_optimizer_state(self.optimizer, checkpoint.optimizer, values["optimizer"])
             if self.job.method.schedule is not None:
                 self.job.method.schedule.restore(self.job.model, checkpoint.schedule, values["schedule"])
-            if self.job.takes_saved_choice:
-                self.follow(Choice(**values["choice"]))
+            if self.job.takes_saved_layout:
+                self.follow(StepLayout(**values["layout"]))
             # A run that kept the last weights has no best ones: should it want them now, it looks for them from here on.
             if values["best_loss"] is not None and (checkpoint.best or self.job.recipe.training.keep == "last"):
                 self.best_step, self.best_loss = values["best_step"], values["best_loss"]

@@ -9,23 +9,23 @@ from typing import Any
 
 from qdense.errors import RunError
 from qdense.events import Emit, Notice
-from qdense.planning.memory import Choice
+from qdense.planning.memory import StepLayout
 from qdense.provenance import package_versions
 from qdense.recipe import Recipe, load_recipe
 from qdense.runs import RunFolder
 from qdense.training.checkpoint import checkpoints, fault_of, remove_unfinished
 from qdense.training.metrics import read_metrics
 
-_DECIDES_CHOICE = {"training.micro_batch_size", "training.recompute", "training.packing", "data.max_length"}
+_DECIDES_LAYOUT = {"training.micro_batch_size", "training.recompute", "training.packing", "data.max_length"}
 _DECIDES_NOTHING = {"output.dir", "training.trackers"}
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a resumed run continues from; `choice` is None where the recipe's changes ask for another plan."""
+    """What a resumed run continues from; `layout` is None where the recipe's changes ask for another plan."""
 
     checkpoint: Path
-    choice: Choice | None
+    layout: StepLayout | None
 
 
 def checkpoint_to_resume(
@@ -61,7 +61,7 @@ def checkpoint_to_resume(
         if differing:
             _refuse(run, what, differing, accept_changes, emit)
     emit(Notice(f"resuming from {found}"))
-    return Resumed(found, None if _DECIDES_CHOICE & set(changes) else _choice_of(run))
+    return Resumed(found, None if _DECIDES_LAYOUT & set(changes) else _layout_of(run))
 
 
 def refuse_other_inputs(
@@ -134,12 +134,12 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     return {key: f"  {key}: was {old.get(key)!r}, now {new.get(key)!r}" for key in keys}
 
 
-def _choice_of(run: RunFolder) -> Choice:
+def _layout_of(run: RunFolder) -> StepLayout:
     """What the run began with. Raises RunError where another version of qdense wrote it."""
     try:
-        return Choice(**run.provenance()["plan"]["choice"])
+        return StepLayout(**run.provenance()["plan"]["layout"])
     except (KeyError, TypeError):
         raise RunError(
-            f"{run.recipe}: has no [provenance.plan.choice]: another version of qdense wrote it. Continue with that "
+            f"{run.recipe}: has no [provenance.plan.layout]: another version of qdense wrote it. Continue with that "
             "version, or start a new run with another --output."
         ) from None

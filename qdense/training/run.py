@@ -34,7 +34,7 @@ from qdense.modeling.load import BaseModel, load_base
 from qdense.modeling.locate import fetched_shape
 from qdense.ops.kernels import use_kernels, why_not_triton
 from qdense.planning.machine import slow_kernels, this_machine
-from qdense.planning.memory import Choice
+from qdense.planning.memory import StepLayout
 from qdense.planning.plan import Plan, make_plan
 from qdense.provenance import git_hash, package_versions
 from qdense.recipe import Recipe
@@ -148,7 +148,7 @@ def _prepare(recipe: Recipe, resumed: Resumed | None, data_dir: Path | None, emi
     if recipe.adapter.unused:
         keys = ", ".join(f"adapter.{key}" for key in recipe.adapter.unused)
         emit(Notice(f"not read by method {recipe.adapter.method}: {keys}"))
-    plan = _plan(recipe, resumed.choice if resumed else None, emit)
+    plan = _plan(recipe, resumed.layout if resumed else None, emit)
     base = load_base(recipe.model, lambda text: emit(Notice(text)))
     use_kernels(recipe.training.kernels)
     if plan.machine.kernels.has_liger:
@@ -206,8 +206,8 @@ def _run(
     running = {
         "planned_bytes": plan.predicted_memory_bytes,
         "memory_total_bytes": total_bytes,
-        "micro_batch_size": plan.choice.micro_batch_size,
-        "recompute_layers": plan.choice.recompute_layers,
+        "micro_batch_size": plan.layout.micro_batch_size,
+        "recompute_layers": plan.layout.recompute_layers,
     }
     with (
         run.running(running) if accelerator.is_main_process else nullcontext(),
@@ -223,8 +223,8 @@ def _run(
             training=prepared.training.examples,
             validation=prepared.validation,
             num_steps=prepared.num_steps,
-            choice=plan.choice,
-            takes_saved_choice=resumed is None or resumed.choice is not None,
+            layout=plan.layout,
+            takes_saved_layout=resumed is None or resumed.layout is not None,
             folder=run,
             metrics=metrics,
             signals=signals,
@@ -303,18 +303,18 @@ def _load(path: Path) -> Checkpoint:
 
 def _out_of_memory(error: BaseException, loop: TrainingLoop, plan: Plan) -> RunError:
     """What was planned, what was used, what to lower."""
-    choice, device, gib = loop.choice, loop.job.base.device, 2**30
+    layout, device, gib = loop.layout, loop.job.base.device, 2**30
     what = str(error).splitlines()[0] if str(error) else type(error).__name__
     return RunError(
         f"step {loop.step + 1}: out of memory, one row at a time: {what}. "
         f"Planned: {plan.predicted_memory_bytes / gib:.1f} GiB for {plan.summary}; used at most: "
         f"{peak_memory(device) / gib:.1f} GiB of {memory_total(device) / gib:.1f} GiB. Close what else uses the memory, set "
-        f'training.recompute = "all" ({choice.recompute_layers} layers now) or lower data.max_length (a changed recipe needs '
+        f'training.recompute = "all" ({layout.recompute_layers} layers now) or lower data.max_length (a changed recipe needs '
         f"--accept-changes). {last_good_checkpoint(loop.job.folder.checkpoints)}"
     )
 
 
-def _plan(recipe: Recipe, settled: Choice | None, emit: Emit) -> Plan:
+def _plan(recipe: Recipe, settled: StepLayout | None, emit: Emit) -> Plan:
     """The run's plan, from shapes, before the model is loaded; `settled` is what a resumed run began with.
 
     Raises ModelError where the model's shapes cannot be known.
@@ -405,7 +405,7 @@ def _facts(
     )
     method = METHODS[adapter.method]
     shown = {"r": f" r {adapter.r}", "alpha": f", alpha {adapter.scaling_alpha:g},"}
-    settings_of_adapter = "".join(text for key, text in shown.items() if key in method.uses)
+    settings_of_adapter = "".join(text for key, text in shown.items() if key in method.adapter_keys)
     dtype = adapter.dtype if method.is_adapter else recipe.model.dtype
     modules = ", ".join(name.removesuffix("_proj") for name in method.targets(adapter))
     epochs = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.epochs:g} epochs"

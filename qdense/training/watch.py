@@ -20,7 +20,7 @@ class Watch:
 
     Args:
         parameters: all trainable ones by name.
-        has_gradient_at_start: whether the parameter of this name must have a gradient at step 1: `Method.awake_at_start`.
+        has_gradient_at_start: whether the parameter of this name must have a gradient at step 1: `Method.has_gradient_at_start`.
         skips: whether a step that is not finite is left out instead of ending the run (training.on_nonfinite).
         last_good: a sentence on where a stopped run can continue.
     """

@@ -185,7 +185,7 @@ def show_plan(console: Console, plan: Plan, title: str, longest_context_tokens: 
         for remedy in plan.remedies:
             console.print(Text(clean(f"  {remedy}")))
     console.print(f"longest row that fits, one at a time: {longest_context_tokens:,} tokens")
-    if plan.choice.offload:
+    if plan.layout.offload:
         console.print(f"host memory for checkpoints: {size(plan.host_bytes)}, pinned")
     if plan.speeds:
         speeds = ", ".join(f"{name} {speed:,.0f}" for name, speed in plan.speeds.items())

@@ -21,7 +21,7 @@ def test_what_must_have_a_gradient_from_the_first_step_on_has_one(tiny_model, tm
     model = attach_adapter(load_base(recipe.model), recipe.adapter, 10).train()
     model(input_ids=IDS, labels=IDS).loss.backward()
     awake = {name for name, p in trainable_parameters(model) if p.grad is not None and p.grad.any()}
-    expected = {name for name, _ in trainable_parameters(model) if METHODS[method].awake_at_start(name)}
+    expected = {name for name, _ in trainable_parameters(model) if METHODS[method].has_gradient_at_start(name)}
     assert expected
     assert expected <= awake if method == "adalora" else expected == awake
 

@@ -128,7 +128,7 @@ def test_it_is_scored(tiny_model, tmp_path, method, monkeypatch):
 # --- what a method must say of itself ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["costs", "quantizations", "peft_type", "sizes", "reads_base_weights", "factors"])
+@pytest.mark.parametrize("name", ["costs", "quantizations", "peft_type", "size_keys", "reads_base_weights", "factors"])
 def test_a_method_that_is_silent_is_refused(name):
     """None is taken for LoRA's."""
     stated = {field.name: getattr(METHODS["lora"], field.name) for field in fields(Method)}
@@ -167,7 +167,7 @@ def test_what_peft_is_told_is_recognized(tiny_model, tmp_path, method):
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert method_of(config) is METHODS[method]
     assert config["peft_type"] in PEFT_TYPES
-    assert all(isinstance(config[key], int) for key in METHODS[method].sizes)
+    assert all(isinstance(config[key], int) for key in METHODS[method].size_keys)
     names = {name.removesuffix(".weight").removesuffix(".default") for name, _ in trainable_parameters(model)}
     assert {name.rpartition(".")[2] for name in names} <= METHODS[method].factors.keys()
 

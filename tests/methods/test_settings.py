@@ -74,7 +74,7 @@ def test_a_key_changes_the_model_if_the_method_reads_it_and_only_then(base, meth
         for key, value in CHANGED.items()
         if not torch.equal(training_logits(awakened(base(), method, **{key: value})), expected)
     }
-    assert changes == METHODS[method].uses
+    assert changes == METHODS[method].adapter_keys
 
 
 @pytest.mark.parametrize("method", OWN)
@@ -132,7 +132,7 @@ def test_what_a_recipe_leaves_out_of_a_methods_own_keys_is_as_documented():
 
 def test_dropout_is_on_in_training_and_off_outside_it(base):
     for method in TRAINED:
-        if "dropout" in METHODS[method].uses:
+        if "dropout" in METHODS[method].adapter_keys:
             model = awakened(base(), method, dropout=0.5)
             with torch.no_grad():
                 assert not torch.equal(model.train()(TOKENS).logits, model(TOKENS).logits), method

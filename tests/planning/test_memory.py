@@ -19,7 +19,7 @@ from qdense.modeling.loss import without_logits
 from qdense.modeling.packing import packed_attention
 from qdense.modeling.recompute import Recompute, apply_recompute
 from qdense.ops.kernels import use_kernels
-from qdense.planning.memory import Choice, Kernels, memory_of
+from qdense.planning.memory import Kernels, StepLayout, memory_of
 from qdense.planning.shapes import model_shape
 from qdense.training.optimizer import build_optimizer
 from tests.helpers.memory import TensorMemory, UncountedHostMemory
@@ -93,7 +93,7 @@ def fused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # only now: kernels that others use are not made by it
 
 
-def measured_peak(recipe, choice, *, has_liger=False):
+def measured_peak(recipe, layout, *, has_liger=False):
     """Bytes of tensors at the highest moment of a step of two micro-batches, but for those that are there before it."""
     base, settings = load_base(recipe.model), recipe.training
     if has_liger:
@@ -106,7 +106,7 @@ def measured_peak(recipe, choice, *, has_liger=False):
         weight_decay=0.0,
         master_weights=True,
     )
-    recompute = Recompute(choice.recompute_layers, choice.offload, choice.mlp_tile_tokens)
+    recompute = Recompute(layout.recompute_layers, layout.offload, layout.mlp_tile_tokens)
     apply_recompute(model, recompute, UncountedHostMemory())
     model.train()
 
@@ -123,18 +123,18 @@ def measured_peak(recipe, choice, *, has_liger=False):
     optimizer.zero_grad()
     with TensorMemory() as tensors:
         for _ in range(2):
-            passes(choice.micro_batch_size, recipe.data.max_length)
+            passes(layout.micro_batch_size, recipe.data.max_length)
         optimizer.step()
         optimizer.zero_grad()
     return tensors.peak_bytes
 
 
-def check_peak(folder, kernels, choice, changes, moment=None, length=LENGTH):
+def check_peak(folder, kernels, layout, changes, moment=None, length=LENGTH):
     """Prediction and measurement differ by 10% at most (most by less than 5%)."""
     recipe = recipe_of(folder, model__device="cpu", data__max_length=length, **changes)
-    memory = memory_of(recipe, model_shape(str(folder)), kernels, choice)
+    memory = memory_of(recipe, model_shape(str(folder)), kernels, layout)
     predicted = memory.peak_bytes - sum(memory.breakdown[part] for part in BEFORE)
-    measured = measured_peak(recipe, choice, has_liger=kernels.has_liger)
+    measured = measured_peak(recipe, layout, has_liger=kernels.has_liger)
     print(f"measured {measured:,}, predicted {predicted:,}: {100 * (predicted / measured - 1):+.1f}%, {memory}")
     assert moment in (None, memory.moment)
     assert predicted == pytest.approx(measured, rel=0.1)
@@ -170,7 +170,7 @@ def test_peak_of_a_real_step(name, small_llama):
     use_kernels("torch")
     num_layers, moment, changes, shape = STEPS[name]
     changes = {"adapter__r": 16, **changes}
-    check_peak(small_llama(**shape), ON_CPU, Choice(2, num_layers), changes, moment)
+    check_peak(small_llama(**shape), ON_CPU, StepLayout(2, num_layers), changes, moment)
 
 
 EVERY_BASE = [
@@ -183,7 +183,7 @@ EVERY_BASE = [
 def test_peak_of_a_real_step_of_every_method(method, quantization, num_layers, small_llama):
     use_kernels("torch")
     changes = {"adapter__method": method, "model__quantization": quantization, "adapter__r": 16}
-    check_peak(small_llama(num_hidden_layers=4), ON_CPU, Choice(2, num_layers), changes)
+    check_peak(small_llama(num_hidden_layers=4), ON_CPU, StepLayout(2, num_layers), changes)
 
 
 MAKES_MATRICES = ["dora", "hira", "lokr"]  # as large as a weight, which count most where tokens are few
@@ -194,7 +194,7 @@ MAKES_MATRICES = ["dora", "hira", "lokr"]  # as large as a weight, which count m
 def test_peak_of_a_few_tokens(method, num_layers, small_llama):
     use_kernels("torch")
     changes = {"adapter__method": method, "adapter__r": 16}
-    check_peak(small_llama(), ON_CPU, Choice(1, num_layers), changes, length=32)
+    check_peak(small_llama(), ON_CPU, StepLayout(1, num_layers), changes, length=32)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].is_adapter])
@@ -205,31 +205,31 @@ def test_bytes_of_every_adapter(method, small_llama):
     base = load_base(recipe.model)
     before = bytes_of(tensors_of_base(base.model))
     model = attach_adapter(base, recipe.adapter, num_steps=10)
-    breakdown = memory_of(recipe, model_shape(str(folder)), ON_CPU, Choice(1, 0)).breakdown
+    breakdown = memory_of(recipe, model_shape(str(folder)), ON_CPU, StepLayout(1, 0)).breakdown
     # AdaLoRA's layers have a number more, their rank.
     assert breakdown["adapter"] == pytest.approx(bytes_of(tensors_of_base(model)) - before, rel=1e-3)
 
 
 HALF_AS_WIDE = {"hidden_size": 256, "num_key_value_heads": 4}
 FUSED_STEPS = {
-    "nothing recomputed": (Choice(2, 0), "loss", {}, {}),
-    "one layer recomputed": (Choice(2, 1), "loss", {}, {}),
-    "all recomputed": (Choice(2, 3), "recompute", {}, {}),
-    "no dropout": (Choice(2, 0), "loss", {"adapter__dropout": 0.0}, {}),
-    "a narrow MLP": (Choice(2, 0), "loss", {}, HALF_AS_WIDE),
-    "a narrow MLP, all recomputed": (Choice(2, 3), "recompute", {}, HALF_AS_WIDE),
-    "a wide MLP, all recomputed": (Choice(2, 3), "recompute", {}, WIDE),
-    "LoRA": (Choice(2, 0), "loss", LORA, {}),
-    "LoRA, all recomputed": (Choice(2, 3), "recompute", LORA, {}),
-    "tiles": (Choice(16, 3, mlp_tile_tokens=128), "recompute", {}, WIDE | {"num_key_value_heads": 4}),
-    "inputs in host memory": (Choice(4, 3, offload=True), "recompute", {}, {}),
+    "nothing recomputed": (StepLayout(2, 0), "loss", {}, {}),
+    "one layer recomputed": (StepLayout(2, 1), "loss", {}, {}),
+    "all recomputed": (StepLayout(2, 3), "recompute", {}, {}),
+    "no dropout": (StepLayout(2, 0), "loss", {"adapter__dropout": 0.0}, {}),
+    "a narrow MLP": (StepLayout(2, 0), "loss", {}, HALF_AS_WIDE),
+    "a narrow MLP, all recomputed": (StepLayout(2, 3), "recompute", {}, HALF_AS_WIDE),
+    "a wide MLP, all recomputed": (StepLayout(2, 3), "recompute", {}, WIDE),
+    "LoRA": (StepLayout(2, 0), "loss", LORA, {}),
+    "LoRA, all recomputed": (StepLayout(2, 3), "recompute", LORA, {}),
+    "tiles": (StepLayout(16, 3, mlp_tile_tokens=128), "recompute", {}, WIDE | {"num_key_value_heads": 4}),
+    "inputs in host memory": (StepLayout(4, 3, offload=True), "recompute", {}, {}),
 }
 
 
 @pytest.mark.parametrize("name", FUSED_STEPS)
 def test_peak_of_a_real_step_with_fused_kernels(name, small_llama, fused):
-    choice, moment, changes, shape = FUSED_STEPS[name]
-    check_peak(small_llama(**shape), FUSED, choice, {"adapter__r": 16, **changes}, moment)
+    layout, moment, changes, shape = FUSED_STEPS[name]
+    check_peak(small_llama(**shape), FUSED, layout, {"adapter__r": 16, **changes}, moment)
 
 
 def bytes_of(tensors):
@@ -254,7 +254,7 @@ def test_bytes_of_a_loaded_base(quantization, tied, small_llama):
         hidden_size=512, intermediate_size=2048, num_hidden_layers=2, vocab_size=1000, tie_word_embeddings=tied
     )
     recipe = recipe_of(folder, model__device="cpu", model__quantization=quantization)
-    breakdown = memory_of(recipe, model_shape(str(folder)), ON_CPU, Choice(1, 0)).breakdown
+    breakdown = memory_of(recipe, model_shape(str(folder)), ON_CPU, StepLayout(1, 0)).breakdown
     model = load_base(recipe.model).model
     tables = bytes_of([model.get_input_embeddings().weight, model.get_output_embeddings().weight])
     assert breakdown["embeddings_and_head"] == tables
@@ -282,7 +282,7 @@ def test_bytes_of_adapter_and_optimizer(optimizer, dtype, has_masters, small_lla
         adapter__master_weights=has_masters,
         training__optimizer=optimizer,
     )
-    breakdown = memory_of(recipe, model_shape(str(folder)), ON_CPU, Choice(1, 0)).breakdown
+    breakdown = memory_of(recipe, model_shape(str(folder)), ON_CPU, StepLayout(1, 0)).breakdown
     model = attach_adapter(load_base(recipe.model), recipe.adapter, num_steps=10)
     parameters = [parameter for _, parameter in trainable_parameters(model)]
     built = build_optimizer(optimizer, parameters, learning_rate=1e-3, weight_decay=0.0, master_weights=has_masters)

@@ -17,7 +17,7 @@ from qdense.events import Notice, TrainingDone, TrainingStarted
 from qdense.methods import METHODS
 from qdense.planning import machine as machine_module
 from qdense.planning.generation import generation_bytes, sequences_that_fit
-from qdense.planning.memory import NF4_BYTES, Choice, Kernels, memory_of
+from qdense.planning.memory import NF4_BYTES, Kernels, StepLayout, memory_of
 from qdense.planning.plan import Machine, longest_context, make_plan, needed_bytes
 from qdense.planning.shapes import model_shape
 from qdense.planning.speed import CARDS, flops_per_token, tokens_per_second
@@ -49,24 +49,24 @@ def test_flops_of_a_token():
 
 def test_bytes_of_the_base_and_its_checkpoints():
     recipe = recipe_of(data__max_length=1024)
-    breakdown = memory_of(recipe, LLAMA3, ON_CUDA, Choice(1, 32)).breakdown
+    breakdown = memory_of(recipe, LLAMA3, ON_CUDA, StepLayout(1, 32)).breakdown
     assert breakdown["weights"] / GIB == pytest.approx(3.35, abs=0.01)
     assert breakdown["embeddings_and_head"] / GIB == pytest.approx(1.96, abs=0.01)
     assert breakdown["checkpoints"] == 1024 * 256 * 1024  # 256 KiB a token
-    offloaded = memory_of(recipe, LLAMA3, ON_CUDA, Choice(1, 32, offload=True)).breakdown
+    offloaded = memory_of(recipe, LLAMA3, ON_CUDA, StepLayout(1, 32, offload=True)).breakdown
     assert offloaded["checkpoints"] == breakdown["checkpoints"] / 16  # two of 32
     linears = 32 * sum(a * b for a, b in LLAMA3.linear_shapes().values())
     assert linears * (NF4_BYTES + 2) == pytest.approx(17.6e9, rel=5e-3)  # what unpacking moves in a pass
 
 
 def test_math10k_takes_less_than_8_gb_where_all_is_recomputed():
-    memory = memory_of(load_recipe(MATH10K), LLAMA3, ON_CUDA, Choice(16, 32))
+    memory = memory_of(load_recipe(MATH10K), LLAMA3, ON_CUDA, StepLayout(16, 32))
     assert 6e9 < memory.peak_bytes < 8e9
 
 
 def test_what_a_run_needs_beside_its_tensors():
     """On a card 3% that the allocator cannot use, and 600 MiB of CUDA's context."""
-    plan = make_plan(recipe_of(), LLAMA3, card(24), Choice(1, 32))
+    plan = make_plan(recipe_of(), LLAMA3, card(24), StepLayout(1, 32))
     assert plan.needed_bytes == int(1.03 * plan.predicted_peak_bytes) + 600 * 2**20
     assert plan.predicted_memory_bytes == int(1.03 * plan.predicted_peak_bytes)  # torch does not count the context
     exact = replace(plan, machine=card(plan.needed_bytes / GIB))
@@ -77,12 +77,12 @@ def test_what_a_run_needs_beside_its_tensors():
 def test_host_memory_is_pinned_in_powers_of_two():
     """As torch's allocator of pinned memory rounds: a layer's 3000 x 8 KiB = 23.4 MiB take 32."""
     recipe = recipe_of(data__max_length=3000)
-    assert make_plan(recipe, LLAMA3, card(24), Choice(1, 20, offload=True)).host_bytes == 20 * 32 * 2**20
-    assert make_plan(recipe, LLAMA3, card(24), Choice(1, 20)).host_bytes == 0
+    assert make_plan(recipe, LLAMA3, card(24), StepLayout(1, 20, offload=True)).host_bytes == 20 * 32 * 2**20
+    assert make_plan(recipe, LLAMA3, card(24), StepLayout(1, 20)).host_bytes == 0
     exact = recipe_of(data__max_length=4096)  # a power of two already
-    assert make_plan(exact, LLAMA3, card(24), Choice(1, 20, offload=True)).host_bytes == 20 * 32 * 2**20
+    assert make_plan(exact, LLAMA3, card(24), StepLayout(1, 20, offload=True)).host_bytes == 20 * 32 * 2**20
     wide = recipe_of(data__max_length=3000, model__dtype="float32")
-    assert make_plan(wide, LLAMA3, card(80), Choice(2, 20, offload=True)).host_bytes == 20 * 128 * 2**20
+    assert make_plan(wide, LLAMA3, card(80), StepLayout(2, 20, offload=True)).host_bytes == 20 * 128 * 2**20
 
 
 @pytest.mark.parametrize("gib", UNSLOTH)
@@ -94,39 +94,41 @@ def test_longest_context_beats_the_published_one(gib):
         make_plan(recipe_of(data__max_length=length), LLAMA3, card(gib)) for length in (longest, longest + 128)
     )
     assert fitting.fits
-    assert fitting.choice.offload
+    assert fitting.layout.offload
     assert not too_long.fits
 
 
 def test_predicted_speeds_stay_below_the_ceiling_and_near_what_others_reach():
     recipe = recipe_of(data__max_length=2048)
     for name, known in CARDS.items():
-        speed = tokens_per_second(recipe, LLAMA3, ON_CUDA, Choice(8, 32), known)  # enough for any card's host
+        speed = tokens_per_second(recipe, LLAMA3, ON_CUDA, StepLayout(8, 32), known)  # enough for any card's host
         assert 0.6 < speed * flops_per_token(LLAMA3, 2048, 32) / known.flops < 1, name
     # torchtune: 2,413 tokens/s on a 4090, 2 x 2048, everything recomputed
-    assert tokens_per_second(recipe, LLAMA3, ON_CUDA, Choice(2, 32), CARDS["RTX 4090"]) == pytest.approx(2413, rel=0.15)
+    assert tokens_per_second(recipe, LLAMA3, ON_CUDA, StepLayout(2, 32), CARDS["RTX 4090"]) == pytest.approx(
+        2413, rel=0.15
+    )
 
 
 @pytest.mark.parametrize(
-    ("max_length", "choice", "with_adapter", "without"),
-    [(2048, Choice(1, 0), 0.39, 0.18), (256, Choice(4, 32), 0.63, 0.386)],
+    ("max_length", "layout", "with_adapter", "without"),
+    [(2048, StepLayout(1, 0), 0.39, 0.18), (256, StepLayout(4, 32), 0.63, 0.386)],
 )
-def test_seconds_of_a_pass_that_waits_for_the_host(max_length, choice, with_adapter, without):
+def test_seconds_of_a_pass_that_waits_for_the_host(max_length, layout, with_adapter, without):
     """Measured on an H200."""
     for method, measured in (("denselora", with_adapter), ("none", without)):
         recipe = recipe_of(data__max_length=max_length, adapter__method=method)
-        speed = tokens_per_second(recipe, LLAMA3, ON_CUDA, choice, CARDS["H200"])
-        assert choice.micro_batch_size * max_length / speed == pytest.approx(measured, rel=0.1)
+        speed = tokens_per_second(recipe, LLAMA3, ON_CUDA, layout, CARDS["H200"])
+        assert layout.micro_batch_size * max_length / speed == pytest.approx(measured, rel=0.1)
 
 
 def test_a_fast_card_is_given_fewer_and_larger_passes():
     """Measured on an H200 with 24 GiB: 4 x 2048 tokens, recomputed, train 1.9 times as fast as 1 x 2048."""
     recipe = recipe_of(data__max_length=2048)
     fast, slow = (
-        make_plan(recipe, LLAMA3, Machine.card_of(24 * GIB, card=CARDS[name])).choice for name in ("H200", "RTX 4090")
+        make_plan(recipe, LLAMA3, Machine.card_of(24 * GIB, card=CARDS[name])).layout for name in ("H200", "RTX 4090")
     )
     assert fast.micro_batch_size >= 4
-    assert slow == Choice(1, 0)  # its GPU is the slower part
+    assert slow == StepLayout(1, 0)  # its GPU is the slower part
 
 
 def test_methods_are_not_taken_for_the_fused_one():
@@ -134,7 +136,7 @@ def test_methods_are_not_taken_for_the_fused_one():
 
     def speed(method, kernels=ON_CUDA):
         recipe = recipe_of(data__max_length=2048, adapter__method=method)
-        return tokens_per_second(recipe, LLAMA3, kernels, Choice(4, 32), CARDS["RTX 4090"])
+        return tokens_per_second(recipe, LLAMA3, kernels, StepLayout(4, 32), CARDS["RTX 4090"])
 
     plain = Kernels(is_cuda=True, is_fused=False, has_liger=True)
     assert speed("denselora") > speed("denselora", plain)
@@ -143,15 +145,17 @@ def test_methods_are_not_taken_for_the_fused_one():
 
 
 def test_what_costs_time_is_predicted_to_cost_time():
-    def speed(choice, kernels=ON_CUDA, **changes):
+    def speed(layout, kernels=ON_CUDA, **changes):
         recipe = recipe_of(data__max_length=512, **changes)
-        return tokens_per_second(recipe, LLAMA3, kernels, choice, CARDS["RTX 3090"])
+        return tokens_per_second(recipe, LLAMA3, kernels, layout, CARDS["RTX 3090"])
 
-    assert speed(Choice(4, 0)) > speed(Choice(4, 16)) > speed(Choice(4, 32))
-    assert speed(Choice(16, 32)) > speed(Choice(4, 32)) > speed(Choice(1, 32))  # weights are unpacked once a pass
-    assert speed(Choice(4, 32)) > speed(Choice(4, 32), Kernels(True, False, False))
-    assert speed(Choice(32, 32)) > speed(Choice(32, 32, mlp_tile_tokens=4096))
-    assert speed(Choice(4, 32), adapter__r=16) > speed(Choice(4, 32), adapter__r=256)
+    assert speed(StepLayout(4, 0)) > speed(StepLayout(4, 16)) > speed(StepLayout(4, 32))
+    assert (
+        speed(StepLayout(16, 32)) > speed(StepLayout(4, 32)) > speed(StepLayout(1, 32))
+    )  # weights are unpacked once a pass
+    assert speed(StepLayout(4, 32)) > speed(StepLayout(4, 32), Kernels(True, False, False))
+    assert speed(StepLayout(32, 32)) > speed(StepLayout(32, 32, mlp_tile_tokens=4096))
+    assert speed(StepLayout(4, 32), adapter__r=16) > speed(StepLayout(4, 32), adapter__r=256)
 
 
 # --- what is chosen ----------------------------------------------------------------------------------------------------
@@ -164,17 +168,17 @@ def test_the_choice_fits_and_nothing_that_fits_is_faster(gib, max_length):
     plan = make_plan(recipe, LLAMA3, machine)
     if plan.needed_bytes > 0.95 * machine.memory_bytes:  # the reserve
         assert gib == 7
-        assert plan.choice.offload
+        assert plan.layout.offload
         return
 
-    def speed(choice):
-        return tokens_per_second(recipe, LLAMA3, ON_CUDA, choice, CARDS["RTX 4090"])
+    def speed(layout):
+        return tokens_per_second(recipe, LLAMA3, ON_CUDA, layout, CARDS["RTX 4090"])
 
     for rows in range(1, 17):
         for layers in range(33):
-            other = Choice(rows, layers)
+            other = StepLayout(rows, layers)
             if needed_bytes(memory_of(recipe, LLAMA3, ON_CUDA, other), machine) <= 0.95 * machine.memory_bytes:
-                assert speed(plan.choice) >= 0.999 * speed(other), other
+                assert speed(plan.layout) >= 0.999 * speed(other), other
 
 
 def test_more_memory_is_never_slower_and_less_never_larger():
@@ -188,32 +192,32 @@ def test_more_memory_is_never_slower_and_less_never_larger():
 def test_padded_rows_are_cut_into_passes_of_equal_size():
     """Nine of sixteen rows at a time would take two passes like eight, and more memory."""
     for gib in range(8, 40, 2):
-        rows = make_plan(recipe_of(training__packing=False), LLAMA3, card(gib)).choice.micro_batch_size
+        rows = make_plan(recipe_of(training__packing=False), LLAMA3, card(gib)).layout.micro_batch_size
         assert rows in (16, 8, 6, 4, 3, 2, 1)
 
 
 def test_what_the_recipe_fixes_is_kept():
     fixed = recipe_of(training__micro_batch_size=3, training__recompute=7)
-    assert make_plan(fixed, LLAMA3, card(80)).choice == Choice(3, 7)
+    assert make_plan(fixed, LLAMA3, card(80)).layout == StepLayout(3, 7)
     some = recipe_of(training__recompute="all")
-    choice = make_plan(some, LLAMA3, card(80)).choice
-    assert (choice.recompute_layers, choice.micro_batch_size) == (32, 16)
+    layout = make_plan(some, LLAMA3, card(80)).layout
+    assert (layout.recompute_layers, layout.micro_batch_size) == (32, 16)
     rows = recipe_of(training__micro_batch_size=2)
-    assert make_plan(rows, LLAMA3, card(24)).choice == Choice(2, 0)
+    assert make_plan(rows, LLAMA3, card(24)).layout == StepLayout(2, 0)
     none = recipe_of(training__recompute="none", training__micro_batch_size=16, data__max_length=1024)
     plan = make_plan(none, LLAMA3, card(24))
-    assert (plan.choice, plan.fits) == (Choice(16, 0), False)
+    assert (plan.layout, plan.fits) == (StepLayout(16, 0), False)
     assert any('"auto"' in remedy and "would fit" in remedy for remedy in plan.remedies)
 
 
 def test_measures_for_long_rows_are_taken_one_after_the_other():
-    def choice(max_length):
-        return make_plan(recipe_of(data__max_length=max_length), LLAMA3, card(24)).choice
+    def layout(max_length):
+        return make_plan(recipe_of(data__max_length=max_length), LLAMA3, card(24)).layout
 
-    assert choice(2048) == Choice(1, 0)
-    assert 0 < choice(8192).recompute_layers < 32
+    assert layout(2048) == StepLayout(1, 0)
+    assert 0 < layout(8192).recompute_layers < 32
     lengths = range(20_000, 170_000, 10_000)
-    measures = [(choice(length).offload, choice(length).mlp_tile_tokens is not None) for length in lengths]
+    measures = [(layout(length).offload, layout(length).mlp_tile_tokens is not None) for length in lengths]
     assert measures == sorted(measures)
     assert measures[0] == (False, False)
     assert measures[-1] == (True, True)
@@ -277,7 +281,7 @@ def plan_of(folder):
 
 def test_a_run_keeps_to_its_plan_and_compares_it(tiny_model, tmp_path):
     events = run(recipe_for(tiny_model, tmp_path / "run", **AUTO))
-    assert plan_of(tmp_path / "run")["choice"] == {"micro_batch_size": 4, "recompute_layers": 0, "offload": False}
+    assert plan_of(tmp_path / "run")["layout"] == {"micro_batch_size": 4, "recompute_layers": 0, "offload": False}
     started = next(event for event in events if isinstance(event, TrainingStarted))
     assert "4 rows (1,280 tokens) at a time, no layer recomputed" in dict(started.facts)["plan"]
     done = events[-1]
@@ -287,7 +291,7 @@ def test_a_run_keeps_to_its_plan_and_compares_it(tiny_model, tmp_path):
 
 
 def test_a_resumed_run_keeps_the_choice_on_a_machine_with_less_memory(tiny_model, tmp_path, monkeypatch):
-    """Micro-batches decide the sums' rounding, so the choice must not follow the memory that happens to be free."""
+    """Micro-batches decide the sums' rounding, so the layout must not follow the memory that happens to be free."""
     run(recipe_for(tiny_model, tmp_path / "whole", **AUTO))
     cut = recipe_for(tiny_model, tmp_path / "cut", **AUTO)
     killed_run(cut, step=3)
@@ -298,7 +302,7 @@ def test_a_resumed_run_keeps_the_choice_on_a_machine_with_less_memory(tiny_model
     events = run(cut, resume=True)
     told = [event.text for event in events if isinstance(event, Notice) and event.level == "warning"]
     assert any("predicted to need" in text and "a small one" in text for text in told)
-    assert plan_of(tmp_path / "cut")["choice"] == before["choice"]
+    assert plan_of(tmp_path / "cut")["layout"] == before["layout"]
     assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
 
 
@@ -333,7 +337,7 @@ def test_kernels_that_are_missing_on_cuda_are_named(monkeypatch):
     assert "Triton is not installed" in reason
 
 
-def test_choices_that_a_run_can_be_given_all_train_alike(tiny_model, tmp_path):
+def test_layouts_that_a_run_can_be_given_all_train_alike(tiny_model, tmp_path):
     """Recomputation changes no bit; only the cut into micro-batches may, by rounding."""
     adapters = []
     for name, layers in (("none", 0), ("one", 1), ("all", 2)):
@@ -348,13 +352,13 @@ def test_choices_that_a_run_can_be_given_all_train_alike(tiny_model, tmp_path):
 def test_json_of_the_command(capsys):
     assert main(["plan", MATH10K, "--memory", "24GiB", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert {"fits", "predicted_peak_bytes", "tokens_per_second", "breakdown", "choice"} <= set(printed)
+    assert {"fits", "predicted_peak_bytes", "tokens_per_second", "breakdown", "layout"} <= set(printed)
     assert printed["fits"] is True
     assert printed["memory_bytes"] == 24 * GIB
     assert sum(printed["breakdown"].values()) == printed["predicted_peak_bytes"]
     assert set(printed["tokens_per_second"]) == set(CARDS)
     plan = make_plan(load_recipe(MATH10K), LLAMA3, card(24))
-    assert Choice(**printed["choice"]) == plan.choice
+    assert StepLayout(**printed["layout"]) == plan.layout
 
 
 def test_the_moment_of_the_peak_is_told(capsys):

@@ -8,14 +8,14 @@ import torch
 
 from qdense.errors import RunError
 from qdense.events import Notice
-from qdense.planning.memory import Choice
+from qdense.planning.memory import StepLayout
 from qdense.provenance import package_versions
 from qdense.runs import RunFolder
 from qdense.training.checkpoint import Checkpoint
 from qdense.training.resume import Resumed, checkpoint_to_resume, refuse_other_inputs
 from tests.helpers.recipes import recipe_of
 
-CHOICE = {"micro_batch_size": 4, "recompute_layers": 2, "offload": True}
+LAYOUT = {"micro_batch_size": 4, "recompute_layers": 2, "offload": True}
 FINGERPRINT = {"weights": "e" * 64}
 
 
@@ -26,7 +26,7 @@ class Begun:
         self.run = RunFolder(folder)
         self.notices = []
         self.run.path.mkdir()
-        known = {"versions": package_versions(), "plan": {"choice": CHOICE}} | {
+        known = {"versions": package_versions(), "plan": {"layout": LAYOUT}} | {
             "data": {"sha256": "a" * 64}, "base_fingerprint": FINGERPRINT,
         }  # fmt: skip
         self.run.recipe.write_text(tomli_w.dumps(self.recipe().resolved() | {"provenance": known | provenance}))
@@ -51,7 +51,7 @@ def begun(tmp_path):
 
 
 def test_a_run_is_resumed_from_its_checkpoint_and_cut_up_as_it_was(begun):
-    assert begun.resume() == Resumed(begun.checkpoint, Choice(4, 2, offload=True))
+    assert begun.resume() == Resumed(begun.checkpoint, StepLayout(4, 2, offload=True))
     assert begun.notices == [("info", f"resuming from {begun.checkpoint}")]
 
 
@@ -84,7 +84,7 @@ def test_a_finished_run_is_not_resumed(begun):
 
 
 @pytest.mark.parametrize(
-    ("changes", "keeps_choice"),
+    ("changes", "keeps_layout"),
     [
         ({"training__learning_rate": 0.5}, True),
         ({"training__micro_batch_size": 2}, False),
@@ -93,7 +93,7 @@ def test_a_finished_run_is_not_resumed(begun):
         ({"data__max_length": 100}, False),
     ],
 )
-def test_changes_are_refused_with_old_and_new_or_taken_and_told(begun, changes, keeps_choice):
+def test_changes_are_refused_with_old_and_new_or_taken_and_told(begun, changes, keeps_layout):
     (name, value), key = next(iter(changes.items())), next(iter(changes)).replace("__", ".")
     old = begun.recipe().flattened()[key]
     told = rf"with the same recipe; changed since the run began:\n  {key}: was {old!r}, now {value!r}\nRestore"
@@ -101,7 +101,7 @@ def test_changes_are_refused_with_old_and_new_or_taken_and_told(begun, changes, 
         begun.resume(**{name: value})
     assert begun.notices == []
     found = begun.resume(accept_changes=True, **changes)
-    assert found == Resumed(begun.checkpoint, Choice(**CHOICE) if keeps_choice else None)
+    assert found == Resumed(begun.checkpoint, StepLayout(**LAYOUT) if keeps_layout else None)
     (level, notice), _ = begun.notices
     assert (level, notice) == (
         "warning",
@@ -158,10 +158,10 @@ def test_without_a_whole_checkpoint_it_starts_afresh_if_nothing_has_changed(begu
     assert begun.resume(training__seed=7, accept_changes=True) is None
 
 
-def test_a_run_of_another_version_has_no_choice(tmp_path):
-    for number, plan in enumerate(({}, {"choice": {"micro_batch_size": 4}}, {"choice": {**CHOICE, "tiles": 3}})):
+def test_a_run_of_another_version_has_no_layout(tmp_path):
+    for number, plan in enumerate(({}, {"layout": {"micro_batch_size": 4}}, {"layout": {**LAYOUT, "tiles": 3}})):
         begun = Begun(tmp_path / str(number), plan=plan)
-        with pytest.raises(RunError, match=r"has no \[provenance.plan.choice\]: another version of qdense wrote it"):
+        with pytest.raises(RunError, match=r"has no \[provenance.plan.layout\]: another version of qdense wrote it"):
             begun.resume()
 
 

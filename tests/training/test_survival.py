@@ -230,14 +230,14 @@ def test_other_versions_are_refused(tiny_model, tmp_path, monkeypatch):
 
 
 def test_a_smaller_micro_batch_is_taken_on_resume(tiny_model, tmp_path):
-    """The remedy for memory that ran out: the checkpoint's own choice must not come back."""
+    """The remedy for memory that ran out: the checkpoint's own layout must not come back."""
     killed_run(recipe_for(tiny_model, tmp_path / "run", training__micro_batch_size=4), step=3)
     smaller = recipe_for(tiny_model, tmp_path / "run", training__micro_batch_size=1, training__recompute="none")
     train(smaller, resume=True, data_dir=None, emit=lambda event: None, accept_changes=True)
-    choice = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())["provenance"]["plan"]["choice"]
-    assert (choice["micro_batch_size"], choice["recompute_layers"]) == (1, 0)
+    layout = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())["provenance"]["plan"]["layout"]
+    assert (layout["micro_batch_size"], layout["recompute_layers"]) == (1, 0)
     saved = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-6" / "state.json").read_text())
-    assert saved["choice"]["micro_batch_size"] == 1
+    assert saved["layout"]["micro_batch_size"] == 1
 
 
 def test_a_killed_process_is_told_of_with_its_memory(tiny_model, tmp_path):

@@ -37,7 +37,7 @@ from random_base import random_base
 from qdense.catalogs.models import CATALOG
 from qdense.libraries import quiet_libraries
 from qdense.modeling.load import BaseModel
-from qdense.planning.memory import Choice, Kernels
+from qdense.planning.memory import Kernels, StepLayout
 from qdense.planning.plan import CUDA_CONTEXT_BYTES, Machine, longest_context, make_plan
 from qdense.planning.speed import card_named, tokens_per_second
 from qdense.provenance import git_hash, package_versions
@@ -178,7 +178,7 @@ class Stages:
         lengths = json.loads(self.arguments.lengths.read_text())[: 16 * (self.steps + 1)]
         recipe = _recipe(batch_size=16, max_length=256)
         bench = Bench(recipe, self.base, random_examples([min(n, 256) for n in lengths], _SHAPE.vocab_size))
-        way = Way("16 x 256, all recomputed", "denselora", 32, Choice(16, _SHAPE.num_layers), is_fused=True)
+        way = Way("16 x 256, all recomputed", "denselora", 32, StepLayout(16, _SHAPE.num_layers), is_fused=True)
         peak = bench.run([way], 1)[way.name]
         small = f"Peak of 16 x 256 with all layers recomputed: {_sizes(peak)} (reserved: {peak.reserved_bytes / 1e9:.2f} GB)."
         return f"## Real Math10K lengths, 16 rows of at most 256 tokens\n\n{self._bench('rows', bench)}\n\n{small}"
@@ -186,25 +186,25 @@ class Stages:
     def plan(self) -> str:
         """Predicted peaks against measured ones."""
         layers = _SHAPE.num_layers
-        configurations: list[tuple[str, int, Choice, dict[str, Any], bool]] = [
-            ("all recomputed", 256, Choice(16, layers), {}, True),
-            ("none recomputed", 256, Choice(4, 0), {}, True),
-            ("half recomputed", 256, Choice(8, layers // 2), {}, True),
-            ("2 x 2048", 2048, Choice(2, layers), {}, True),
-            ("8 x 2048", 2048, Choice(8, layers), {}, True),
-            ("8 x 2048, offload", 2048, Choice(8, layers, offload=True), {}, True),
-            ("1 x 32k, offload, tiles", 32768, Choice(1, layers, offload=True, mlp_tile_tokens=4096), {}, True),
-            ("r 128, all modules", 1024, Choice(4, layers), {"r": 128, "target_modules": "QKVOGUD"}, True),
-            ("plain PyTorch", 1024, Choice(4, layers), {}, False),
-            ("plain PyTorch, none recomputed", 256, Choice(4, 0), {}, False),
-            ("LoRA r 16, plain", 1024, Choice(4, layers), {"method": "lora", "r": 16}, False),
+        configurations: list[tuple[str, int, StepLayout, dict[str, Any], bool]] = [
+            ("all recomputed", 256, StepLayout(16, layers), {}, True),
+            ("none recomputed", 256, StepLayout(4, 0), {}, True),
+            ("half recomputed", 256, StepLayout(8, layers // 2), {}, True),
+            ("2 x 2048", 2048, StepLayout(2, layers), {}, True),
+            ("8 x 2048", 2048, StepLayout(8, layers), {}, True),
+            ("8 x 2048, offload", 2048, StepLayout(8, layers, offload=True), {}, True),
+            ("1 x 32k, offload, tiles", 32768, StepLayout(1, layers, offload=True, mlp_tile_tokens=4096), {}, True),
+            ("r 128, all modules", 1024, StepLayout(4, layers), {"r": 128, "target_modules": "QKVOGUD"}, True),
+            ("plain PyTorch", 1024, StepLayout(4, layers), {}, False),
+            ("plain PyTorch, none recomputed", 256, StepLayout(4, 0), {}, False),
+            ("LoRA r 16, plain", 1024, StepLayout(4, layers), {"method": "lora", "r": 16}, False),
         ]
         lines = ["| configuration | measured (allocated) | predicted | | reserved |", "|---|---|---|---|---|"]
-        for name, length, choice, adapter, is_fused in configurations:
-            recipe = _recipe(batch_size=choice.micro_batch_size, max_length=length, **adapter)
-            examples = random_examples([length] * choice.micro_batch_size * 2, _SHAPE.vocab_size)
+        for name, length, layout, adapter, is_fused in configurations:
+            recipe = _recipe(batch_size=layout.micro_batch_size, max_length=length, **adapter)
+            examples = random_examples([length] * layout.micro_batch_size * 2, _SHAPE.vocab_size)
             bench = Bench(recipe, self.base, examples)
-            way = Way(name, recipe.adapter.method, recipe.adapter.r, choice, is_fused=is_fused)
+            way = Way(name, recipe.adapter.method, recipe.adapter.r, layout, is_fused=is_fused)
             figures = bench.run([way], 1)[name]
             self.report.record.setdefault("plan", {})[name] = vars(figures)
             if figures.fault:
@@ -225,7 +225,7 @@ class Stages:
             for method in ("denselora", None):
                 recipe = _recipe(batch_size=rows, max_length=length)
                 bench = Bench(recipe, self.base, random_examples([length] * rows * 6, _SHAPE.vocab_size))
-                way = Way("one", method, 32, Choice(rows, depth), is_fused=True)
+                way = Way("one", method, 32, StepLayout(rows, depth), is_fused=True)
                 steps = bench.stepper(way, Figures())
                 for _ in range(3):
                     next(steps)
@@ -262,10 +262,10 @@ class Stages:
                         ran.append(f"{length:,} not tried")
                         continue
                     recipe = _recipe(batch_size=1, max_length=length)
-                    choice = make_plan(recipe, _SHAPE, machine).choice
+                    layout = make_plan(recipe, _SHAPE, machine).layout
                     bench = Bench(recipe, self.base, random_examples([length] * 2, _SHAPE.vocab_size))
                     # One step alone: warming up would cost as much.
-                    figures = bench.run([Way("one", "denselora", 32, choice, is_fused=True)], 0)["one"]
+                    figures = bench.run([Way("one", "denselora", 32, layout, is_fused=True)], 0)["one"]
                     ran.append(figures.fault or f"{length:,}")
                     took.append(f"{figures.first_seconds:.0f}")
                     reserved.append(f"{figures.reserved_bytes / _GIB:.1f} GiB")
@@ -351,21 +351,21 @@ class Stages:
 
     def _bench(self, name: str, bench: Bench) -> str:
         card = card_named(torch.cuda.get_device_name())
-        choice = make_plan(bench.recipe, _SHAPE, Machine.card_of(24 * _GIB, card=card)).choice
-        chosen = ways(bench.recipe, choice, _SHAPE.num_layers, is_cuda=True)
+        layout = make_plan(bench.recipe, _SHAPE, Machine.card_of(24 * _GIB, card=card)).layout
+        chosen = ways(bench.recipe, layout, _SHAPE.num_layers, is_cuda=True)
         found = bench.run(chosen, self.steps)
         size = bench.recipe.training.batch_size
         counts = [len(example.input_ids) for example in bench.examples]
         tokens = [sum(counts[i : i + size]) for i in range(0, len(counts), size)][1:]
         self.report.record[name] = {"tokens": tokens, "ways": {way: vars(figures) for way, figures in found.items()}}
         fused, bare = (found[way].seconds for way in (chosen[3].name, chosen[4].name))
-        more = [f"Ceiling: {self.ceiling / 1e12:.0f} TFLOP/s. Planned for 24 GiB: {choice}."]
+        more = [f"Ceiling: {self.ceiling / 1e12:.0f} TFLOP/s. Planned for 24 GiB: {layout}."]
         if fused and bare:
             more.append(
                 f"Same recomputation, 4 rows: {spread([a / b for a, b in zip(fused, bare, strict=True)], 3)} of the bare base."
             )
         if card is not None:
-            predicted = tokens_per_second(bench.recipe, _SHAPE, Kernels(True, True, True), choice, card)
+            predicted = tokens_per_second(bench.recipe, _SHAPE, Kernels(True, True, True), layout, card)
             more.append(f"Predicted for this card: {predicted:,.0f} tokens/s as planned.")
         return table(bench, chosen, found, tokens, self.ceiling) + "\n\n" + " ".join(more)
 

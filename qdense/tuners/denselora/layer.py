@@ -38,42 +38,42 @@ class SharedPair(nn.Module):
             nn.init.kaiming_uniform_(self.decoder, a=math.sqrt(5))
 
 
-class _Reading(NamedTuple):
-    """One input, encoded for those readers that have not asked for it yet (by their identity)."""
+class _EncodedInput(NamedTuple):
+    """One input, and its encodings for those layers that have not asked for theirs yet."""
 
     source: weakref.ref[Tensor]  # the input as the layers are given it
     x: Tensor  # what the frozen layers are to read in its place
-    waiting: dict[int, Tensor]
+    waiting: dict[int, Tensor]  # encodings by the id of their layer
 
 
-class Readers:
-    """The adapted layers of one block that read the same input: whichever runs first encodes it for all of them.
+class SharedInput:
+    """The adapted layers of one block that share an input: whichever runs first encodes it for all of them.
 
-    So x is read once, and its dropout mask is drawn once. Nothing is kept once the last has asked.
+    So x is read once and its dropout mask is drawn once. Nothing is kept after the last layer has asked.
     """
 
     def __init__(self) -> None:
         self.layers: list[DenseLoraLinear] = []
-        self._readings: dict[str, _Reading] = {}  # by adapter
+        self._encoded: dict[str, _EncodedInput] = {}  # by adapter
 
     def encode(self, layer: DenseLoraLinear, adapter: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """The input that the frozen layer is to read, and its encoding (..., r) for `layer`."""
-        reading = self._readings.get(adapter)
-        if reading is None or reading.source() is not x or id(layer) not in reading.waiting:
-            reading = self._readings[adapter] = self._read(layer, adapter, x)
-        encoded = reading.waiting.pop(id(layer))
-        if not reading.waiting:
-            del self._readings[adapter]
-        return reading.x, encoded
+        found = self._encoded.get(adapter)
+        if found is None or found.source() is not x or id(layer) not in found.waiting:
+            found = self._encoded[adapter] = self._read(layer, adapter, x)
+        encoding = found.waiting.pop(id(layer))
+        if not found.waiting:
+            del self._encoded[adapter]
+        return found.x, encoding
 
-    def _read(self, layer: DenseLoraLinear, adapter: str, x: Tensor) -> _Reading:
-        layers = [reader for reader in self.layers if reader is layer or reader.is_adapted_by(adapter)]
-        encoders = [reader.shared[adapter].encoder.to(x.device) for reader in layers]
+    def _read(self, layer: DenseLoraLinear, adapter: str, x: Tensor) -> _EncodedInput:
+        layers = [other for other in self.layers if other is layer or other.is_adapted_by(adapter)]
+        encoders = [other.shared[adapter].encoder.to(x.device) for other in layers]
         cast = cast_input(layer, x, encoders[0].dtype)
         dropout = layer.dropout[adapter] if layer.training else 0.0
         read, encoded = adapter_ops(x).encode(cast, encoders, activation=layer.activation[adapter], dropout=dropout)
-        waiting = {id(reader): encoding for reader, encoding in zip(layers, encoded, strict=True)}
-        return _Reading(weakref.ref(x), read if cast is x else x, waiting)
+        waiting = {id(other): encoding for other, encoding in zip(layers, encoded, strict=True)}
+        return _EncodedInput(weakref.ref(x), read if cast is x else x, waiting)
 
 
 class DenseLoraLinear(AdaptedLinear):
@@ -94,12 +94,12 @@ class DenseLoraLinear(AdaptedLinear):
         self.dropout: dict[str, float] = {}
         self.activation: dict[str, str] = {}
         self.shared: dict[str, SharedPair] = {}
-        self.join(Readers())
+        self.join(SharedInput())
 
-    def join(self, readers: Readers) -> None:
-        """Read the input together with `readers`."""
-        self.readers = readers
-        readers.layers.append(self)
+    def join(self, shared_input: SharedInput) -> None:
+        """Share the input with the layers of `shared_input`."""
+        self.shared_input = shared_input
+        shared_input.layers.append(self)
 
     def update_layer(self, adapter_name: str, config: DenseLoraConfig, pair: SharedPair) -> None:
         """Add (or replace) the adapter `adapter_name`: a new M (r, r), Kaiming uniform or zero, in the pair's dtype."""
@@ -122,7 +122,7 @@ class DenseLoraLinear(AdaptedLinear):
         return is_on and self.has_adapter(adapter) and adapter in self.active_adapters
 
     def read(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.readers.encode(self, adapter, x)
+        return self.shared_input.encode(self, adapter, x)
 
     def adapt(self, adapter: str, taken: Tensor, output: Tensor) -> Tensor:
         return adapter_ops(output).decode(

@@ -48,11 +48,11 @@ class DenseLoraModel(LinearTuner):
         layer.update_layer(adapter_name, config, self._shared_pair(config, adapter_name, kind, key, layer))
         block = self.model.get_submodule(key.rpartition(".")[0])
         for kinds in SAME_INPUT:
-            if kind in kinds and layer.readers.layers == [layer]:
+            if kind in kinds and layer.shared_input.layers == [layer]:
                 siblings = (getattr(block, name, None) for name in kinds if name != kind)
                 first = next((sibling for sibling in siblings if isinstance(sibling, DenseLoraLinear)), None)
                 if first is not None:
-                    layer.join(first.readers)
+                    layer.join(first.shared_input)
 
     def _shared_pair(
         self, config: DenseLoraConfig, adapter_name: str, kind: str, key: str, base: DenseLoraLinear

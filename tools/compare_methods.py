@@ -3,9 +3,9 @@
     .venv/bin/python tools/compare_methods.py ../shared/data/ft-training_set/math_SUBSTITUTE_clean.json addsub \\
         --data-dir ../shared/data --longest 300 --output /tmp/compare-math
 
-For each method the learning rate is chosen first, on one grid of half decades that all share: short runs, from 1e-3 towards lower
-validation loss until both neighbours of the best rate are worse. Then one run for each seed at the chosen rate, scored on the
-tasks. Each run is the command that a user would type (`qdense train`, `qdense evaluate`) in a process of its own, so that its
+For each method the learning rate is chosen first, on one grid of half decades that all share: runs of --search-steps, by default as
+long as the final ones, from 1e-3 towards lower validation loss (the mean over the seeds) until both neighbours of the best rate
+are worse. Then one run for each seed at the chosen rate, scored on the tasks. Each run is the command that a user would type (`qdense train`, `qdense evaluate`) in a process of its own, so that its
 peak memory is its own. Steps are timed apart from that, all methods in turn on the same batch in one process, so that other work
 on the machine meets all of them. Runs that are finished are not repeated: the script can be stopped and started again. It
 ends with one table, in Markdown, of all methods, those that did badly too.
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, help="characters: longer rows (instruction and output) are left out")
     parser.add_argument("--max-length", type=int, default=160, help="tokens of a row")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--search-steps", type=int, default=12)
+    parser.add_argument("--search-steps", type=int, help="by default --steps")
     parser.add_argument("--seeds", default="1,2")
     parser.add_argument("--limit", type=int, default=64, help="items of each task")
     parser.add_argument("--max-new-tokens", type=int, default=96)
@@ -238,7 +238,14 @@ def main() -> None:
         evaluation += ["--data-dir", str(arguments.data_dir.resolve())]
     seeds = tuple(int(seed) for seed in arguments.seeds.split(","))
     plan = Plan(
-        recipe, arguments.model, arguments.r, arguments.steps, arguments.search_steps, seeds, tuple(evaluation), output
+        recipe,
+        arguments.model,
+        arguments.r,
+        arguments.steps,
+        arguments.search_steps or arguments.steps,
+        seeds,
+        tuple(evaluation),
+        output,
     )
     started = time.monotonic()
     variants = arguments.methods.split(",")
@@ -246,7 +253,11 @@ def main() -> None:
     found: dict[str, Found] = {}
     for variant in variants:
         print(variant, flush=True)
-        losses = search(lambda rate, variant=variant: train(plan, variant, rate, seeds[0], plan.search_steps)[1])  # type: ignore[misc]
+        losses = search(
+            lambda rate, variant=variant: statistics.mean(
+                train(plan, variant, rate, seed, plan.search_steps)[1] for seed in seeds
+            )
+        )  # type: ignore[misc]
         best = min(losses, key=lambda rate: losses[rate])
         runs = [
             folder

@@ -3,13 +3,13 @@
     .venv/bin/python tools/compare_methods.py ../shared/data/ft-training_set/math_SUBSTITUTE_clean.json addsub \\
         --data-dir ../shared/data --longest 300 --output /tmp/compare-math
 
-For each method the learning rate is chosen first, on one grid of half decades that all share: runs of --search-steps, by default
-as long as the final ones, from 1e-3 towards lower validation loss (the mean over the seeds) until both neighbours of the best rate
-are worse. Then one run for each seed at the chosen rate, scored on the tasks. Each run is the command that a user would type
-(`qdense train`, `qdense evaluate`) in a process of its own, so that its peak memory is its own. Steps are timed apart from
-that, all methods in turn on the same batch in one process, so that other work on the machine meets all of them. Runs that are
-finished are not repeated: the script can be stopped and started again. It ends with one table, in Markdown, of all methods,
-those that did badly too.
+For each method the learning rate is chosen first, on one grid of half decades that all share: runs of --search-steps, by
+default as long as the final ones, from 1e-3 towards lower validation loss (the mean over the seeds) until both neighbours of
+the best rate are worse. Then one run for each seed at the chosen rate, scored on the tasks. Each run is the command that a
+user would type (`qdense train`, `qdense evaluate`) in a process of its own, so that its peak memory is its own. Steps are
+timed apart from that, all methods in turn on the same batch in one process, so that other work on the machine meets all of
+them. Runs that are finished are not repeated: the script can be stopped and started again. It ends with one table, in
+Markdown, of all methods, those that did badly too.
 """
 
 from __future__ import annotations

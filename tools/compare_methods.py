@@ -15,6 +15,7 @@ Markdown, of all methods, those that did badly too.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -104,6 +105,10 @@ def train(plan: Plan, variant: str, rate: float, seed: int, steps: int) -> tuple
     loss = float(lines[-1]["loss"])
     print(f"  {folder.name}: validation loss {loss:.4f}", flush=True)
     return folder, loss
+
+
+def _mean_loss(plan: Plan, variant: str, rate: float) -> float:
+    return statistics.mean(train(plan, variant, rate, seed, plan.search_steps)[1] for seed in plan.seeds)
 
 
 def _overrides(plan: Plan, variant: str, rate: float, seed: int, steps: int) -> list[str]:
@@ -254,11 +259,7 @@ def main() -> None:
     found: dict[str, Found] = {}
     for variant in variants:
         print(variant, flush=True)
-        losses = search(
-            lambda rate, variant=variant: statistics.mean(
-                train(plan, variant, rate, seed, plan.search_steps)[1] for seed in seeds
-            )
-        )  # type: ignore[misc]
+        losses = search(functools.partial(_mean_loss, plan, variant))
         best = min(losses, key=lambda rate: losses[rate])
         runs = [
             folder

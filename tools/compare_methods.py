@@ -4,7 +4,7 @@
         --data-dir ../shared/data --longest 300 --output /tmp/compare-math
 
 For each method the learning rate is chosen first, on one grid of half decades that all share: runs of --search-steps, by
-default as long as the final ones, from 1e-3 towards lower validation loss (the mean over the seeds) until both neighbours of
+default as long as the final ones, from 3e-3 towards lower validation loss (the mean over the seeds) until both neighbours of
 the best rate are worse. Then one run for each seed at the chosen rate, scored on the tasks. Each run is the command that a
 user would type (`qdense train`, `qdense evaluate`) in a process of its own, so that its peak memory is its own. Steps are
 timed apart from that, all methods in turn on the same batch in one process, so that other work on the machine meets all of
@@ -44,7 +44,7 @@ from qdense.training.metrics import read_metrics
 from qdense.training.optimizer import build_optimizer
 
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-START = 1e-3
+START = 3e-3
 # What else must differ. denselora-freeze has the paper's r; bf16 is too coarse next to RED's scale of 1. LoRA of r 2 has
 # about as many parameters as DenseLoRA of r 32.
 VARIANTS: dict[str, dict[str, Any]] = {name: {"adapter.method": name} for name in METHODS if name != "none"}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
-from qdense.catalogs.choices import Activation, Sharing, ZeroInit
+from qdense.catalogs.choices import Activation, Init, Sharing, ZeroInit
 from qdense.catalogs.datasets import TRAINING_SETS
 from qdense.catalogs.families import MODULE_LETTERS, PAPER_TARGET_MODULES
 from qdense.catalogs.models import CATALOG
@@ -106,6 +106,15 @@ class _AdapterRecipe(_Table):
         "kind",
         description="kind (all layers of one module name share encoder and decoder), shape (all of one size) or none",
     )
+    layer_groups: int = Field(
+        1,
+        ge=1,
+        description="a whole number of groups of neighbouring layers; each group has its own encoders and decoders",
+    )
+    init: Init = Field(
+        "paper",
+        description="paper (M as the authors draw it) or balanced (M wider, so that the decoder starts as fast as LoRA's B)",
+    )
     zero_init: ZeroInit = Field(
         "decoder",
         description="decoder, m or none: which factor starts at zero, so that the adapter adds nothing at first",
@@ -191,6 +200,10 @@ class TrainingRecipe(_Table):
         "tokens fit into micro_batch_size rows of data.max_length",
     )
     learning_rate: float = Field(3e-4, gt=0, lt=1, description="a number above 0 and below 1")
+    rates: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(
+        default_factory=dict,
+        description="a table of factors on the learning rate, one for each kind of trained tensor, such as { decoder = 4.0 }",
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="linear, cosine or constant")
     warmup_steps: int = Field(100, ge=0, description="a whole number, 0 or more")
     weight_decay: float = Field(0.0, ge=0, description="a number, 0 or more")
@@ -243,6 +256,8 @@ class Recipe(_Table):
         tables["adapter"]["alpha"] = self.adapter.scaling_alpha
         for name in _OWN_TABLES.keys() - {self.adapter.method}:
             del tables["adapter"][name]
+        if not self.training.rates:
+            del tables["training"]["rates"]
         return tables
 
     def flattened(self) -> dict[str, Any]:
@@ -343,7 +358,19 @@ def _conflicts(tables: Mapping[str, Any], wrong: set[str]) -> Iterator[tuple[str
             "ever get a gradient"
         )
         yield "adapter.activation", 'adapter.activation = "relu"', message
+    if value("adapter", "init") == "balanced" and value("adapter", "zero_init") != "decoder":
+        message = 'needs adapter.zero_init = "decoder": it sets the size of the decoder\'s first gradient'
+        yield "adapter.init", 'adapter.init = "balanced"', message
+    if value("adapter", "sharing") == "none" and (value("adapter", "layer_groups") or 1) > 1:
+        message = 'must be 1 with adapter.sharing = "none", where no layers share an encoder and decoder'
+        yield "adapter.layer_groups", f"adapter.layer_groups = {value('adapter', 'layer_groups')}", message
     method = METHODS.get(str(value("adapter", "method")))
+    rates = value("training", "rates")
+    if method is not None and isinstance(rates, Mapping):
+        known = sorted(set(method.factors.values()))
+        for name in sorted(rates.keys() - set(known)):
+            message = f"{method.name} trains no such tensors{did_you_mean(name, known)}"
+            yield f"training.rates.{name}", f"training.rates.{name}", message
     quantization = value("model", "quantization")
     if method is not None and quantization and quantization not in method.quantizations:
         accepted = " or ".join(f'"{name}"' for name in method.quantizations)

@@ -94,6 +94,9 @@ def test_values_that_do_not_fit_together_are_told_with_the_others():
         ("adapter.dropout", 1.0, "not including, 1"),
         ("adapter.method", "dense-lora", 'did you mean "denselora"?'),
         ("adapter.activation", "relu", "zero slope at 0"),
+        ("adapter.layer_groups", 0, "a whole number of groups"),
+        ("adapter.init", "balance", "paper (M as the authors draw it) or balanced"),
+        ("training.rates", {"encoder": 0}, "a table of factors on the learning rate"),
         ("adapter.target_modules", "QX", "letters are Q (q_proj)"),
         ("adapter.target_modules", "QQ", "each once"),
         ("adapter.target_modules", [], "module names"),
@@ -113,6 +116,23 @@ def test_each_bad_value_is_named_with_what_is_accepted(key, value, message):
     assert heading == "x.toml: 1 problem"
     assert problem.startswith(f"  {key} = ")
     assert message in problem.removeprefix(f"  {key} = ")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "training", "problem"),
+    [
+        ({"init": "balanced", "zero_init": "m"}, {}, 'adapter.init = "balanced"   needs adapter.zero_init = "decoder"'),
+        ({"layer_groups": 2, "sharing": "none"}, {}, "adapter.layer_groups = 2   must be 1 with adapter.sharing"),
+        (
+            {},
+            {"rates": {"decoders": 4.0}},
+            'training.rates.decoders   denselora trains no such tensors; did you mean "decoder"?',
+        ),
+    ],
+)
+def test_settings_of_denselora_that_do_not_fit_together(adapter, training, problem):
+    tables = {"model": {"name": "llama3-8b"}, "data": {"name": "math10k"}, "adapter": adapter, "training": training}
+    assert f"  {problem}" in problems_of(tables)
 
 
 def test_missing_tables_and_data_are_named():

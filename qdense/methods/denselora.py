@@ -19,7 +19,9 @@ from qdense.methods.costs import (
 )
 from qdense.methods.method import Method
 
-_ADAPTER_KEYS = frozenset({"r", "alpha", "dropout", "activation", "sharing", "zero_init", "target_modules"})
+_ADAPTER_KEYS = frozenset(
+    {"r", "alpha", "dropout", "activation", "sharing", "layer_groups", "init", "zero_init", "target_modules"}
+)
 
 
 def _config(adapter: AdapterSettings, **changes: Any) -> Any:
@@ -31,6 +33,8 @@ def _config(adapter: AdapterSettings, **changes: Any) -> Any:
         "dropout": adapter.dropout,
         "activation": adapter.activation,
         "sharing": adapter.sharing,
+        "layer_groups": adapter.layer_groups,
+        "init": adapter.init,
         "zero_init": adapter.zero_init,
         "target_modules": list(adapter.target_modules),
         "task_type": "CAUSAL_LM",
@@ -48,7 +52,7 @@ def _groups(adapter: AdapterSettings, shapes: LinearShapes) -> dict[str, list[st
 
 def _count_shared(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> dict[str, int]:
     """(d_in + d_out) r for each pair of encoder and decoder."""
-    pairs = num_layers if adapter.sharing == "none" else 1
+    pairs = num_layers if adapter.sharing == "none" else adapter.layer_groups
     return {name: sum(shapes[kinds[0]]) * adapter.r * pairs for name, kinds in _groups(adapter, shapes).items()}
 
 
@@ -130,13 +134,14 @@ METHOD = Method(
 def _freeze_config(adapter: AdapterSettings) -> Any:
     # Behind a frozen decoder of zeros nothing would ever learn, so M takes the place of what starts at zero.
     zero_init = "m" if adapter.zero_init == "decoder" else adapter.zero_init
-    return _config(adapter, freeze_shared=True, zero_init=zero_init)
+    return _config(adapter, freeze_shared=True, zero_init=zero_init, init="paper")
 
 
 FREEZE = dataclasses.replace(
     METHOD,
     name="denselora-freeze",
     summary='ablation: encoder and decoder stay as drawn; M is trained, from zero (zero_init = "none": from a random start)',
+    adapter_keys=_ADAPTER_KEYS - {"init"},
     build_config=lambda adapter, num_steps: _freeze_config(adapter),
     count_parameters=_count_matrices,
     costs=dataclasses.replace(

@@ -103,6 +103,11 @@ class Method:
         if (self.build_config is None) != (self.peft_type is None):
             raise TypeError(f"method {self.name}: build_config and peft_type are both PEFT's, or both None")
 
+    def factor_of(self, name: str) -> str:
+        """What a trained tensor is called: `factors` by the last part of its name, "...q_proj.lora_A.default.weight" being A."""
+        parts = name.removesuffix(".weight").split(".") if self.is_adapter else name.split(".")
+        return next((self.factors[part] for part in reversed(parts[-2:]) if part in self.factors), parts[-1])
+
     @property
     def is_adapter(self) -> bool:
         """Whether it adds tensors of its own, by PEFT, rather than training the base's."""

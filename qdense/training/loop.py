@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -94,7 +95,7 @@ class TrainingLoop:
         self.parameters = dict(trainable_parameters(job.model))
         self.optimizer = build_optimizer(
             settings.optimizer,
-            self.parameters.values(),
+            self._parameter_groups(),
             learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
             master_weights=job.recipe.has_masters,
@@ -140,7 +141,7 @@ class TrainingLoop:
             grad_norm = self.accelerator.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm or math.inf)
             learning_rate = settings.learning_rate * self.share_of_rate(step - 1)
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = group["initial_lr"] * self.share_of_rate(step - 1)
             if is_allowed:
                 self.optimizer.step()
                 if self.job.method.schedule is not None:
@@ -171,6 +172,17 @@ class TrainingLoop:
                 self.validate()
             if step % settings.save_steps == 0 or is_last or is_stopped:
                 self.save()
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """The trained parameters by factor, each with its learning rate. The order depends on no rate: a checkpoint's optimizer
+        state is by position."""
+        settings, groups = self.job.recipe.training, defaultdict[str, list[Tensor]](list)
+        for name, parameter in self.parameters.items():
+            groups[self.job.method.factor_of(name)].append(parameter)
+        return [
+            {"params": parameters, "lr": settings.learning_rate * settings.rates.get(factor, 1.0)}
+            for factor, parameters in groups.items()
+        ]
 
     # --- forward and backward ---------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ just as they would on the parameters; the masters themselves are not paged (4 by
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -23,13 +24,18 @@ _BITSANDBYTES = {
 
 
 def build_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], *, learning_rate: float, weight_decay: float, master_weights: bool
+    name: str,
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    master_weights: bool,
 ) -> torch.optim.Optimizer:
     """AdamW (betas 0.9, 0.999, eps 1e-8) by its recipe name.
 
     Args:
         name: paged_adamw_8bit, paged_adamw_32bit, adamw_8bit or adamw_torch.
-        parameters: trainable, float32 or bfloat16.
+        parameters: trainable, float32 or bfloat16; or groups of them as PyTorch's optimizers take: {"params": [...], "lr": ...}.
         master_weights: False steps bf16 parameters in bf16, for comparison.
     """
     base: Any
@@ -53,15 +59,20 @@ def _with_masters(base: Any) -> Any:
     """
 
     class MasterWeights(base):
-        def __init__(self, parameters: list[nn.Parameter], **options: Any) -> None:
-            self._parameters = parameters
+        def __init__(self, parameters: list[Any], **options: Any) -> None:
+            groups = parameters if isinstance(parameters[0], dict) else [{"params": parameters}]
+            self._parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
             self._masters = [
-                nn.Parameter(p.detach().to(torch.float32, copy=True), requires_grad=True) for p in parameters
+                nn.Parameter(p.detach().to(torch.float32, copy=True), requires_grad=True) for p in self._parameters
             ]
-            for parameter in parameters:
+            for parameter in self._parameters:
                 # Micro-batches then add up in fp32 too, and no copy is needed for the master's gradient.
                 parameter.grad_dtype = torch.float32
-            super().__init__(self._masters, **options)
+            masters = iter(self._masters)
+            super().__init__(
+                [{**group, "params": list(itertools.islice(masters, len(group["params"])))} for group in groups],
+                **options,
+            )
 
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:

@@ -56,11 +56,11 @@ def meta_model(name: str):
         return LlamaForCausalLM(tiny_config(**shape))
 
 
-def make_tiny_model(folder: Path, seed: int = 0) -> Path:
-    """Save a random LLaMA of 100,000 parameters that qdense can load by its folder."""
+def make_tiny_model(folder: Path, seed: int = 0, **config) -> Path:
+    """Save a random LLaMA of 100,000 parameters that qdense can load by its folder; `config` changes its `tiny_config`."""
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
-    LlamaForCausalLM(tiny_config()).bfloat16().save_pretrained(folder)
+    LlamaForCausalLM(tiny_config(**config)).bfloat16().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder

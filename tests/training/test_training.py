@@ -32,7 +32,7 @@ from qdense.training.loop import checkpoint_bytes
 from qdense.training.metrics import read_metrics
 from qdense.training.run import train
 from qdense.tuners.denselora import DenseLoraLinear
-from tests.helpers.runs import adapter_bytes, change_losses, killed_run, recipe_for, run
+from tests.helpers.runs import BASICS, adapter_bytes, change_losses, killed_run, recipe_for, run
 
 
 def test_a_run_writes_what_it_says(tiny_model, tmp_path):
@@ -261,6 +261,26 @@ def test_the_learning_rate_rises_to_the_recipe_s_and_follows_its_schedule(tiny_m
     events = run(recipe_for(tiny_model, tmp_path / "run", training__eval_steps=6, training__save_steps=6, **settings))
     rates = [event.learning_rate for event in events if isinstance(event, StepDone)]
     assert rates == pytest.approx([0.008 * share for share in shares])
+
+
+def test_each_kind_of_tensor_has_its_own_rate_and_resumes_with_it(tiny_model, tmp_path):
+    """AdamW's first update is the learning rate in size, whatever the gradient; M has no gradient while the decoder is zero."""
+    settings = {"training__optimizer": "adamw_torch", "training__schedule": "constant", "training__warmup_steps": 0,
+                "adapter__dtype": "float32", "training__rates": {"decoder": 4.0, "encoder": 0.5}}  # fmt: skip
+    once = recipe_for(tiny_model, tmp_path / "once", training__max_steps=1, training__keep="last", **settings)
+    run(once)
+    saved = safetensors.torch.load_file(tmp_path / "once" / "adapter" / "adapter_model.safetensors")
+    decoders = {name: tensor for name, tensor in saved.items() if "decoder" in name}
+    assert len(decoders) == 5
+    for name, decoder in decoders.items():
+        assert decoder.abs().max().item() == pytest.approx(4 * BASICS["learning_rate"], rel=1e-3), name
+    whole, cut = (
+        recipe_for(tiny_model, tmp_path / name, training__keep="last", **settings) for name in ("whole", "cut")
+    )
+    run(whole)
+    killed_run(cut, step=4)
+    run(cut, resume=True)
+    assert adapter_bytes(cut.output.dir) == adapter_bytes(whole.output.dir)
 
 
 def test_a_warm_up_as_long_as_the_run_is_told(tiny_model, tmp_path):

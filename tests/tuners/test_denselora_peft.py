@@ -402,3 +402,66 @@ def test_train_evaluate_train_gives_the_gradients_it_gave(tmp_path, quantization
     after = gradients()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_balanced_start_gives_the_decoder_the_gradient_of_loras_b(smollm2):
+    """On real weights and text, for each module kind: the median over layers, since a few layers have huge activations."""
+    base = smollm2()
+    text = "Tom has 23 apples and gives 8 of them to Anna. How many apples does Tom have now? He has 23 - 8 = 15 apples left."
+    ids = torch.tensor([base.tokenizer(text)["input_ids"]])
+    kinds = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+
+    def gradient_norms(config, name):
+        """Of each layer's matrix called `name`: (layers,) by module kind."""
+        torch.manual_seed(3)
+        model = get_peft_model(smollm2().model, config)
+        model(input_ids=ids, labels=ids).loss.backward()
+        named = list(model.named_parameters())
+        return {kind: torch.stack([p.grad.norm() for key, p in named if kind in key and name in key]) for kind in kinds}
+
+    lora = gradient_norms(peft.LoraConfig(r=32, lora_alpha=64, target_modules=kinds), "lora_B")
+    cases = [("paper", "gelu", 3**-0.5 / 4), ("balanced", "gelu", 1), ("balanced", "tanh", 1), ("balanced", "none", 1)]
+    for init, activation, expected in cases:
+        # One pair for each layer: a shared decoder's gradient is a sum over layers, and that of LoRA's B is not.
+        settings = {"init": init, "activation": activation, "sharing": "none", "target_modules": kinds}
+        ours = gradient_norms(DenseLoraConfig(r=32, **settings), "decoder")
+        for kind in kinds:
+            ratio = (ours[kind] / lora[kind]).median().item()
+            assert ratio == pytest.approx(expected, rel=0.1), (init, activation, kind)
+
+
+def test_balanced_start_is_refused_where_the_decoder_does_not_start_at_zero():
+    with pytest.raises(ValueError, match=r'init = "balanced": must be with zero_init = "decoder"'):
+        DenseLoraConfig(init="balanced", zero_init="m")
+
+
+def test_each_group_of_layers_has_its_own_pair(tiny_model, tmp_path):
+    model = adapted(tiny_model, layer_groups=2)
+    first, second = (layer.self_attn.q_proj.shared["default"] for layer in model.base_model.model.model.layers)
+    assert first is not second
+    # (2 (d_in + d_out) + l r) r for each kind: q 64+64, k and v 64+32, up and down 64+128, l = 2, r = 4
+    assert model.get_nb_trainable_parameters()[0] == (2 * (128 + 96 + 96 + 192 + 192) + 5 * 2 * 4) * 4
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(fresh_base(tiny_model), tmp_path)), expected)
+
+
+def test_groups_hold_neighbouring_layers(tmp_path):
+    """Five layers in two groups: three and two."""
+    folder = make_tiny_model(tmp_path / "five", num_hidden_layers=5)
+    layers = adapted(folder, layer_groups=2).base_model.model.model.layers
+    pairs = [layer.mlp.up_proj.shared["default"] for layer in layers]
+    assert [pairs.index(pair) for pair in pairs] == [0, 0, 0, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layer_groups": 3}, "layer_groups = 3: must be at most the number of layers, 2"),
+        ({"layer_groups": 0}, "layer_groups = 0: must be a positive integer"),
+        ({"layer_groups": 2, "sharing": "none"}, 'must be 1 with sharing = "none"'),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(tiny_model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        adapted(tiny_model, **settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_args
 
-from qdense.catalogs.choices import Activation, Sharing, ZeroInit
+from qdense.catalogs.choices import Activation, Init, Sharing, ZeroInit
 from qdense.compat.peft import PeftTypeName
 from qdense.tuners.base import LinearTunerConfig
 
@@ -37,6 +37,20 @@ class DenseLoraConfig(LinearTunerConfig):
             "input and output size), none."
         },
     )
+    layer_groups: int = field(
+        default=1,
+        metadata={
+            "help": "Into how many groups of neighbouring layers the decoder is divided; each group has its own encoders and "
+            "decoders."
+        },
+    )
+    init: str = field(
+        default="paper",
+        metadata={
+            "help": "How M is drawn: paper (Kaiming uniform, the authors'), or balanced (wider, so that the decoder's first "
+            "gradient is as large as that of LoRA's B)."
+        },
+    )
     zero_init: str = field(
         default="decoder",
         metadata={
@@ -58,7 +72,9 @@ class DenseLoraConfig(LinearTunerConfig):
             self.alpha = float(2 * self.r)
         self._require(self.alpha > 0, "alpha", "positive")
         self._require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1")
-        for name, choices in (("activation", Activation), ("sharing", Sharing), ("zero_init", ZeroInit)):
+        self._require_positive_integer("layer_groups")
+        settings = {"activation": Activation, "sharing": Sharing, "init": Init, "zero_init": ZeroInit}
+        for name, choices in settings.items():
             accepted = get_args(choices)
             self._require(getattr(self, name) in accepted, name, f"one of {', '.join(accepted)}")
         if not self.init_weights:
@@ -67,6 +83,15 @@ class DenseLoraConfig(LinearTunerConfig):
             raise ValueError(
                 "DenseLoraConfig.activation = 'relu': must be with zero_init = \"none\". ReLU has zero slope at 0, so behind a "
                 "factor that starts at zero nothing would ever get a gradient."
+            )
+        if self.init == "balanced" and self.zero_init != "decoder":
+            raise ValueError(
+                'DenseLoraConfig.init = "balanced": must be with zero_init = "decoder". It sets the size of the decoder\'s first '
+                "gradient, and is not defined for other starts."
+            )
+        if self.sharing == "none" and self.layer_groups > 1:
+            raise ValueError(
+                f'DenseLoraConfig.layer_groups = {self.layer_groups}: must be 1 with sharing = "none", where no layers share.'
             )
         if self.freeze_shared and self.zero_init == "decoder":
             raise ValueError(

@@ -7,6 +7,7 @@ layer). Hence the overrides below: each does for the pairs what PEFT does for th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -64,6 +65,8 @@ class DenseLoraModel(LinearTuner):
             kind = f"{base.in_features}_to_{base.out_features}"
         elif config.sharing == "none":
             kind = key.replace(".", "__")  # names of submodules hold no dot
+        if config.layer_groups > 1:
+            kind = f"{kind}_group{self._layer_group(config, key)}"
         if kind not in pairs:
             dtype, device = base.adapter_dtype, base.weight.device
             new = SharedPair(config.r, base.in_features, base.out_features, dtype=dtype, device=device)
@@ -79,6 +82,21 @@ class DenseLoraModel(LinearTuner):
                 'of target_modules, choose equal layers by layers_to_transform, or set sharing = "shape".'
             )
         return pair
+
+    def _layer_group(self, config: DenseLoraConfig, key: str) -> int:
+        """The group (0, 1, ...) of neighbouring layers to which the module `key` ("...layers.12.mlp.up_proj") belongs. Groups
+        differ in size by one layer at most."""
+        num_layers = int(self.model.config.num_hidden_layers)
+        if config.layer_groups > num_layers:
+            raise ValueError(
+                f"DenseLoraConfig.layer_groups = {config.layer_groups}: must be at most the number of layers, {num_layers}."
+            )
+        index = re.search(r"\.layers\.(\d+)\.", f".{key}")
+        if index is None:
+            raise ValueError(
+                f"DenseLoraConfig.layer_groups = {config.layer_groups}: {key} is in no numbered layer. Use layer_groups = 1."
+            )
+        return int(index[1]) * config.layer_groups // num_layers
 
     # --- what PEFT does to layers, done to the pairs --------------------------------------------------------------------
 

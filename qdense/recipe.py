@@ -177,7 +177,13 @@ class DataRecipe(_Table):
     config: str | None = Field(None, min_length=1, description="the configuration of a hub data set that has several")
     split: str = Field("train", min_length=1, description="the split of a hub data set")
     revision: str | None = Field(None, min_length=1, description="a branch, tag or commit of a hub data set")
-    columns: ColumnsRecipe = Field(default_factory=ColumnsRecipe, description="a table of column names")
+    columns: ColumnsRecipe | None = Field(
+        None, description="a table of column names; omitted, the columns are recognised by their names"
+    )
+    bad_rows: Literal["stop", "skip"] = Field(
+        "stop",
+        description="stop or skip: whether a blank or broken row is an error, or is dropped, counted and listed",
+    )
     template: TemplateName = Field("alpaca", description="alpaca or llm-adapters")
     max_length: int = Field(256, ge=8, description="a whole number of tokens, at least 8")
     train_on: Literal["all", "response"] = Field("all", description="all or response: which tokens the loss counts")
@@ -196,16 +202,21 @@ class TrainingRecipe(_Table):
     )
     packing: bool = Field(
         True,
-        description="true or false: whether rows lie one behind the other instead of being padded, as many in a forward pass as "
-        "tokens fit into micro_batch_size rows of data.max_length",
+        description="true or false: whether rows are joined end to end instead of padded, as many in a forward pass as fit into "
+        "micro_batch_size rows of data.max_length tokens",
     )
-    learning_rate: float = Field(3e-4, gt=0, lt=1, description="a number above 0 and below 1")
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = Field(
+        "auto",
+        description='a number above 0 and below 1, or "auto": the method\'s own default, lower for a wider model',
+    )
     rates: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(
         default_factory=dict,
         description="a table of factors on the learning rate, one for each kind of trained tensor, such as { decoder = 4.0 }",
     )
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="linear, cosine or constant")
-    warmup_steps: int = Field(100, ge=0, description="a whole number, 0 or more")
+    warmup_steps: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description='a whole number of steps, 0 or more, or "auto": 5% of the run'
+    )
     weight_decay: float = Field(0.0, ge=0, description="a number, 0 or more")
     max_grad_norm: float = Field(1.0, ge=0, description="a number; 0 switches clipping off")
     optimizer: Optimizer = Field("paged_adamw_8bit", description=", ".join(get_args(Optimizer)))
@@ -227,7 +238,11 @@ class TrainingRecipe(_Table):
     )
     save_steps: int = Field(80, ge=1, description="a positive whole number of steps")
     eval_steps: int = Field(80, ge=1, description="a positive whole number of steps")
-    keep: Literal["best", "last"] = Field("best", description="best (lowest validation loss) or last")
+    keep: Literal["best", "last"] = Field(
+        "best",
+        description="best (lowest validation loss) or last: which weights become the adapter; omitted, best where there are "
+        "validation rows, else last",
+    )
     seed: int = Field(42, ge=0, description="a whole number, 0 or more")
 
 
@@ -297,7 +312,7 @@ def recipe_from_tables(tables: Mapping[str, Any], source: str) -> Recipe:
     problems: dict[str, tuple[str, str]] = {}
     recipe = None
     try:
-        recipe = Recipe.model_validate(tables)
+        recipe = Recipe.model_validate(_with_keep(tables))
     except ValidationError as error:
         for details in error.errors():
             location = _location(details)
@@ -310,6 +325,16 @@ def recipe_from_tables(tables: Mapping[str, Any], source: str) -> Recipe:
     lines = [f"  {shown:<{width}}   {message}" for shown, message in problems.values()]
     count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
     raise RecipeError("\n".join([f"{source}: {count}", *lines]))
+
+
+def _with_keep(tables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without validation rows there is no best step, so training.keep, where it is omitted, is then "last"."""
+    data, training = tables.get("data"), tables.get("training", {})
+    if not isinstance(data, Mapping) or not isinstance(training, Mapping):
+        return tables
+    if data.get("validation_rows") != 0 or "keep" in training:
+        return tables
+    return {**tables, "training": {**training, "keep": "last"}}
 
 
 def flattened(tables: Mapping[str, Any]) -> dict[str, Any]:
@@ -376,7 +401,9 @@ def _conflicts(tables: Mapping[str, Any], wrong: set[str]) -> Iterator[tuple[str
         accepted = " or ".join(f'"{name}"' for name in method.quantizations)
         message = f"method {method.name} needs {accepted}: {method.why_not_quantized}"
         yield "model.quantization", f'model.quantization = "{quantization}"', message
-    if value("training", "keep") == "best" and value("data", "validation_rows") == 0:
+    training = tables.get("training")
+    asks_for_best = isinstance(training, Mapping) and training.get("keep") == "best"
+    if asks_for_best and value("data", "validation_rows") == 0:
         message = 'needs validation rows: set data.validation_rows above 0, or training.keep = "last"'
         yield "training.keep", 'training.keep = "best"', message
     is_data_readable = not wrong & {"data", "data.name", "data.path"} and isinstance(tables.get("data"), Mapping)

@@ -5,6 +5,7 @@ RUN/:
     recipe.toml          the resolved recipe, with [provenance]: versions, device, data checksum, base fingerprint, git hash and
                          the plan's layout, which a resumed run keeps
     metrics.jsonl        a line for each step and each validation
+    skipped_rows.txt     the rows of the data that were left out, and why, one a line (with data.bad_rows = "skip")
     initial.safetensors  the trained tensors before the first step (not of full fine-tuning: they are the base's)
     adapter/             the result: PEFT's files and qdense.json
     checkpoints/         what --resume continues from
@@ -145,6 +146,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def skipped_rows(self) -> Path:
+        return self.path / "skipped_rows.txt"
 
     @property
     def initial(self) -> Path:

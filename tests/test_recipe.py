@@ -72,9 +72,16 @@ def test_all_problems_are_told_together_with_the_closest_names():
     assert 'did you mean "training"?' in text
 
 
+def test_without_validation_rows_the_last_weights_are_kept():
+    for validation_rows, keep in ((0, "last"), (5, "best")):
+        tables = MINIMAL | {"data": {"name": "math10k", "validation_rows": validation_rows}}
+        assert recipe_from_tables(tables, "x").resolved()["training"]["keep"] == keep
+
+
 def test_values_that_do_not_fit_together_are_told_with_the_others():
     text = problems_of(
-        MINIMAL | {"adapter": {"r": 0}, "training": {"micro_batch_size": 0}, "data": {"validation_rows": 0}}
+        MINIMAL
+        | {"adapter": {"r": 0}, "training": {"micro_batch_size": 0, "keep": "best"}, "data": {"validation_rows": 0}}
     )
     assert text.startswith("x.toml: 4 problems")
     for part in ("adapter.r = 0", "micro_batch_size = 0", 'training.keep = "best"', "data.name"):

@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     data_dir = Path(arguments.data_dir)
     generator = random.Random(0)
-    rows = read_rows(data_dir / arguments.train)
+    rows = read_rows(data_dir / arguments.train).rows
     vocabulary = sorted({word for row in rows[:2000] for word in row.instruction.split()})
     num_real = len(rows)
     rows += [exchanged(generator.choice(rows), generator, vocabulary) for _ in range(NUM_ROWS - num_real)]

@@ -53,6 +53,7 @@ VARIANTS["denselora-freeze"]["adapter.r"] = 128
 VARIANTS["red"]["adapter.dtype"] = "float32"
 VARIANTS["full"]["model.quantization"] = "none"
 NUM_TIMED = 12
+_TIMING_RATE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def time_steps(plan: Plan, variants: Sequence[str]) -> dict[str, list[float]]:
 def _stepper(plan: Plan, variant: str) -> Iterator[None]:
     """Trains one step each time it is advanced."""
     num_steps = NUM_TIMED + 1
-    recipe = load_recipe(plan.recipe, _overrides(plan, variant, 1e-6, 1, num_steps))
+    recipe = load_recipe(plan.recipe, _overrides(plan, variant, _TIMING_RATE, 1, num_steps))
     method, size = METHODS[recipe.adapter.method], recipe.training.batch_size
     base = load_base(recipe.model)
     rows = load_training_set(recipe.data, None).rows
@@ -175,7 +176,7 @@ def _stepper(plan: Plan, variant: str) -> Iterator[None]:
     optimizer = build_optimizer(
         recipe.training.optimizer,
         [parameter for _, parameter in trainable_parameters(model)],
-        learning_rate=recipe.training.learning_rate,
+        learning_rate=_TIMING_RATE,
         weight_decay=0.0,
         master_weights=recipe.adapter.master_weights,
     )

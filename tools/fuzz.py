@@ -52,7 +52,7 @@ from qdense.benchmarks import local_model
 from qdense.benchmarks.request import EvaluationRequest
 from qdense.benchmarks.results import read_completions, score_task
 from qdense.benchmarks.tasks import TASKS
-from qdense.data.rows import read_rows
+from qdense.data.rows import STANDARD_COLUMNS, read_rows
 from qdense.errors import QDenseError
 from qdense.events import ignore
 from qdense.libraries import quiet_libraries
@@ -252,7 +252,7 @@ class Data:
         for_test = mutator.random.random() < 0.3
 
         def check() -> None:
-            rows = read_rows(path, for_test=for_test)
+            rows = read_rows(path, STANDARD_COLUMNS, gold="answer" if for_test else "output").rows
             assert rows
             assert all(isinstance(value, str) for row in rows for value in row)
             assert all(row.instruction.strip() for row in rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from qdense.cli.arguments import add_data_dir, add_json
 
@@ -35,10 +36,15 @@ def run(arguments: argparse.Namespace) -> None:
     training = load_named_or_file(arguments.train, arguments.data_dir)
     tests = {task.name: load_items(task, arguments.data_dir) for task in tasks}
     found = {task: describe(overlap, training, tests[task]) for task, overlap in overlaps(training, tests).items()}
+    from qdense.ui.console import make_console
+    from qdense.ui.tables import show_contamination
+
+    if training.skipped:
+        count = len(training.skipped)
+        rows = f"{count:,} rows could not be read and are" if count > 1 else "1 row could not be read and is"
+        make_console(sys.stderr).print(f"{rows} left out; the first: {training.skipped[0]}")
     if arguments.json:
         print(json.dumps(found, indent=2))
         return
-    from qdense.ui.console import make_console
-    from qdense.ui.tables import show_contamination
 
     show_contamination(make_console(), training.origin, found)

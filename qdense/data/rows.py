@@ -1,4 +1,4 @@
-"""Rows of training and test data, read from any file a user may have, with the place of every fault named."""
+"""Rows of training and test data, read from any file a user may have. Every fault is named with its place."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from qdense.errors import DataError, did_you_mean
 
-# How much text a packed file may hold: a few kilobytes can hold gigabytes, and a byte of "{}" is 24 in memory.
+# How much text a compressed file may hold. A few kilobytes can unpack to gigabytes, and a byte of "{}" takes 24 in memory.
 _ALWAYS_UNPACKED = 16 * 2**20  # bytes
-_MOST_TIMES = {".gz": 30, ".parquet": 100}  # its own size; text that people wrote is packed to a tenth
+_MOST_TIMES = {".gz": 30, ".parquet": 100}  # its own size; text written by people shrinks to a tenth
 FORMATS = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz", ".csv.gz")
 
 
@@ -36,19 +36,67 @@ class Columns(NamedTuple):
     output: str = "output"
 
 
-DEFAULT_COLUMNS = Columns()
+STANDARD_COLUMNS = Columns()
+
+# Names by which columns are recognised where a recipe names none. `input` is an instruction only where there is no other.
+_INSTRUCTION_NAMES = ("instruction", "prompt", "question", "query", "problem")
+_INPUT_NAMES = ("input", "context")
+_OUTPUT_NAMES = ("output", "completion", "response", "answer", "solution")
 
 
-def read_rows(path: str | Path, columns: Columns = DEFAULT_COLUMNS, *, for_test: bool = False) -> list[Row]:
-    """Read the rows of a JSON (a list of objects), JSONL, CSV or Parquet file; the first two and CSV also as .gz.
+class RowError(DataError):
+    """A fault of one row; the rest of the file may be used."""
+
+
+class Rows(NamedTuple):
+    """What was read.
+
+    Attributes:
+        columns: those given, or those recognised by their names.
+        skipped: what was wrong with each row that was left out, with its place.
+    """
+
+    rows: list[Row]
+    columns: Columns
+    skipped: list[str]
+
+
+def detect_columns(names: Collection[str], *, needs_output: bool = True) -> Columns | None:
+    """Recognise the columns by their names: instruction, input and output, or for instance prompt and completion, question and
+    answer. None where no name is known, or where several could be meant."""
+    if {"instruction", "output"} <= set(names):
+        return Columns(input=next((name for name in _INPUT_NAMES if name in names), "input"))
+    instructions = [name for name in _INSTRUCTION_NAMES if name in names]
+    outputs = [name for name in _OUTPUT_NAMES if name in names]
+    inputs = [name for name in _INPUT_NAMES if name in names]
+    if not instructions and "input" in inputs:
+        instructions, inputs = ["input"], inputs[1:]
+    if not outputs and not needs_output:
+        outputs = ["output"]
+    if len(instructions) != 1 or len(outputs) != 1 or len(inputs) > 1:
+        return None
+    return Columns(instructions[0], inputs[0] if inputs else "input", outputs[0])
+
+
+def read_rows(
+    path: str | Path,
+    columns: Columns | None = None,
+    *,
+    gold: Literal["output", "answer"] | None = "output",
+    skip_bad: bool = False,
+) -> Rows:
+    """Read the rows of a JSON (a list of objects), JSONL, CSV or Parquet file; the first three also as .gz.
 
     Args:
         path: the file; its ending tells the format.
-        columns: the names of the columns. `input` may be absent, or null in a row: then it is empty.
-        for_test: rows need an `answer` instead of an output.
+        columns: the names of the columns; None recognises them (`detect_columns`). `input` may be missing, or null in a row:
+            then it is empty.
+        gold: what each row must hold beside its instruction; None asks for nothing more.
+        skip_bad: leave out rows with a fault, and list them, instead of stopping at the first.
 
     Raises:
-        DataError: no such file, an unknown format, or a fault in a row, named by its line or number.
+        DataError: no such file, an unknown format, no row that can be used, or (unless `skip_bad`) a fault in a row, named by
+            its line or number.
     """
     path = Path(path)
     suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
@@ -78,10 +126,7 @@ def read_rows(path: str | Path, columns: Columns = DEFAULT_COLUMNS, *, for_test:
             raise DataError(f"{path}, line {line}: not UTF-8 text ({error.reason})") from None
         parse = {".json": _json_records, ".jsonl": _jsonl_records, ".csv": _csv_records}[kind]
         records = parse(path, text)
-    rows = rows_from_records(records, columns, for_test=for_test)
-    if not rows:
-        raise DataError(f"{path}: holds no rows")
-    return rows
+    return rows_from_records(str(path), records, columns, gold=gold, skip_bad=skip_bad)
 
 
 def _most_unpacked(path: Path, content: bytes) -> int:
@@ -90,19 +135,56 @@ def _most_unpacked(path: Path, content: bytes) -> int:
 
 def _too_large(path: Path, most: int) -> DataError:
     return DataError(
-        f"{path}: unpacks to more than {most // 2**20} MiB, far more than text does. If that is right, unpack it "
-        "to JSONL and name that file"
+        f"{path}: unpacks to more than {most // 2**20} MiB, far more than text does. If that is intended, "
+        "unpack it to JSONL yourself and use that file"
     )
 
 
-def rows_from_records(records: Iterable[tuple[str, Any]], columns: Columns, *, for_test: bool = False) -> list[Row]:
-    """Check (place, record) pairs and make rows of them; the place is named in a DataError."""
-    return [_row(place, record, columns, for_test) for place, record in records]
+def rows_from_records(
+    origin: str,
+    records: Iterable[tuple[str, Any]],
+    columns: Columns | None,
+    *,
+    gold: Literal["output", "answer"] | None = "output",
+    skip_bad: bool = False,
+) -> Rows:
+    """Make rows of (place, record) pairs; a record may also be the RowError that reading it gave. See `read_rows`."""
+    rows: list[Row] = []
+    skipped: list[str] = []
+    for place, record in records:
+        if columns is None and isinstance(record, Mapping):
+            columns = _detected(place, record, needs_output=gold == "output")
+        try:
+            rows.append(_row(place, record, columns or STANDARD_COLUMNS, gold))
+        except RowError as fault:
+            if not skip_bad:
+                raise
+            skipped.append(str(fault))
+    if not rows:
+        found = (
+            f"none of its {len(skipped):,} rows can be used. The first: {skipped[0]}" if skipped else "holds no rows"
+        )
+        raise DataError(f"{origin}: {found}")
+    return Rows(rows, columns or STANDARD_COLUMNS, skipped)
 
 
-def _row(place: str, record: Any, columns: Columns, for_test: bool) -> Row:
+def _detected(place: str, record: Mapping[Any, Any], *, needs_output: bool) -> Columns:
+    names = [str(name) for name in record if name is not None]
+    columns = detect_columns(names, needs_output=needs_output)
+    if columns is None:
+        shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+        raise DataError(
+            f"{place}: cannot tell which column holds the instruction and which the output. Its columns: {shown}. Name them in "
+            'the recipe, for instance: [data.columns] instruction = "prompt", output = "completion"'
+        )
+    return columns
+
+
+def _row(place: str, record: Any, columns: Columns, gold: str | None) -> Row:
+    if isinstance(record, RowError):
+        raise record
     if not isinstance(record, Mapping):
-        raise DataError(f"{place}: must be an object with named columns, not {_kind(record)}")
+        raise RowError(f"{place}: must be an object with named columns, not {_kind(record)}")
 
     def text(column: str, *, required: bool) -> str:
         value = record.get(column)
@@ -110,33 +192,33 @@ def _row(place: str, record: Any, columns: Columns, for_test: bool) -> Row:
             if not required:
                 return ""
             if column in record:
-                raise DataError(f'{place}: column "{column}" is empty')
+                raise RowError(f'{place}: column "{column}" is empty')
             names = [str(name) for name in record if name is not None]
-            raise DataError(
+            raise RowError(
                 f'{place}: no column "{column}"{did_you_mean(column, names)}. Name the columns in a recipe: '
                 "[data.columns] instruction, input, output"
             )
         if not isinstance(value, str):
-            raise DataError(f'{place}: column "{column}" must be text, not {_kind(value)}')
+            raise RowError(f'{place}: column "{column}" must be text, not {_kind(value)}')
         if not value.isascii():
             try:
                 value.encode("utf-8")
             except UnicodeEncodeError:  # JSON can spell half a character, "\\ud800"; no tokenizer takes it
-                raise DataError(
-                    f'{place}: column "{column}" holds half a surrogate pair, which is no character'
+                raise RowError(
+                    f'{place}: column "{column}" holds half a surrogate pair, which is not a character'
                 ) from None
         return value
 
     row = Row(
         instruction=text(columns.instruction, required=True),
         input=text(columns.input, required=False),
-        output=text(columns.output, required=not for_test),
-        answer=text("answer", required=for_test) if for_test else "",
+        output=text(columns.output, required=gold == "output"),
+        answer=text("answer", required=True) if gold == "answer" else "",
     )
     if not row.instruction.strip():
-        raise DataError(f'{place}: column "{columns.instruction}" is blank')
-    if not for_test and not row.output.strip():
-        raise DataError(f'{place}: column "{columns.output}" is blank')
+        raise RowError(f'{place}: column "{columns.instruction}" is blank')
+    if gold == "output" and not row.output.strip():
+        raise RowError(f'{place}: column "{columns.output}" is blank')
     return row
 
 
@@ -152,7 +234,7 @@ def _json_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
     except RecursionError:
         raise DataError(f"{path}: JSON nested too deeply to be a list of rows") from None
-    except ValueError as error:  # a number of thousands of digits, a key that stands twice
+    except ValueError as error:  # a number of thousands of digits, or a key that appears twice
         raise DataError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(records, list):
         raise DataError(f"{path}: must hold a list of rows, not {_kind(records)} (one object a line is .jsonl)")
@@ -166,20 +248,21 @@ def _jsonl_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         try:
             yield f"{path}, line {number}", json.loads(line, object_pairs_hook=_without_doubles)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}, column {error.colno}: not valid JSON: {error.msg}") from None
+            fault = RowError(f"{path}, line {number}, column {error.colno}: not valid JSON: {error.msg}")
+            yield f"{path}, line {number}", fault
         except RecursionError:
-            raise DataError(f"{path}, line {number}: JSON nested too deeply to be a row") from None
-        except ValueError as error:  # a number of thousands of digits, a key that stands twice
-            raise DataError(f"{path}, line {number}: not readable JSON: {error}") from None
+            yield f"{path}, line {number}", RowError(f"{path}, line {number}: JSON nested too deeply to be a row")
+        except ValueError as error:  # a number of thousands of digits, or a key that appears twice
+            yield f"{path}, line {number}", RowError(f"{path}, line {number}: not readable JSON: {error}")
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, in which no key stands twice: Python would take the last, silently."""
+    """A JSON object in which no key appears twice. Python would silently take the last."""
     record = dict(pairs)
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(
-            f'the key "{next(name for name in names if names.count(name) > 1)}" stands twice in one object'
+            f'the key "{next(name for name in names if names.count(name) > 1)}" appears twice in one object'
         )
     return record
 
@@ -189,11 +272,12 @@ def _csv_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
         header = list(reader.fieldnames or ())
         if twice := [name for name in header if header.count(name) > 1]:
-            raise DataError(f'{path}, line 1: the column "{twice[0]}" stands twice in the header')
+            raise DataError(f'{path}, line 1: the column "{twice[0]}" appears twice in the header')
         for record in reader:
             place = f"{path}, line {reader.line_num}"
             if None in record:
-                raise DataError(f"{place}: more fields than the header has columns")
+                yield place, RowError(f"{place}: more fields than the header has columns")
+                continue
             yield place, record
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from None
@@ -210,8 +294,8 @@ def _parquet_records(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
         stored = max(
             (file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)), default=0
         )
-        # Piece by piece: equal values are packed to nothing, and no number in the file tells what they come to. One row of a
-        # piece can be as large as all that is stored.
+        # In pieces: equal values compress to nothing, and no number in the file tells how large they get. One row of a piece
+        # can be as large as everything that is stored.
         for batch in file.iter_batches(min(256, max(1, most // max(1, stored)))):
             found += batch.nbytes
             if found > most:

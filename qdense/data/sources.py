@@ -1,7 +1,7 @@
 """From a name or a path to rows: upstream's files, a user's own, the hub's, or the generator's.
 
-A known name is looked for in `--data-dir` (LLM-Adapters' layout), then in the cache, then downloaded. A name that is in
-none of these is an error: one data set is never taken for another.
+A known name is looked for in `--data-dir` (LLM-Adapters' layout), then in the cache, then downloaded. A name found in none of
+these is an error: no other data set takes its place.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qdense.cache import cache_dir
 from qdense.catalogs.datasets import TRAINING_SETS, UPSTREAM_URL, UpstreamFile
 from qdense.data import wordproblems
 from qdense.data.download import download, git_blob_id
-from qdense.data.rows import FORMATS, Columns, Row, read_rows, rows_from_records
+from qdense.data.rows import FORMATS, STANDARD_COLUMNS, Columns, Row, RowError, Rows, read_rows, rows_from_records
 from qdense.errors import DataError, did_you_mean
 from qdense.events import Download, Emit, ignore
 
@@ -31,12 +32,16 @@ class DataSet:
     """Rows with where they come from.
 
     Attributes:
-        origin: a path, a hub id, or what made them: for a person to read.
-        checksum: SHA-256 of the rows' content, in order: equal rows have equal checksums wherever they lie.
+        origin: a path, a hub id, or the generator, for a person to read.
+        columns: the columns they were read from.
+        skipped: what was wrong with each row that was left out, with its place.
+        checksum: SHA-256 of the rows' content, in order, so equal rows have equal checksums wherever they are stored.
     """
 
     rows: list[Row]
     origin: str
+    columns: Columns = STANDARD_COLUMNS
+    skipped: Sequence[str] = ()
 
     @cached_property
     def checksum(self) -> str:
@@ -46,36 +51,54 @@ class DataSet:
         return digest.hexdigest()
 
 
-def load_training_set(data: DataRecipe, data_dir: Path | None, emit: Emit = ignore) -> DataSet:
-    """The training rows that the recipe names. Raises DataError."""
-    columns = Columns(**data.columns.model_dump())
-    if data.path is not None:
-        return DataSet(read_rows(data.path, columns), origin=data.path)
-    assert data.name is not None  # the recipe has one of the two
-    if data.name == "wordproblems":
-        return DataSet(wordproblems.training_rows(), origin="qdense.data.wordproblems")
-    upstream = TRAINING_SETS.get(data.name)
-    if upstream is None:
-        return _load_hub_set(data.name, data, columns)
-    path = locate(upstream, data_dir, emit)
-    return DataSet(read_rows(path), origin=str(path))
+def load_training_set(
+    data: DataRecipe, data_dir: Path | None, emit: Emit = ignore, *, needs_output: bool = True
+) -> DataSet:
+    """The training rows that the recipe names. Rows with a fault are treated as `data.bad_rows` says. Raises DataError.
+
+    Args:
+        needs_output: False also accepts rows without an output, for a comparison of questions.
+    """
+    columns = Columns(**data.columns.model_dump()) if data.columns is not None else None
+    options: dict[str, Any] = {"gold": "output" if needs_output else None, "skip_bad": data.bad_rows == "skip"}
+    try:
+        if data.path is not None:
+            return _data_set(read_rows(data.path, columns, **options), data.path)
+        assert data.name is not None  # the recipe has one of the two
+        if data.name == "wordproblems":
+            return DataSet(wordproblems.training_rows(), origin="qdense.data.wordproblems")
+        upstream = TRAINING_SETS.get(data.name)
+        if upstream is None:
+            return _load_hub_set(data.name, data, columns, options)
+        path = locate(upstream, data_dir, emit)
+        return _data_set(read_rows(path, STANDARD_COLUMNS, **options), str(path))
+    except RowError as error:
+        raise DataError(
+            f"{error}. To train without such rows, add --set data.bad_rows=skip: it drops and lists them"
+        ) from None
+
+
+def _data_set(read: Rows, origin: str) -> DataSet:
+    return DataSet(read.rows, origin, read.columns, read.skipped)
 
 
 def load_named_or_file(name: str, data_dir: Path | None, emit: Emit = ignore) -> DataSet:
-    """The rows of a training set that is given on the command line: a known name, the path of a file, or a recipe whose
-    data is meant. Raises DataError, or RecipeError."""
+    """The questions of a training set that is given on the command line: a known name, the path of a file, or a recipe, whose
+    data is meant. Rows without an output are kept, and rows that cannot be read are skipped. Raises DataError or RecipeError.
+    """
     from qdense.recipe import DataRecipe, load_recipe
 
     if name.endswith(".toml"):
-        return load_training_set(load_recipe(name).data, data_dir, emit)
+        data = load_recipe(name).data.model_copy(update={"bad_rows": "skip"})
+        return load_training_set(data, data_dir, emit, needs_output=False)
     if name in TRAINING_SETS:
-        return load_training_set(DataRecipe(name=name), data_dir, emit)
+        return load_training_set(DataRecipe(name=name, bad_rows="skip"), data_dir, emit, needs_output=False)
     if not os.path.exists(name) and not name.endswith(FORMATS):
         raise DataError(
             f'"{name}": unknown training set{did_you_mean(name, TRAINING_SETS)}; or give the path of a file '
             f"({', '.join(FORMATS)}), or of a recipe (.toml)"
         )
-    return load_training_set(DataRecipe(path=name), data_dir, emit)
+    return load_training_set(DataRecipe(path=name, bad_rows="skip"), data_dir, emit, needs_output=False)
 
 
 def load_test_set(upstream: UpstreamFile | None, data_dir: Path | None, emit: Emit = ignore) -> DataSet:
@@ -83,7 +106,7 @@ def load_test_set(upstream: UpstreamFile | None, data_dir: Path | None, emit: Em
     if upstream is None:
         return DataSet(wordproblems.test_rows(), origin="qdense.data.wordproblems")
     path = locate(upstream, data_dir, emit)
-    return DataSet(read_rows(path, for_test=True), origin=str(path))
+    return DataSet(read_rows(path, STANDARD_COLUMNS, gold="answer").rows, origin=str(path))
 
 
 def local_test_set(upstream: UpstreamFile | None, data_dir: Path | None) -> DataSet | None:
@@ -91,13 +114,13 @@ def local_test_set(upstream: UpstreamFile | None, data_dir: Path | None) -> Data
     if upstream is None:
         return load_test_set(None, data_dir)
     path = find(upstream, data_dir)
-    return DataSet(read_rows(path, for_test=True), origin=str(path)) if path else None
+    return DataSet(read_rows(path, STANDARD_COLUMNS, gold="answer").rows, origin=str(path)) if path else None
 
 
 def find(upstream: UpstreamFile, data_dir: Path | None) -> Path | None:
-    """The local path of an upstream file: below `data_dir`, or in the cache; None if it is in neither.
+    """The local path of an upstream file, in `data_dir` or in the cache; None if it is in neither.
 
-    A file in `data_dir` is the user's own and is taken as it is; one in the cache is verified by its blob id.
+    A file in `data_dir` is the user's own and is used as it is. One in the cache is verified by its blob id.
     """
     if data_dir is not None:
         if not data_dir.is_dir():
@@ -126,12 +149,12 @@ def locate(upstream: UpstreamFile, data_dir: Path | None, emit: Emit = ignore) -
         looked = f"not in {data_dir}, " if data_dir else ""
         raise DataError(
             f"{upstream.path}: {looked}not in the cache ({cached.parent}), and {error} "
-            "Or point --data-dir or QDENSE_DATA to a copy of LLM-Adapters."
+            "Or point --data-dir or QDENSE_DATA at a copy of LLM-Adapters."
         ) from None
     return cached
 
 
-def _load_hub_set(name: str, data: DataRecipe, columns: Columns) -> DataSet:
+def _load_hub_set(name: str, data: DataRecipe, columns: Columns | None, options: dict[str, Any]) -> DataSet:
     import datasets
 
     place = f"{name}{f', {data.config}' if data.config else ''} ({data.split}{f' at {data.revision}' if data.revision else ''})"
@@ -142,7 +165,5 @@ def _load_hub_set(name: str, data: DataRecipe, columns: Columns) -> DataSet:
             f'data.name = "{name}": the hub data set cannot be loaded: {type(error).__name__}: {error}. Check the name, '
             "data.config and data.split, log in with `hf auth login` if it is private, or download it and give data.path."
         ) from None
-    rows = rows_from_records(((f"{place}, row {number}", record) for number, record in enumerate(loaded)), columns)
-    if not rows:
-        raise DataError(f"{place}: holds no rows")
-    return DataSet(rows, origin=f"hub: {place}")
+    records = ((f"{place}, row {number}", record) for number, record in enumerate(loaded))
+    return _data_set(rows_from_records(place, records, columns, **options), f"hub: {place}")

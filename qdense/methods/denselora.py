@@ -111,13 +111,19 @@ def _module_of_matrix(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 _COSTS = Costs(of_input=_input, of_module=_module, frozen_parameters=no_frozen_parameters, has_fused_kernels=True)
 
 
-def _awake_at_start(name: str) -> bool:
+def _learning_rate(adapter: AdapterSettings) -> float:
+    """The balanced start needs no higher rate than LoRA."""
+    return 3e-3 if adapter.init == "balanced" else 1e-2
+
+
+def _has_gradient_at_start(name: str) -> bool:
     return name.endswith(".decoder")
 
 
 METHOD = Method(
     name="denselora",
     summary="DenseLoRA: shared encoder and decoder, a dense matrix for each layer",
+    learning_rate=_learning_rate,
     adapter_keys=_ADAPTER_KEYS,
     build_config=lambda adapter, num_steps: _config(adapter),
     count_parameters=_count_parameters,
@@ -127,7 +133,7 @@ METHOD = Method(
     size_keys=("r",),
     reads_base_weights=False,
     factors={"denselora_m": "M", "encoder": "encoder", "decoder": "decoder"},
-    has_gradient_at_start=_awake_at_start,
+    has_gradient_at_start=_has_gradient_at_start,
 )
 
 

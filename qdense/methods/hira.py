@@ -55,6 +55,7 @@ def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 METHOD = Method(
     name="hira",
     summary="HiRA, PEFT's: the weight times a low-rank matrix, element by element; unpacks every weight in each forward",
+    learning_rate=lambda adapter: 1e-2,
     adapter_keys=frozenset({"r", "dropout", "target_modules"}),
     build_config=_build_config,
     count_parameters=count_low_rank,

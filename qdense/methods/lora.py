@@ -75,6 +75,7 @@ def _module_of_dora(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 METHOD = Method(
     name="lora",
     summary="LoRA, PEFT's",
+    learning_rate=lambda adapter: 3e-3,
     adapter_keys=frozenset({"r", "alpha", "dropout", "target_modules"}),
     build_config=lambda adapter, num_steps: _config(adapter),
     count_parameters=count_low_rank,

@@ -15,6 +15,10 @@ if TYPE_CHECKING:  # importing the methods imports no torch
     from torch import Tensor
 
 
+_MEASURED_HIDDEN_SIZE = 576  # SmolLM2-135M's
+_WIDTH_EXPONENT = 0.781  # https://thinkingmachines.ai/blog/lora/, and get_lora_lr of its cookbook
+
+
 class MethodSettings(BaseModel):
     """Settings of one method alone: the table [adapter.<method>] of a recipe. Each field's description says what is accepted."""
 
@@ -61,6 +65,7 @@ class Method:
         reads_base_weights: whether its forward reads the base's weights, which must then lie in memory as they were loaded.
         factors: the last part of a trained tensor's name (but for PEFT's adapter name and ".weight") -> what analysis calls it.
         identifying_config: what its configuration says that those of other methods of the same PEFT type do not.
+        learning_rate: ([adapter] table) -> the best of a grid of half decades on SmolLM2-135M; see `default_learning_rate`.
         has_gradient_at_start: whether the parameter of this name must have a gradient at step 1. The others are behind a
             matrix that starts at zero: they get theirs once it has moved, at step 3 at the latest, since linear warm-up
             makes the first update's learning rate 0.
@@ -86,6 +91,7 @@ class Method:
     size_keys: tuple[str, ...]
     reads_base_weights: bool
     factors: Mapping[str, str]
+    learning_rate: Callable[[AdapterSettings], float]
     identifying_config: Mapping[str, Any] = field(default_factory=dict)
     has_gradient_at_start: Callable[[str], bool] = lambda name: True
     targets: Callable[[AdapterSettings], Sequence[str]] = lambda adapter: adapter.target_modules
@@ -102,6 +108,15 @@ class Method:
             raise TypeError(f"method {self.name}: why_not_quantized must say why it does not work on every base")
         if (self.build_config is None) != (self.peft_type is None):
             raise TypeError(f"method {self.name}: build_config and peft_type are both PEFT's, or both None")
+
+    def default_learning_rate(self, adapter: AdapterSettings, hidden_size: int) -> float:
+        """The learning rate where a recipe names none, to two digits.
+
+        Measured on a model of hidden size 576 (tools/results/methods.md says how). A wider model wants a lower one: it is scaled
+        as "LoRA Without Regret" (Thinking Machines, 2025) found for LoRA on Llama models. Not measured here on wider ones.
+        """
+        rate = self.learning_rate(adapter) * (_MEASURED_HIDDEN_SIZE / hidden_size) ** _WIDTH_EXPONENT
+        return float(f"{rate:.1e}")
 
     def factor_of(self, name: str) -> str:
         """What a trained tensor is called: `factors` by the last part of its name, "...q_proj.lora_A.default.weight" being A."""

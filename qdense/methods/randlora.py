@@ -116,6 +116,7 @@ def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 METHOD = Method(
     name="randlora",
     summary="RandLoRA, PEFT's: a sum of frozen random products of rank r, as many as make it of full rank, each scaled",
+    learning_rate=lambda adapter: 1e-2,
     adapter_keys=frozenset({"r", "dropout", "target_modules"}),
     build_config=_build_config,
     count_parameters=_count_parameters,

@@ -52,6 +52,7 @@ class Job:
 
     Attributes:
         model: the base with its adapter attached; what it trains requires gradients.
+        learning_rate, num_warmup_steps: the highest rate, and the steps until it is reached.
         layout: how steps are cut up; a checkpoint's own is taken instead if `takes_saved_layout`.
         training, validation: tokenized rows.
         metrics: is told every event, and is on the disk before each checkpoint; of several processes the first alone
@@ -65,6 +66,8 @@ class Job:
     training: Sequence[Example]
     validation: Sequence[Example]
     num_steps: int
+    learning_rate: float
+    num_warmup_steps: int
     layout: StepLayout
     takes_saved_layout: bool
     folder: RunFolder
@@ -96,14 +99,14 @@ class TrainingLoop:
         self.optimizer = build_optimizer(
             settings.optimizer,
             self._parameter_groups(),
-            learning_rate=settings.learning_rate,
+            learning_rate=job.learning_rate,
             weight_decay=settings.weight_decay,
             master_weights=job.recipe.has_masters,
         )
         scheduler: Any = get_scheduler(
             settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
             self.optimizer,
-            num_warmup_steps=settings.warmup_steps,
+            num_warmup_steps=job.num_warmup_steps,
             num_training_steps=job.num_steps,
         )
         self.share_of_rate = scheduler.lr_lambdas[0]  # by the number of steps done: nothing of it need be saved
@@ -139,9 +142,9 @@ class TrainingLoop:
                 step, losses, rows
             )  # before clipping, which turns an infinite norm into zeros
             grad_norm = self.accelerator.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm or math.inf)
-            learning_rate = settings.learning_rate * self.share_of_rate(step - 1)
+            share_of_rate = self.share_of_rate(step - 1)
             for group in self.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * self.share_of_rate(step - 1)
+                group["lr"] = group["initial_lr"] * share_of_rate
             if is_allowed:
                 self.optimizer.step()
                 if self.job.method.schedule is not None:
@@ -159,7 +162,7 @@ class TrainingLoop:
                     step=step,
                     epoch=self.batches.epochs_after(step),
                     loss=sum(losses),
-                    learning_rate=learning_rate,
+                    learning_rate=self.job.learning_rate * share_of_rate,
                     grad_norm=float(grad_norm),
                     num_tokens=int(num_tokens),
                     tokens_per_second=num_tokens / took,
@@ -176,11 +179,11 @@ class TrainingLoop:
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters by factor, each with its learning rate. The order depends on no rate: a checkpoint's optimizer
         state is by position."""
-        settings, groups = self.job.recipe.training, defaultdict[str, list[Tensor]](list)
+        rates, groups = self.job.recipe.training.rates, defaultdict[str, list[Tensor]](list)
         for name, parameter in self.parameters.items():
             groups[self.job.method.factor_of(name)].append(parameter)
         return [
-            {"params": parameters, "lr": settings.learning_rate * settings.rates.get(factor, 1.0)}
+            {"params": parameters, "lr": self.job.learning_rate * rates.get(factor, 1.0)}
             for factor, parameters in groups.items()
         ]
 

@@ -22,10 +22,16 @@ _DECIDES_NOTHING = {"output.dir", "training.trackers"}
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a resumed run continues from; `layout` is None where the recipe's changes ask for another plan."""
+    """What a resumed run continues from.
+
+    Attributes:
+        layout: how its steps are cut up; None where changes of the recipe ask for another plan.
+        recipe: the given one, and where that says "auto", or names no columns, what the run began with.
+    """
 
     checkpoint: Path
     layout: StepLayout | None
+    recipe: Recipe
 
 
 def checkpoint_to_resume(
@@ -42,7 +48,13 @@ def checkpoint_to_resume(
         raise RunError(
             f"{run.path}: holds files but no {run.recipe.name}, so it is no run of qdense. Give another --output."
         )
-    changes = _changes_of_recipe(recipe, run)
+    begun = load_recipe(run.recipe)
+    recipe = _as_begun(recipe, begun)
+    changes = {
+        key: line
+        for key, line in _differences(begun.flattened(), recipe.flattened()).items()
+        if key not in _DECIDES_NOTHING
+    }
     if run.is_finished:
         changed = f" These values differ from its own: {', '.join(changes)}." if changes else ""
         raise RunError(
@@ -61,7 +73,7 @@ def checkpoint_to_resume(
         if differing:
             _refuse(run, what, differing, accept_changes, emit)
     emit(Notice(f"resuming from {found}"))
-    return Resumed(found, None if _DECIDES_LAYOUT & set(changes) else _layout_of(run))
+    return Resumed(found, None if _DECIDES_LAYOUT & set(changes) else _layout_of(run), recipe)
 
 
 def refuse_other_inputs(
@@ -124,9 +136,21 @@ def _tell_of_a_killed_process(run: RunFolder, recipe: Recipe, emit: Emit) -> Non
     )
 
 
-def _changes_of_recipe(recipe: Recipe, run: RunFolder) -> dict[str, str]:
-    differences = _differences(load_recipe(run.recipe).flattened(), recipe.flattened())
-    return {key: line for key, line in differences.items() if key not in _DECIDES_NOTHING}
+def _as_begun(recipe: Recipe, begun: Recipe) -> Recipe:
+    """`recipe` with the numbers of `begun`, a run's own recipe, where it leaves them to qdense."""
+    training = {
+        key: getattr(begun.training, key)
+        for key in ("learning_rate", "warmup_steps")
+        if getattr(recipe.training, key) == "auto"
+    }
+    is_same_data = (recipe.data.name, recipe.data.path) == (begun.data.name, begun.data.path)
+    data = {"columns": begun.data.columns} if recipe.data.columns is None and is_same_data else {}
+    return recipe.model_copy(
+        update={
+            "training": recipe.training.model_copy(update=training),
+            "data": recipe.data.model_copy(update=data),
+        }
+    )
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:

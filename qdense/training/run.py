@@ -20,8 +20,10 @@ from safetensors import SafetensorError
 
 from qdense.cache import appearing_folder, require_free_space, write_atomically
 from qdense.catalogs.datasets import TRAINING_SETS
+from qdense.catalogs.models import CatalogModel
 from qdense.data.contamination import local_overlaps
 from qdense.data.examples import Encoded, Example, collate, encode_rows, split_rows
+from qdense.data.rows import STANDARD_COLUMNS
 from qdense.data.sources import DataSet, load_training_set
 from qdense.device import choose_device, device_description, memory_total, peak_memory
 from qdense.errors import RunError, RunStopped
@@ -37,7 +39,7 @@ from qdense.planning.machine import slow_kernels, this_machine
 from qdense.planning.memory import StepLayout
 from qdense.planning.plan import Plan, make_plan
 from qdense.provenance import git_hash, package_versions
-from qdense.recipe import Recipe
+from qdense.recipe import ColumnsRecipe, Recipe
 from qdense.runs import RunFolder
 from qdense.training.checkpoint import CHECKPOINTS_TO_KEEP, Checkpoint, last_good_checkpoint
 from qdense.training.loop import Job, TrainingLoop, checkpoint_bytes
@@ -45,6 +47,8 @@ from qdense.training.metrics import MetricsFile
 from qdense.training.resume import Resumed, checkpoint_to_resume, refuse_other_inputs
 from qdense.training.signals import StopSignals
 from qdense.training.trackers import Trackers, require_trackers
+
+_WARMUP_SHARE = 0.05  # of the run, where the recipe says "auto": the authors' 100 steps are 5% of Math10K's
 
 
 def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, accept_changes: bool = False) -> Path:
@@ -79,7 +83,7 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, ac
             checkpoint_to_resume(recipe, run, emit, resume=resume, accept_changes=accept_changes) if is_first else None
         ]
         (resumed,) = broadcast_object_list(found)
-        prepared = _prepare(recipe, resumed, data_dir, emit)
+        prepared = _prepare(resumed.recipe if resumed else recipe, resumed, data_dir, emit)
         if resumed is not None and is_first:
             refuse_other_inputs(
                 run,
@@ -121,7 +125,7 @@ def _require_kernels(recipe: Recipe) -> None:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """All that exists before the first step; the adapter is as drawn."""
+    """All that exists before the first step; the adapter is as drawn. The recipe says "auto" of no rate or warm-up any more."""
 
     recipe: Recipe
     plan: Plan
@@ -131,12 +135,15 @@ class _Prepared:
     training: Encoded
     validation: Sequence[Example]
     num_steps: int
+    learning_rate: float
+    num_warmup_steps: int
     facts: tuple[tuple[str, str], ...]
 
 
 def _prepare(recipe: Recipe, resumed: Resumed | None, data_dir: Path | None, emit: Emit) -> _Prepared:
     # Data before the model: its faults are the commonest, and found in a second.
     data = load_training_set(recipe.data, data_dir, emit)
+    _tell_of_data(recipe, data, emit)
     split = split_rows(
         len(data.rows),
         validation_rows=recipe.data.validation_rows,
@@ -148,7 +155,8 @@ def _prepare(recipe: Recipe, resumed: Resumed | None, data_dir: Path | None, emi
     if recipe.adapter.unused:
         keys = ", ".join(f"adapter.{key}" for key in recipe.adapter.unused)
         emit(Notice(f"not read by method {recipe.adapter.method}: {keys}"))
-    plan = _plan(recipe, resumed.layout if resumed else None, emit)
+    shape = fetched_shape(recipe.model)
+    plan = _plan(recipe, shape, resumed.layout if resumed else None, emit)
     base = load_base(recipe.model, lambda text: emit(Notice(text)))
     use_kernels(recipe.training.kernels)
     if plan.machine.kernels.has_liger:
@@ -156,15 +164,26 @@ def _prepare(recipe: Recipe, resumed: Resumed | None, data_dir: Path | None, emi
     training = encode_rows(data.rows, split.training, base.tokenizer, recipe.data)
     validation = encode_rows(data.rows, split.validation, base.tokenizer, recipe.data) if split.validation else None
     _report_truncation(training, recipe, emit)
-    num_steps = _num_steps(recipe, len(training.examples), emit)
+    num_steps = _num_steps(recipe, len(training.examples))
+    learning_rate, num_warmup_steps = _learning_rate(recipe, shape), _num_warmup_steps(recipe, num_steps, emit)
 
     torch.manual_seed(recipe.training.seed)
     num_rows = METHODS[recipe.adapter.method].num_calibration_rows(recipe.adapter)
     calibration = [collate([example], base.pad_token_id) for example in training.examples[:num_rows]]
     model = attach_adapter(base, recipe.adapter, num_steps, calibration)
-    facts = _facts(recipe, base, model, data, training, len(split.validation), plan)
+    facts = _facts(recipe, base, model, data, training, len(split.validation), plan, learning_rate)
     return _Prepared(
-        recipe, plan, base, model, data, training, validation.examples if validation else [], num_steps, facts
+        recipe=_settled(recipe, data, learning_rate, num_warmup_steps),
+        plan=plan,
+        base=base,
+        model=model,
+        data=data,
+        training=training,
+        validation=validation.examples if validation else [],
+        num_steps=num_steps,
+        learning_rate=learning_rate,
+        num_warmup_steps=num_warmup_steps,
+        facts=facts,
     )
 
 
@@ -191,6 +210,8 @@ def _record(run: RunFolder, prepared: _Prepared, *, is_new: bool) -> None:
         "summary": dict(prepared.facts),
     }
     write_atomically(run.recipe, tomli_w.dumps({**recipe.resolved(), "provenance": provenance}))
+    if data.skipped:
+        write_atomically(run.skipped_rows, "".join(f"{fault}\n" for fault in data.skipped))
     if is_new and METHODS[recipe.adapter.method].is_adapter:
         save_trainable(prepared.model, run.initial)
 
@@ -223,6 +244,8 @@ def _run(
             training=prepared.training.examples,
             validation=prepared.validation,
             num_steps=prepared.num_steps,
+            learning_rate=prepared.learning_rate,
+            num_warmup_steps=prepared.num_warmup_steps,
             layout=plan.layout,
             takes_saved_layout=resumed is None or resumed.layout is not None,
             folder=run,
@@ -314,12 +337,8 @@ def _out_of_memory(error: BaseException, loop: TrainingLoop, plan: Plan) -> RunE
     )
 
 
-def _plan(recipe: Recipe, settled: StepLayout | None, emit: Emit) -> Plan:
-    """The run's plan, from shapes, before the model is loaded; `settled` is what a resumed run began with.
-
-    Raises ModelError where the model's shapes cannot be known.
-    """
-    shape = fetched_shape(recipe.model)
+def _plan(recipe: Recipe, shape: CatalogModel, settled: StepLayout | None, emit: Emit) -> Plan:
+    """The run's plan, from shapes, before the model is loaded; `settled` is what a resumed run began with."""
     machine = this_machine(recipe, shape)
     plan = make_plan(recipe, shape, machine, settled)
     for reason in slow_kernels(recipe, shape, machine):
@@ -335,18 +354,51 @@ def _plan(recipe: Recipe, settled: StepLayout | None, emit: Emit) -> Plan:
     return plan
 
 
-def _num_steps(recipe: Recipe, num_examples: int, emit: Emit) -> int:
+def _num_steps(recipe: Recipe, num_examples: int) -> int:
     settings = recipe.training
-    num_steps = settings.max_steps or math.ceil(settings.epochs * math.ceil(num_examples / settings.batch_size))
-    if settings.warmup_steps >= num_steps:
+    return settings.max_steps or math.ceil(settings.epochs * math.ceil(num_examples / settings.batch_size))
+
+
+def _learning_rate(recipe: Recipe, shape: CatalogModel) -> float:
+    given = recipe.training.learning_rate
+    method = METHODS[recipe.adapter.method]
+    return method.default_learning_rate(recipe.adapter, shape.hidden_size) if given == "auto" else given
+
+
+def _num_warmup_steps(recipe: Recipe, num_steps: int, emit: Emit) -> int:
+    given = recipe.training.warmup_steps
+    if given == "auto":
+        return int(_WARMUP_SHARE * num_steps)
+    if given >= num_steps:
         emit(
             Notice(
-                f"the warm-up (training.warmup_steps = {settings.warmup_steps}) is as long as the run ({num_steps} steps) "
-                "or longer: the learning rate never reaches training.learning_rate",
+                f"the warm-up (training.warmup_steps = {given}) is no shorter than the run ({num_steps} steps), so the learning "
+                "rate never reaches training.learning_rate",
                 "warning",
             )
         )
-    return num_steps
+    return given
+
+
+def _settled(recipe: Recipe, data: DataSet, learning_rate: float, num_warmup_steps: int) -> Recipe:
+    """The recipe that the run's folder keeps: with numbers for "auto", and the columns that were recognised."""
+    training = recipe.training.model_copy(update={"learning_rate": learning_rate, "warmup_steps": num_warmup_steps})
+    is_known_set = recipe.data.name in TRAINING_SETS
+    columns = recipe.data.columns if is_known_set else ColumnsRecipe(**data.columns._asdict())
+    return recipe.model_copy(update={"training": training, "data": recipe.data.model_copy(update={"columns": columns})})
+
+
+def _tell_of_data(recipe: Recipe, data: DataSet, emit: Emit) -> None:
+    """Which columns were recognised, and which rows were left out."""
+    if recipe.data.columns is None and data.columns != STANDARD_COLUMNS:
+        emit(Notice(f"columns: {data.columns.instruction} is the instruction, {data.columns.output} the output"))
+    if data.skipped:
+        total, num_skipped = len(data.rows) + len(data.skipped), len(data.skipped)
+        shown = "; ".join(data.skipped[:3])
+        more = "; ..." if num_skipped > 3 else ""
+        emit(
+            Notice(f'{num_skipped:,} of {total:,} rows are left out (data.bad_rows = "skip"): {shown}{more}', "warning")
+        )
 
 
 def _warn_of_test_items(name: str, data: DataSet, data_dir: Path | None, emit: Emit) -> None:
@@ -395,6 +447,7 @@ def _facts(
     training: Encoded,
     num_validation: int,
     plan: Plan,
+    learning_rate: float,
 ) -> tuple[tuple[str, str], ...]:
     adapter, settings = recipe.adapter, recipe.training
     num_trainable = sum(parameter.numel() for _, parameter in trainable_parameters(model))
@@ -408,6 +461,7 @@ def _facts(
     settings_of_adapter = "".join(text for key, text in shown.items() if key in method.adapter_keys)
     dtype = adapter.dtype if method.is_adapter else recipe.model.dtype
     modules = ", ".join(name.removesuffix("_proj") for name in method.targets(adapter))
+    rate_source = f" ({adapter.method}'s default)" if settings.learning_rate == "auto" else ""
     epochs = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.epochs:g} epochs"
     return (
         ("base", f"{recipe.model.name} ({recipe.model.quantization}, {recipe.model.dtype}) on {device_description(base.device)}"),
@@ -416,7 +470,7 @@ def _facts(
         ("data", f"{recipe.data.path or recipe.data.name}: {len(training.examples):,} rows"
                  f" of {len(data.rows) - num_validation:,}, {num_validation} more for validation"),
         ("training", f"{epochs}, batch {settings.batch_size}{', packed' if settings.packing else ''}, "
-                     f"lr {settings.learning_rate:g}, {settings.optimizer}"),
+                     f"learning rate {learning_rate:g}{rate_source}, {settings.optimizer}"),
         ("plan", f"{plan.summary}; {plan.predicted_memory_bytes / 2**30:.1f} GiB predicted"),
     )  # fmt: skip
 

@@ -281,10 +281,10 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 def test_counts_on_real_data(shared_data, name):
-    index = contamination.TrainingIndex(read_rows(shared_data / "ft-training_set" / name))
+    index = contamination.TrainingIndex(read_rows(shared_data / "ft-training_set" / name).rows)
     found = {}
     for task in REAL[name]:
-        overlap = index.check(read_rows(shared_data / TASKS[task].file.path, for_test=True))
+        overlap = index.check(read_rows(shared_data / TASKS[task].file.path, gold="answer").rows)
         found[task] = tuple(overlap.num_of(kind) for kind in contamination.KINDS)
         assert len(overlap.clean_indices) == TASKS[task].num_items - sum(found[task])
     assert found == REAL[name]
@@ -402,8 +402,20 @@ columns = {{ instruction = "question", output = "reply" }}
     )
     assert main(["data", "check", str(tmp_path / "own.toml"), "addsub", "--json", "--data-dir", str(data_dir)]) == 0
     assert json.loads(capsys.readouterr().out)["addsub"]["num_exact"] == 1
+    rows = [
+        {"question": STORY.format(1, 2), "reply": ""},
+        {"question": ""},
+        ["no row"],
+    ]  # the answers are not looked at
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    assert main(["data", "check", str(tmp_path / "own.json"), "addsub", "--json", "--data-dir", str(data_dir)]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["addsub"]["num_exact"] == 1
+    assert "2 rows could not be read and are left out; the first:" in err
+    assert 'row 1: column "question" is blank' in " ".join(err.split())
+    (tmp_path / "own.json").write_text(json.dumps([{"text": "x"}]))
     assert main(["data", "check", str(tmp_path / "own.json"), "addsub", "--data-dir", str(data_dir)]) == 2
-    assert "Name the columns in a recipe: [data.columns]" in capsys.readouterr().err
+    assert "Name them in the recipe, for instance: [data.columns]" in capsys.readouterr().err
 
 
 def test_data_check_for_a_person(data_dir, capsys):
@@ -442,7 +454,7 @@ def test_mistakes_end_with_status_2(arguments, message, capsys):
 
 
 def test_all_local_test_sets_are_looked_through(data_dir, no_download):
-    training = DataSet(read_rows(data_dir / TRAINING_SETS["math10k"].path), "train")
+    training = DataSet(read_rows(data_dir / TRAINING_SETS["math10k"].path).rows, "train")
     found, faults = local_overlaps(training, data_dir)
     assert faults == []
     assert {name: (overlap.num_exact, overlap.num_near, overlap.num_items) for name, overlap in found.items()} == {

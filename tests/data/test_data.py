@@ -11,8 +11,8 @@ import torch
 from qdense.catalogs.datasets import TRAINING_SETS
 from qdense.data import wordproblems
 from qdense.data.examples import Example, collate, encode_rows, split_rows
-from qdense.data.rows import Columns, Row, read_rows
-from qdense.data.sources import DataSet, load_training_set
+from qdense.data.rows import Columns, Row, detect_columns, read_rows
+from qdense.data.sources import DataSet, load_named_or_file, load_training_set
 from qdense.data.templates import TEMPLATES
 from qdense.errors import DataError
 from qdense.ops.cross_entropy import IGNORED
@@ -42,14 +42,74 @@ def test_all_formats_read_alike(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     expected = [Row(row["instruction"], row["input"], row["output"]) for row in rows]
     for name in ("a.json", "a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"):
-        assert read_rows(tmp_path / name) == expected, name
+        assert read_rows(tmp_path / name).rows == expected, name
     assert DataSet(expected, "here").checksum == DataSet(list(expected), "there").checksum
     assert DataSet(expected, "x").checksum != DataSet(expected[::-1], "x").checksum
 
 
 def test_columns_can_be_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question": "Q?", "reply": "A."}\n')
-    assert read_rows(tmp_path / "a.jsonl", Columns("question", "context", "reply")) == [Row("Q?", "", "A.")]
+    assert read_rows(tmp_path / "a.jsonl", Columns("question", "context", "reply")).rows == [Row("Q?", "", "A.")]
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (["instruction", "input", "output", "answer"], Columns()),
+        (["prompt", "completion"], Columns("prompt", "input", "completion")),
+        (["question", "answer"], Columns("question", "input", "answer")),
+        (["instruction", "context", "response", "category"], Columns("instruction", "context", "response")),
+        (["input", "output"], Columns("input", "input", "output")),
+        (["prompt", "completion", "answer"], None),
+        (["prompt", "question", "answer"], None),
+        (["text"], None),
+    ],
+)
+def test_columns_are_recognised_by_their_names(tmp_path, names, columns):
+    assert detect_columns(names) == columns
+    (tmp_path / "a.jsonl").write_text(json.dumps({name: f"the {name}" for name in names}))
+    if columns is None:
+        with pytest.raises(DataError, match=f"Its columns: {', '.join(names)}\\. Name them in the recipe"):
+            read_rows(tmp_path / "a.jsonl")
+        return
+    read = read_rows(tmp_path / "a.jsonl")
+    assert (read.columns, read.skipped) == (columns, [])
+    assert (read.rows[0].instruction, read.rows[0].output) == (f"the {columns.instruction}", f"the {columns.output}")
+
+
+def test_bad_rows_are_skipped_and_each_is_told(tmp_path):
+    lines = [
+        json.dumps(ROW),
+        "{oops}",
+        json.dumps(ROW | {"output": " "}),
+        "[1]",
+        json.dumps(ROW | {"input": 3}),
+        json.dumps(ROW),
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    read = read_rows(tmp_path / "a.jsonl", skip_bad=True)
+    assert len(read.rows) == 2
+    assert [fault.partition(", line ")[2][0] for fault in read.skipped] == ["2", "3", "4", "5"]
+    assert 'column "output" is blank' in read.skipped[1]
+    (tmp_path / "b.csv").write_text("prompt,completion\na,b,c\nd,e\n,f\n")
+    read = read_rows(tmp_path / "b.csv", skip_bad=True)
+    assert read.rows == [Row("d", "", "e")]
+    assert len(read.skipped) == 2
+    (tmp_path / "c.jsonl").write_text(json.dumps(ROW | {"output": ""}))
+    with pytest.raises(DataError, match=r"c\.jsonl: none of its 1 rows can be used\. The first: .*line 1: .* blank"):
+        read_rows(tmp_path / "c.jsonl", skip_bad=True)
+
+
+def test_a_bad_row_stops_a_training_set_and_says_how_to_skip_it(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps(ROW | {"output": ""}))
+    with pytest.raises(
+        DataError, match=r"a\.jsonl, line 2: .* blank\. To train without such rows, add --set data\.bad_rows=skip"
+    ):
+        load_training_set(DataRecipe(path=str(tmp_path / "a.jsonl")), None)
+    loaded = load_training_set(DataRecipe(path=str(tmp_path / "a.jsonl"), bad_rows="skip"), None)
+    assert (len(loaded.rows), len(loaded.skipped)) == (1, 1)
+    asked = load_named_or_file(str(tmp_path / "a.jsonl"), None)  # for `qdense data check`: an output is not needed
+    assert (len(asked.rows), len(asked.skipped)) == (2, 0)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +122,7 @@ def test_columns_can_be_named(tmp_path):
         (
             "a.json",
             json.dumps([{"instruct": "x", "output": "y"}]),
-            'row 0: no column "instruction"; did you mean "instruct"',
+            "row 0: cannot tell which column holds the instruction and which the output. Its columns: instruct, output.",
         ),
         ("a.json", json.dumps([ROW | {"output": 7}]), 'row 0: column "output" must be text, not a number (7)'),
         ("a.json", json.dumps([ROW | {"output": None}]), 'row 0: column "output" is empty'),
@@ -108,11 +168,11 @@ def test_text_that_is_not_utf8_names_the_line(tmp_path):
 
 
 def test_real_files_read(shared_data):
-    rows = read_rows(shared_data / "ft-training_set" / "math_10k_genuine_1824.json")
+    rows = read_rows(shared_data / "ft-training_set" / "math_10k_genuine_1824.json").rows
     assert len(rows) == 1824
     assert rows[0].instruction.endswith("\n ")
-    assert len(read_rows(shared_data / "dataset" / "AQuA" / "test.json", for_test=True)) == 254
-    assert len(read_rows(shared_data / "ft-training_set" / "commonsense_SUBSTITUTE_148k.jsonl.gz")) == 147_744
+    assert len(read_rows(shared_data / "dataset" / "AQuA" / "test.json", gold="answer").rows) == 254
+    assert len(read_rows(shared_data / "ft-training_set" / "commonsense_SUBSTITUTE_148k.jsonl.gz").rows) == 147_744
 
 
 def test_a_known_name_that_is_nowhere_is_an_error(tmp_path, monkeypatch):
@@ -145,7 +205,7 @@ def test_a_hub_data_set_comes_through_datasets(tmp_path, monkeypatch):
     columns = {"instruction": "question", "output": "reply"}
     loaded = load_training_set(DataRecipe(name="owner/set", columns=columns), None)
     assert (loaded.rows, loaded.origin) == ([Row("Q?", "", "A.")], "hub: owner/set (train)")
-    with pytest.raises(DataError, match='row 0: no column "instruction"'):
+    with pytest.raises(DataError, match=r"row 0: cannot tell which column .* Its columns: question, reply\."):
         load_training_set(DataRecipe(name="owner/set"), None)
     with pytest.raises(DataError, match="cannot be loaded"):
         load_training_set(DataRecipe(name="owner/set", split="nope"), None)

@@ -88,7 +88,7 @@ def test_numbers_of_thousands_of_digits(tmp_path, suffix):
 )
 def test_what_stands_twice(tmp_path, suffix, content, place):
     (tmp_path / f"rows{suffix}").write_text(content)
-    with pytest.raises(DataError, match=rf'{place} "output" stands twice'):
+    with pytest.raises(DataError, match=rf'{place} "output" appears twice'):
         read_rows(tmp_path / f"rows{suffix}")
 
 
@@ -113,7 +113,7 @@ def test_bombs_are_not_unpacked(tmp_path):
         table = pyarrow.Table.from_pylist([{"instruction": "x" * 1000, "output": "y"}] * num_rows)
         pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
         if num_rows == 1_000:
-            assert len(read_rows(tmp_path / "rows.parquet")) == num_rows
+            assert len(read_rows(tmp_path / "rows.parquet").rows) == num_rows
         else:
             with pytest.raises(DataError, match=r"rows\.parquet: unpacks to more than 16 MiB"):
                 read_rows(tmp_path / "rows.parquet")
@@ -124,7 +124,7 @@ def test_packed_text_is_read(tmp_path):
     rows = [{"instruction": f"Please answer with true or false, question: is {n} more than {n // 3}?", "output": "the correct "
              f"answer is {n % 2 == 0}"} for n in range(60_000)]  # fmt: skip
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
-    assert len(read_rows(tmp_path / "rows.jsonl.gz")) == 60_000
+    assert len(read_rows(tmp_path / "rows.jsonl.gz").rows) == 60_000
 
 
 def test_large_values_that_parquet_holds_once(tmp_path):
@@ -198,12 +198,12 @@ def test_damaged_parquet(tmp_path):
         pyarrow.Table.from_pylist([{"instruction": "a", "output": "b"}] * 9), tmp_path / "r.parquet"
     )
     content = (tmp_path / "r.parquet").read_bytes()
-    assert len(read_rows(tmp_path / "r.parquet")) == 9
+    assert len(read_rows(tmp_path / "r.parquet").rows) == 9
     read, refusals = [], []
     for at in range(4, len(content) - 8, 7):
         (tmp_path / "r.parquet").write_bytes(content[:at] + b"\xff\xff\xff" + content[at + 3 :])
         try:
-            read.append(read_rows(tmp_path / "r.parquet"))
+            read.append(read_rows(tmp_path / "r.parquet").rows)
         except DataError as error:  # anything else fails the test
             refusals.append(str(error))
     assert all(f"{tmp_path / 'r.parquet'}: " in refusal for refusal in refusals)

@@ -51,8 +51,18 @@ def begun(tmp_path):
 
 
 def test_a_run_is_resumed_from_its_checkpoint_and_cut_up_as_it_was(begun):
-    assert begun.resume() == Resumed(begun.checkpoint, StepLayout(4, 2, offload=True))
+    assert begun.resume() == Resumed(begun.checkpoint, StepLayout(4, 2, offload=True), begun.recipe())
     assert begun.notices == [("info", f"resuming from {begun.checkpoint}")]
+
+
+def test_what_the_recipe_leaves_open_is_taken_from_the_run(tmp_path):
+    """The numbers that "auto" meant when the run began, and the columns that were recognised; another rate is a change."""
+    begun = Begun(tmp_path / "run")
+    settled = begun.recipe(training__learning_rate=0.004, training__warmup_steps=7, data__columns={"output": "reply"})
+    begun.run.recipe.write_text(tomli_w.dumps(settled.resolved() | {"provenance": begun.run.provenance()}))
+    assert begun.resume().recipe == settled
+    with pytest.raises(RunError, match=r"training\.learning_rate: was 0\.004, now 0\.001"):
+        begun.resume(training__learning_rate=0.001)
 
 
 def test_an_empty_folder_is_a_fresh_start(tmp_path):
@@ -101,7 +111,7 @@ def test_changes_are_refused_with_old_and_new_or_taken_and_told(begun, changes, 
         begun.resume(**{name: value})
     assert begun.notices == []
     found = begun.resume(accept_changes=True, **changes)
-    assert found == Resumed(begun.checkpoint, StepLayout(**LAYOUT) if keeps_layout else None)
+    assert found == Resumed(begun.checkpoint, StepLayout(**LAYOUT) if keeps_layout else None, begun.recipe(**changes))
     (level, notice), _ = begun.notices
     assert (level, notice) == (
         "warning",

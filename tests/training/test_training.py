@@ -26,7 +26,7 @@ from qdense.events import (
 from qdense.modeling.attach import attach_adapter, run_tensors
 from qdense.modeling.load import load_base
 from qdense.ops.denselora import decode
-from qdense.recipe import load_recipe
+from qdense.recipe import load_recipe, recipe_from_tables
 from qdense.training import checkpoint as checkpoint_module
 from qdense.training.loop import checkpoint_bytes
 from qdense.training.metrics import read_metrics
@@ -61,7 +61,7 @@ def test_a_run_writes_what_it_says(tiny_model, tmp_path):
     assert facts["adapter"] == "denselora r 8, alpha 16, on q, k, v, up, down"
     assert facts["trainable"] == "6,272 parameters, 6.48% of the model, bfloat16"  # of 96,832, by hand
     assert facts["data"] == "wordproblems: 59 rows of 1,192, 8 more for validation"
-    assert facts["training"] == "6 steps, batch 4, packed, lr 0.01, paged_adamw_8bit"
+    assert facts["training"] == "6 steps, batch 4, packed, learning rate 0.01, paged_adamw_8bit"
     plan, _, predicted = facts["plan"].partition("; ")
     assert plan == "2 rows (640 tokens) at a time, all layers recomputed"
     assert 0.1 < float(predicted.removesuffix(" GiB predicted")) < 10  # with what the process has in use already
@@ -261,6 +261,33 @@ def test_the_learning_rate_rises_to_the_recipe_s_and_follows_its_schedule(tiny_m
     events = run(recipe_for(tiny_model, tmp_path / "run", training__eval_steps=6, training__save_steps=6, **settings))
     rates = [event.learning_rate for event in events if isinstance(event, StepDone)]
     assert rates == pytest.approx([0.008 * share for share in shares])
+
+
+def test_omitted_settings_are_chosen_for_the_run_and_kept_in_its_recipe(tiny_model, tmp_path):
+    (tmp_path / "own.jsonl").write_text(
+        "".join(f'{{"prompt": "Say {i}.", "completion": "{i}"}}\n' for i in range(30)) + "{oops\n"
+    )
+    tables = {
+        "model": {"name": str(tiny_model), "device": "cpu"},
+        "data": {"path": str(tmp_path / "own.jsonl"), "validation_rows": 0, "bad_rows": "skip"},
+        "training": {"max_steps": 40, "batch_size": 2},
+        "output": {"dir": str(tmp_path / "run")},
+    }
+    events = run(recipe_from_tables(tables, "test"))
+    rates = [event.learning_rate for event in events if isinstance(event, StepDone)]
+    expected = float(f"{1e-2 * (576 / 64) ** 0.781:.1e}")  # the tiny model is 64 wide
+    assert rates[:3] == pytest.approx([0, expected / 2, expected])  # 5% of 40 steps
+    own = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
+    assert (own["training"]["learning_rate"], own["training"]["warmup_steps"]) == (expected, 2)
+    assert own["training"]["keep"] == "last"
+    assert own["data"]["columns"] == {"instruction": "prompt", "input": "input", "output": "completion"}
+    (skipped,) = (tmp_path / "run" / "skipped_rows.txt").read_text().splitlines()
+    assert "line 31, column 2: not valid JSON" in skipped
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    assert "columns: prompt is the instruction, completion the output" in notices
+    assert any(text.startswith('1 of 31 rows are left out (data.bad_rows = "skip"): ') for text in notices)
+    (started,) = (event for event in events if isinstance(event, TrainingStarted))
+    assert f"learning rate {expected:g} (denselora's default)" in dict(started.facts)["training"]
 
 
 def test_each_kind_of_tensor_has_its_own_rate_and_resumes_with_it(tiny_model, tmp_path):

@@ -20,10 +20,10 @@ from tests.helpers.tuners import TOKENS
 BASELINE = {"r": 2, "alpha": 3.0, "dropout": 0.1, "activation": "gelu", "sharing": "kind", "zero_init": "decoder"} | {
     "target_modules": ("q_proj", "v_proj", "down_proj")
 }
-CHANGED = {"r": 3, "alpha": 5.0, "dropout": 0.3, "activation": "silu", "sharing": "none", "zero_init": "none"    "layer_groups": 2,
+CHANGED = {"r": 3, "alpha": 5.0, "dropout": 0.3, "activation": "silu", "sharing": "none", "zero_init": "none"} | {
+    "target_modules": ("q_proj", "up_proj"),
+    "layer_groups": 2,
     "init": "balanced",
-} | {
-    "target_modules": ("q_proj", "up_proj")
 }
 OWN = {
     "adalora": {"initial_r": 3.0, "warmup_share": 0.3, "final_share": 0.1, "cut_every": 2, "orthogonality": 0.1},

@@ -14,6 +14,11 @@ from qdense.libraries import quiet_libraries, require_library
 
 HELP = "score a model or an adapter on benchmarks"
 DESCRIPTION = "Score an adapter, or a bare base model, on benchmarks. The default is the newest finished run."
+EXAMPLES = """\
+  qdense evaluate gsm8k,aqua,addsub,svamp --adapter runs/math10k --with-base
+  qdense evaluate math --model llama3-8b --limit 100 --decoding greedy --json
+  qdense evaluate commonsense --endpoint http://localhost:8000/v1 --model NAME
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

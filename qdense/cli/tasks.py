@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 HELP = "list the benchmarks, or export them to lm-evaluation-harness"
 DESCRIPTION = "List the benchmarks, or write them as task files for lm-evaluation-harness, as a second opinion."
+EXAMPLES = """\
+  qdense tasks
+  qdense tasks math --export lm-eval exported
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

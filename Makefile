@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 PIP_OPTIONS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c tools/constraints.txt $(PIP_OPTIONS)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 $(READY): pyproject.toml tools/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("qdense needs Python 3.11 or newer; set PYTHON=python3.11 (or newer)" if sys.version_info < (3, 11) else 0)'
@@ -38,5 +38,10 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+# The documentation site, into .site/: every broken link or anchor is an error. Open .site/index.html, or serve it with
+# `python -m http.server -d .site` to have its search too.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/mkdocs.yml
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .site .pytest_cache .mypy_cache .ruff_cache

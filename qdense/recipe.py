@@ -68,7 +68,9 @@ def _module_names(value: Any) -> Any:
     if isinstance(value, str):
         letters = [MODULE_LETTERS.get(letter) for letter in value]
         if not value or None in letters or len(set(value)) < len(value):
-            raise _RefusedError(f"letters are {', '.join(f'{k} ({v})' for k, v in MODULE_LETTERS.items())}, each once")
+            raise _RefusedError(
+                f"the letters are {', '.join(f'{k} ({v})' for k, v in MODULE_LETTERS.items())}, each once"
+            )
         return letters
     return value
 
@@ -87,7 +89,7 @@ class ModelRecipe(_Table):
     ]
     revision: str | None = Field(None, description="a branch, tag or commit of the hub repository")
     quantization: Quantization = Field("nf4", description="nf4, int8 or none")
-    dtype: DType = Field("bfloat16", description="bfloat16 or float32: what the base computes in")
+    dtype: DType = Field("bfloat16", description="bfloat16 or float32: the base's computation")
     device: Device = Field("auto", description="auto, cuda or cpu")
 
     @property
@@ -99,7 +101,7 @@ class ModelRecipe(_Table):
 class _AdapterRecipe(_Table):
     method: Annotated[str, _checked(_known_method)] = Field("denselora", description="a method's name")
     r: int = Field(32, ge=1, le=512, description="a whole number from 1 to 512")
-    alpha: float | None = Field(None, gt=0, description="a positive number; left out, it is 2 r")
+    alpha: float | None = Field(None, gt=0, description="a positive number; omitted, 2 r")
     dropout: float = Field(0.05, ge=0, lt=1, description="a number from 0 up to, but not including, 1")
     activation: Activation = Field("gelu", description="gelu, silu, tanh, relu or none")
     sharing: Sharing = Field(
@@ -123,8 +125,10 @@ class _AdapterRecipe(_Table):
                               _checked(_module_names)] = Field(
         PAPER_TARGET_MODULES, min_length=1, description='module names, or the paper\'s letters such as "QKVUD"'
     )  # fmt: skip
-    dtype: DType = Field("bfloat16", description="bfloat16 or float32: what the adapter is stored and computed in")
-    master_weights: bool = Field(True, description="true or false: whether the optimizer keeps bf16 weights in fp32")
+    dtype: DType = Field("bfloat16", description="bfloat16 or float32: the adapter's storage and computation")
+    master_weights: bool = Field(
+        True, description="true or false: whether the optimizer keeps fp32 copies of bf16 weights"
+    )
 
     @property
     def scaling_alpha(self) -> float:
@@ -157,7 +161,7 @@ else:
         "AdapterRecipe",
         __base__=_AdapterRecipe,
         **{
-            name: (settings, Field(default_factory=settings, description=f"a table of settings of {name}"))
+            name: (settings, Field(default_factory=settings, description=f"a table of the settings of {name}"))
             for name, settings in _OWN_TABLES.items()
         },
     )
@@ -165,7 +169,7 @@ else:
 
 class ColumnsRecipe(_Table):
     instruction: str = Field("instruction", min_length=1, description="the name of a column")
-    input: str = Field("input", min_length=1, description="the name of a column; it may be absent from the data")
+    input: str = Field("input", min_length=1, description="the name of a column, which the data may lack")
     output: str = Field("output", min_length=1, description="the name of a column")
 
 
@@ -186,7 +190,7 @@ class DataRecipe(_Table):
     )
     template: TemplateName = Field("alpaca", description="alpaca or llm-adapters")
     max_length: int = Field(256, ge=8, description="a whole number of tokens, at least 8")
-    train_on: Literal["all", "response"] = Field("all", description="all or response: which tokens the loss counts")
+    train_on: Literal["all", "response"] = Field("all", description="all or response: which tokens count in the loss")
     fraction: float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
     seed: int = Field(42, ge=0, description="a whole number, 0 or more")
     validation_rows: int = Field(120, ge=0, description="a whole number, 0 or more")
@@ -194,7 +198,7 @@ class DataRecipe(_Table):
 
 class TrainingRecipe(_Table):
     epochs: float = Field(3.0, gt=0, description="a positive number")
-    max_steps: int | None = Field(None, ge=1, description="a positive whole number; left out, `epochs` decides")
+    max_steps: int | None = Field(None, ge=1, description="a positive whole number of steps; omitted, `epochs` decides")
     batch_size: int = Field(16, ge=1, description="a positive whole number of examples per optimizer step")
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
@@ -218,20 +222,22 @@ class TrainingRecipe(_Table):
         "auto", description='a whole number of steps, 0 or more, or "auto": 5% of the run'
     )
     weight_decay: float = Field(0.0, ge=0, description="a number, 0 or more")
-    max_grad_norm: float = Field(1.0, ge=0, description="a number; 0 switches clipping off")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="a number, 0 or more: gradients are clipped to this norm; 0 switches clipping off"
+    )
     optimizer: Optimizer = Field("paged_adamw_8bit", description=", ".join(get_args(Optimizer)))
     recompute: Annotated[int, Field(ge=0)] | Literal["auto", "all", "none"] = Field(
         "auto",
-        description='"all", "none" or a whole number of layers whose activations are computed again in the backward pass '
+        description='"all", "none" or a whole number of layers whose activations are recomputed in the backward pass '
         '(gradient checkpointing), or "auto": as few as the memory allows',
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
-        description="stop or skip: whether a loss or gradient that is not finite ends the run or leaves a step out",
+        description="stop or skip: whether a loss or gradient that is not finite ends the run, or its step is skipped",
     )
     kernels: Literal["auto", "torch", "triton"] = Field(
         "auto",
-        description="auto (fused on CUDA), torch or triton: what computes the adapter, and with triton the rest by Liger's",
+        description="auto (triton on CUDA, else torch), torch or triton: the adapter's kernels; triton also uses Liger's",
     )
     trackers: Annotated[tuple[Tracker, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = Field(
         (), description=f"a list of experiment trackers: {', '.join(get_args(Tracker))}"
@@ -392,7 +398,7 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
     for part in parts[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise RecipeError(f"--set {override}: {part} is a value, not a table")
+            raise RecipeError(f"--set {override}: {part} is a value and not a table")
     table[parts[-1]] = value
 
 
@@ -410,8 +416,8 @@ def _conflicts(tables: Mapping[str, Any], wrong: set[str]) -> Iterator[tuple[str
 
     if value("adapter", "activation") == "relu" and value("adapter", "zero_init") != "none":
         message = (
-            'needs adapter.zero_init = "none": ReLU has zero slope at 0, and behind a factor that starts at zero nothing would '
-            "ever get a gradient"
+            'needs adapter.zero_init = "none": ReLU has zero slope at 0, so nothing could learn after a '
+            "factor that starts at zero"
         )
         yield "adapter.activation", 'adapter.activation = "relu"', message
     if value("adapter", "init") == "balanced" and value("adapter", "zero_init") != "decoder":
@@ -439,7 +445,7 @@ def _conflicts(tables: Mapping[str, Any], wrong: set[str]) -> Iterator[tuple[str
         yield "training.keep", 'training.keep = "best"', message
     is_data_readable = not wrong & {"data", "data.name", "data.path"} and isinstance(tables.get("data"), Mapping)
     if is_data_readable and value("data", "name") is None and value("data", "path") is None:
-        yield "data.name", "data.name", "is missing: name a data set, or give data.path a file of your own"
+        yield "data.name", "data.name", "is missing: name a data set, or set data.path to a file of your own"
 
 
 def _location(details: Any) -> list[str]:

@@ -104,7 +104,7 @@ def test_values_that_do_not_fit_together_are_told_with_the_others():
         ("adapter.layer_groups", 0, "a whole number of groups"),
         ("adapter.init", "balance", "paper (M as the authors draw it) or balanced"),
         ("training.rates", {"encoder": 0}, "a table of factors on the learning rate"),
-        ("adapter.target_modules", "QX", "letters are Q (q_proj)"),
+        ("adapter.target_modules", "QX", "the letters are Q (q_proj)"),
         ("adapter.target_modules", "QQ", "each once"),
         ("adapter.target_modules", [], "module names"),
         ("data.fraction", 0, "above 0, at most 1"),

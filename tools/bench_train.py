@@ -60,7 +60,7 @@ class Way:
 
     Attributes:
         method: of the adapter; None for the bare base.
-        layout: how a step is cut up; without packing, micro_batch_size counts padded rows.
+        layout: how a step is divided; without packing, micro_batch_size counts padded rows.
         padding: "longest" row of the micro-batch, "max_length", or None for packed rows.
         is_fused: Triton for the adapter and Liger for the rest; else plain PyTorch.
         is_ours: whether the loss goes without all logits; else it is Transformers' own.

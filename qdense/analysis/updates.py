@@ -139,14 +139,16 @@ def load_updates(run: Path) -> RunUpdates:
         if not folder.initial.is_file():
             raise AdapterError(
                 f"{run}: has no {folder.initial.name}, from which updates are measured. `qdense train` writes it when a run "
-                "begins; an adapter alone, or a run of an older version of qdense, has none: train it again with its own "
+                "begins; an adapter alone, or a run of an older version of qdense, has none: train again with its own "
                 f"{folder.recipe.name}."
             )
         initial, final = _named_alike(_read(folder.initial)), _named_alike(_read(adapter / PEFT_WEIGHTS_FILE))
         config = json.loads((adapter / PEFT_CONFIG_FILE).read_text(encoding="utf-8"))
     found = _changes(run, initial, final, method, config)
     if not found:
-        raise AdapterError(f"{run}: none of the adapter's tensors is in {folder.initial.name}; they are not of one run")
+        raise AdapterError(
+            f"{run}: none of the adapter's tensors is in {folder.initial.name}, so the two belong to different runs"
+        )
     return RunUpdates(folder.path.resolve().name, card.method, found)
 
 

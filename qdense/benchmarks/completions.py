@@ -71,7 +71,7 @@ class CompletionStore:
         if foreign := sorted(done.keys() - set(wanted)):
             index, sample = foreign[0]
             raise EvaluationError(
-                f"{path}: holds index {index}, sample {sample}, which is not asked for here. Remove the file to start over."
+                f"{path}: holds index {index}, sample {sample}, which was not asked for here. Remove the file to start over."
             )
         tally = _Tally(task, rows, self.source.column, len(wanted), self.emit)
         for completion in done.values():
@@ -154,8 +154,8 @@ class SessionLog:
         if self.other_commits and len(self.sessions) == self.num_earlier:
             self.emit(
                 Notice(
-                    f"{self.path.parent}: holds completions by qdense at {', '.join(self.other_commits)}; continuing at "
-                    f"{self.commit}. Remove the folder to have all of them by one version",
+                    f"{self.path.parent}: holds completions made by qdense at {', '.join(self.other_commits)}; continuing at "
+                    f"{self.commit}. Remove the folder to make all of them with one version",
                     "warning",
                 )
             )
@@ -189,7 +189,7 @@ def completions_on_file(path: Path) -> dict[tuple[int, int], Completion]:
                     raise TypeError(f"{key} must be {'text' if kind is str else 'a whole number'}")
         except (EvaluationError, UnicodeDecodeError, TypeError) as error:
             raise EvaluationError(
-                f"{place}: not a completion of ours ({error}). Remove the file to start over."
+                f"{place}: not a completion as qdense writes them ({error}). Remove the file to start over."
             ) from None
         done[completion.index, completion.sample] = completion
     return done

@@ -58,7 +58,7 @@ class EndpointModel:
         self, endpoint: Endpoint, decoding: Decoding, tasks: Sequence[Task], max_new_tokens: int | None
     ) -> None:
         if decoding.num_beams > 1:
-            raise EvaluationError("--endpoint: such servers have no beam search; use --decoding greedy or sample")
+            raise EvaluationError("--endpoint: these servers have no beam search; use --decoding greedy or sample")
         self.endpoint, self.decoding = endpoint, decoding
         self.max_new_tokens = max_new_tokens or MAX_NEW_TOKENS
         self.column = endpoint.model.rstrip("/").rpartition("/")[2] or endpoint.model  # of "owner/name" the name
@@ -213,7 +213,7 @@ def _checked_key(key: str) -> str:
     key = key.strip()
     if not (key.isascii() and key.isprintable()):
         raise EvaluationError(
-            f"{KEY_VARIABLE}: holds a line break or another character that no key has; set it to the key alone"
+            f"{KEY_VARIABLE}: holds a line break or another character that keys do not have; set it to the key alone"
         )
     return key
 
@@ -229,7 +229,7 @@ def _checked_url(url: str) -> str:
         raise EvaluationError(f"--endpoint{named}: must be an address such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise EvaluationError(
-            f"--endpoint: the address of {parts.hostname} must hold no user, password or query; a key belongs in "
+            f"--endpoint: the address of {parts.hostname} must not contain a user, password or query; a key belongs in "
             f"the environment, as {KEY_VARIABLE}"
         )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"

@@ -78,7 +78,7 @@ def _clean_items(
         training = load_training_set(load_recipe(recipe_file).data, request.data_dir, emit)
     else:
         raise EvaluationError(
-            "--clean: nothing tells what this model was trained on; name the training set with --trained-on, for instance "
+            "--clean: it is not known what this model was trained on; name the training set with --trained-on, for instance "
             "--trained-on math10k"
         )
     emit(Notice(f"looking for test items in {training.origin}"))

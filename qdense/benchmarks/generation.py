@@ -137,7 +137,7 @@ def generate(
                 raise EvaluationError(
                     f"out of memory with one sequence at a time (a prompt of {longest:,} tokens and up to "
                     f"{max_new_tokens:,} new ones, {decoding.name}). Lower --max-new-tokens, use --decoding greedy, or free "
-                    "memory; completions that are finished are kept."
+                    "memory; finished completions are kept."
                 ) from None
         batch_size //= 2
         if queue:

@@ -54,17 +54,19 @@ def load_model(request: EvaluationRequest, adapter: Path | None, emit: Emit) -> 
         try:  # before anything large is loaded
             template_named(card.template)
         except DataError as error:
-            raise AdapterError(f"{adapter}: {error}; --template names another") from None
+            raise AdapterError(f"{adapter}: {error}; choose another with --template") from None
     recipe = _model_recipe(request.model, card, f"{adapter}, its base" if card else "the model to evaluate")
     base = load_base(recipe, lambda text: emit(Notice(text)), for_training=False)
     model: Any = base.model
     if adapter is not None and card is not None:
         if card.fingerprint is None:
-            emit(Notice(f"{adapter}: has no {CARD_FILE}, so nothing tells whether {base.name} is its base", "warning"))
+            emit(
+                Notice(f"{adapter}: has no {CARD_FILE}, so it is not known whether {base.name} is its base", "warning")
+            )
         model = load_adapter(base, adapter, card)
         if request.with_base and not hasattr(model, "disable_adapter"):
             raise EvaluationError(
-                f"--with-base: {adapter} is a whole model ({card.method}), which cannot be taken off its base. Score the base "
+                f"--with-base: {adapter} is a whole model ({card.method}), which is not separate from its base. Score the base "
                 f"separately: qdense evaluate TASKS --model {base.name}"
             )
     model.eval()
@@ -155,9 +157,7 @@ class LocalModel:
 
     def _smaller_batch(self, batch_size: int) -> None:
         self.emit(
-            Notice(
-                f"out of memory: continuing with {batch_size} at a time; nothing that is finished is lost", "warning"
-            )
+            Notice(f"out of memory: continuing with {batch_size} at a time; finished completions are kept", "warning")
         )
         self.batch_size = batch_size
         self.session["batch_sizes"].append(batch_size)

@@ -30,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--side", type=positive, metavar="N", help="side of the slices (default: that of the smallest matrix, up to 64)"
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed that the slices are drawn by (default: 0)"
-    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed for drawing the slices (default: 0)")
     parser.add_argument(
         "--output", metavar="DIR", type=Path, help="folder for the files (default: analysis/ in the first run)"
     )

@@ -27,13 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rule",
         choices=("paper", "strict"),
         default="paper",
-        help="how answers are read; paper is the authors' rule (default)",
+        help="how answers are read: by the authors' rule (paper, the default) or strictly",
     )
     parser.add_argument(
         "--published", choices=("llama3-8b", "llama2-7b"), help="add the published rows for this model, marked as such"
     )
     parser.add_argument(
-        "--format", choices=("table", "json", "csv", "markdown"), help="default: by the suffix of FILE, else table"
+        "--format", choices=("table", "json", "csv", "markdown"), help="default: from the suffix of FILE, else table"
     )
     parser.add_argument(
         "--output", metavar="FILE", type=Path, help="write to FILE (.json, .csv, .md, .txt) instead of stdout"

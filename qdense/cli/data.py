@@ -19,11 +19,11 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = parser.add_subparsers(metavar="COMMAND", required=True).add_parser(
         "check",
-        help="find test items that a training set holds",
-        description="Find the test items that a training set holds, exactly or nearly. The exit status is 0 whatever is "
+        help="find test items in a training set",
+        description="Find the test items that a training set contains, exactly or nearly. The exit status is 0 whatever is "
         "found.",
     )
-    check.add_argument("train", metavar="TRAIN", help="a known training set (math10k, ...), a file of one, or a recipe")
+    check.add_argument("train", metavar="TRAIN", help="a known training set (math10k, ...), a file, or a recipe")
     check.add_argument("tasks", metavar="TASKS", help="comma-separated tasks: gsm8k, math, commonsense, all, ...")
     add_data_dir(check)
     add_json(check)

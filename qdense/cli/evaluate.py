@@ -56,9 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="send the questions to --model on an OpenAI-compatible server, with zero-shot chain of thought; the key is "
         'read from OPENAI_API_KEY (needs "qdense[endpoint]")',
     )
-    what.add_argument("--concurrency", type=positive, metavar="N", help="simultaneous requests to it (default: 8)")
+    what.add_argument(
+        "--concurrency", type=positive, metavar="N", help="simultaneous requests to the server (default: 8)"
+    )
     what.add_argument("--limit", type=positive, metavar="N", help="only the first N items of each task")
-    what.add_argument("--clean", action="store_true", help="also score without the items that the training set holds")
+    what.add_argument(
+        "--clean", action="store_true", help="also score without the items that the training set contains"
+    )
     what.add_argument(
         "--trained-on",
         metavar="TRAIN",

@@ -83,7 +83,7 @@ def _export(arguments: argparse.Namespace, tasks: Sequence[Task]) -> None:
     print(f"wrote {len(tasks)} tasks to {folder} (template {template.name}, {decoding.name})")
     if decoding.name == "beam4":
         print(
-            "The harness ends the beam search of a whole batch as soon as one beam ends: its completions will differ from ours."
+            "The harness ends the beam search of a whole batch as soon as one beam ends, so its completions will differ."
         )
     print(
         "\nRun them (pip install lm-eval) on an adapter that was trained with this template:\n"

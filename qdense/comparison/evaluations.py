@@ -71,7 +71,7 @@ def load_evaluation(path: Path) -> Evaluation:
     """
     folder = find_evaluation(path)
     for file, why in (
-        (folder.settings, f"has no {folder.settings.name}, so nothing tells what was scored"),
+        (folder.settings, f"has no {folder.settings.name}, so it is not known what was scored"),
         (folder.summary, "was not finished"),
         (folder.items, f"was made by an older version of qdense and has no {folder.items.name}"),
     ):
@@ -82,7 +82,7 @@ def load_evaluation(path: Path) -> Evaluation:
     missing = [task for task in outcomes if any(task not in settings[key] for key in _BY_TASK)]
     if missing:
         raise EvaluationError(
-            f"{folder.path}: {folder.settings.name} does not know {missing[0]} of {folder.items.name}. {_again(folder)}"
+            f"{folder.path}: {folder.settings.name} does not mention {missing[0]} of {folder.items.name}. {_again(folder)}"
         )
     run = folder.run or RunFolder(folder.path)
     return Evaluation(str(path), folder.path, settings, _read_recipe(run.recipe), outcomes)

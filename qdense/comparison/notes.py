@@ -18,14 +18,14 @@ def on_items(evaluations: Sequence[Evaluation], indices: Mapping[str, Sequence[i
     """Tasks and items that are left out; `indices` are those of each task that are compared."""
     left_out = dict.fromkeys(task for one in evaluations for task in one.outcomes if task not in indices)
     if left_out:
-        yield f"not in every run, so left out: {', '.join(left_out)}"
+        yield f"not in every run, so omitted: {', '.join(left_out)}"
     uneven = [
         task
         for task, common in indices.items()
         if any(len(one.outcomes[task][RULES[0]]) > len(common) for one in evaluations)
     ]
     if uneven:
-        yield f"runs hold different items of {', '.join(uneven)}; only those that every run holds are compared"
+        yield f"runs have different items of {', '.join(uneven)}; only those that every run has are compared"
     partial = [
         f"{task} {len(common):,} of {TASKS[task].num_items:,}"
         for task, common in indices.items()
@@ -74,7 +74,7 @@ def on_seeds(groups: Mapping[str, Sequence[Evaluation]]) -> Iterable[str]:
     if pooled:
         yield (
             f"{', '.join(pooled)}: pooled. The bootstrap draws seeds as well as items, but few seeds say little: with n seeds "
-            "it counts (n - 1)/n of their variance. The p values take the seeds as they are, so one can be small where the "
+            "it includes (n - 1)/n of their variance. The p values treat the seeds as fixed, so one can be small where the "
             "interval of the same difference contains 0."
         )
 
@@ -86,7 +86,7 @@ def on_published(
     if model is None:
         return
     if not rows:
-        yield f"nothing is published on these tasks for {model}"
+        yield f"no published rows on these tasks for {model}"
         return
     yield (
         f"published rows: on {model} as printed elsewhere, by the authors' rule and decoding, from unquantized bases; "
@@ -102,7 +102,7 @@ def on_published(
     if any(row["doubts"] for row in rows):
         yield "in parentheses: worked back from the published average, +-0.5; with a question mark: uncertain"
     if groups and any(row["average"] is None for row in rows):
-        yield "published averages are over other tasks than these, and are left out"
+        yield "published averages are over other tasks, and are omitted"
     yield from (f"{row['name']}, {row['kind']}: {row['note']}" for row in rows if row["note"])
 
 

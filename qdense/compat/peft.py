@@ -22,7 +22,7 @@ TUNER_OVERRIDES = {
     "_create_and_replace": "no layer is adapted",
     "_replace_module": "PEFT moves 4-bit and 8-bit layers whose adapters are on the meta device, which fails",
     "_cast_adapter_dtype": "PEFT rebuilds the parameters when it casts, and frozen factors become trainable",
-    "merge_adapter": "an adapter that is no matrix, or one on a 4-bit base, is merged into nonsense",
+    "merge_adapter": "an adapter that is not a matrix, or one on a 4-bit base, is merged into nonsense",
     "_unload_and_optionally_merge": "the same, by merge_and_unload",
     "inject_adapter": "DenseLoRA has no place for encoders and decoders",
     "set_adapter": "encoders and decoders stay trainable, or frozen, when the adapter is switched",
@@ -34,10 +34,10 @@ TUNER_OVERRIDES = {
 # The same of BaseTunerLayer.
 LAYER_OVERRIDES = {
     "adapter_layer_names": "an adapter's tensors in a layer are not frozen, switched or deleted",
-    "other_param_names": "what else a layer keeps of an adapter outlives it",
+    "other_param_names": "other things that a layer keeps of an adapter outlive it",
     "_move_adapter_to_device_of_base_layer": "PEFT rebuilds the parameters when it moves them, and frozen ones become trainable",
     "merge": "the adapter is not merged",
-    "unmerge": "the adapter is not taken off again",
+    "unmerge": "the adapter is not removed again",
 }
 
 

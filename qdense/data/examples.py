@@ -44,13 +44,13 @@ def split_rows(num_rows: int, *, validation_rows: int, fraction: float, seed: in
     if num_rows <= validation_rows:
         raise DataError(
             f"data.validation_rows = {validation_rows}: the data set has {num_rows} rows, so none is left to train on. "
-            'Lower data.validation_rows (0, with training.keep = "last", trains without validation).'
+            "Lower data.validation_rows; 0 trains without validation."
         )
     remaining = num_rows - validation_rows
     num_training = math.floor(fraction * remaining + 1e-9)
     if num_training < 1:
         raise DataError(
-            f"data.fraction = {fraction:g}: of {remaining} rows that is less than one. The smallest fraction here is "
+            f"data.fraction = {fraction:g}: less than one of {remaining} rows. The smallest fraction here is "
             f"{1 / remaining:.2g}."
         )
     training = order[validation_rows : validation_rows + num_training]
@@ -126,7 +126,9 @@ def encode_rows(rows: Sequence[Row], numbers: Sequence[int], tokenizer: Any, dat
                     continue
             examples.append(Example(number, input_ids, labels))
     if not examples:
-        raise DataError(f"no row keeps any of its response within data.max_length = {data.max_length} tokens; raise it")
+        raise DataError(
+            f"no row has any of its response left within data.max_length = {data.max_length} tokens; raise it"
+        )
     return Encoded(examples, num_truncated, num_without_answer, num_dropped)
 
 

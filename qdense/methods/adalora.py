@@ -34,15 +34,23 @@ if TYPE_CHECKING:
 class AdaLoraSettings(MethodSettings):
     """[adapter.adalora]; the defaults of rank and regularisation are PEFT's, the shares those of the paper's GLUE runs."""
 
-    initial_r: float = Field(1.5, ge=1, le=8, description="a number from 1 to 8: the rank at first, as a multiple of r")
+    initial_r: float = Field(1.5, ge=1, le=8, description="a number from 1 to 8: the initial rank, as a multiple of r")
     warmup_share: float = Field(
-        0.1, ge=0, lt=1, description="a number from 0 to below 1: the share of the steps before ranks are first cut"
+        0.1,
+        ge=0,
+        lt=1,
+        description="a number from 0 up to, but not including, 1: the share of the steps before ranks are first cut",
     )
     final_share: float = Field(
-        0.3, ge=0, lt=1, description="a number from 0 to below 1: the share of the steps after the last cut"
+        0.3,
+        ge=0,
+        lt=1,
+        description="a number from 0 up to, but not including, 1: the share of the steps after the last cut",
     )
-    cut_every: int = Field(10, ge=1, description="a positive whole number: steps from one cut to the next")
-    orthogonality: float = Field(0.5, ge=0, description="a number, 0 or more: weight of the orthogonality in the loss")
+    cut_every: int = Field(10, ge=1, description="a positive whole number: the steps from one cut to the next")
+    orthogonality: float = Field(
+        0.5, ge=0, description="a number, 0 or more: the weight of the orthogonality term in the loss"
+    )
 
 
 def _initial_r(adapter: AdapterSettings) -> int:
@@ -57,7 +65,7 @@ def _build_config(adapter: AdapterSettings, num_steps: int) -> Any:
     last_cut = num_steps - int(settings.final_share * num_steps)
     if first_cut >= last_cut:
         raise ValueError(
-            f"AdaLoRA has no step to cut ranks in: warmup_share = {settings.warmup_share} and "
+            f"AdaLoRA has no step in which to cut ranks: warmup_share = {settings.warmup_share} and "
             f"final_share = {settings.final_share} leave none of the {num_steps} steps. Lower one of them."
         )
     return AdaLoraConfig(
@@ -153,7 +161,7 @@ def _freeze_counters(model: Any) -> None:
 
 METHOD = Method(
     name="adalora",
-    summary="AdaLoRA, PEFT's: rank is moved to the layers that need it",
+    summary="AdaLoRA, PEFT's: moves rank to the layers that need it",
     learning_rate=lambda adapter: 3e-2,
     adapter_keys=frozenset({"r", "alpha", "dropout", "target_modules"}),
     build_config=_build_config,

@@ -146,7 +146,7 @@ def _freeze_config(adapter: AdapterSettings) -> Any:
 FREEZE = dataclasses.replace(
     METHOD,
     name="denselora-freeze",
-    summary='ablation: encoder and decoder stay as drawn; M is trained, from zero (zero_init = "none": from a random start)',
+    summary="ablation: trains M alone, from zero; encoder and decoder stay as drawn",
     adapter_keys=_ADAPTER_KEYS - {"init"},
     build_config=lambda adapter, num_steps: _freeze_config(adapter),
     count_parameters=_count_matrices,

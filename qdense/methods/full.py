@@ -57,7 +57,7 @@ METHOD = Method(
 
 NONE = Method(
     name="none",
-    summary="the base as it is",
+    summary="the base alone",
     learning_rate=METHOD.learning_rate,  # of nothing
     adapter_keys=frozenset(),
     build_config=None,

@@ -54,14 +54,14 @@ def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 
 METHOD = Method(
     name="hira",
-    summary="HiRA, PEFT's: the weight times a low-rank matrix, element by element; unpacks every weight in each forward",
+    summary="HiRA, PEFT's: the weight times a low-rank matrix, element by element; unpacks every weight in each forward pass",
     learning_rate=lambda adapter: 1e-2,
     adapter_keys=frozenset({"r", "dropout", "target_modules"}),
     build_config=_build_config,
     count_parameters=count_low_rank,
     costs=Costs(of_input=input_bytes_if_trained, of_module=_module, frozen_parameters=no_frozen_parameters),
     quantizations=("nf4", "none"),
-    why_not_quantized="PEFT's HiRA multiplies in fp16 what it unpacks of 8-bit weights (peft 0.21)",
+    why_not_quantized="PEFT's HiRA unpacks 8-bit weights to fp16 and multiplies there (peft 0.21)",
     peft_type="HIRA",
     size_keys=("r",),
     reads_base_weights=True,

@@ -34,9 +34,9 @@ class LokrSettings(MethodSettings):
     """[adapter.lokr]"""
 
     decompose_factor: Annotated[int, AfterValidator(_known_factor)] = Field(
-        -1, description="a whole number from 2 on: size of the left factor; or -1: both as square as can be"
+        -1, description="a whole number, 2 or more: size of the left factor; or -1: both as square as possible"
     )
-    decompose_both: bool = Field(False, description="true or false: whether the left factor may be of low rank as well")
+    decompose_both: bool = Field(False, description="true or false: whether the left factor may have a low rank too")
 
 
 def _build_config(adapter: AdapterSettings, num_steps: int) -> Any:
@@ -123,7 +123,7 @@ def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 
 METHOD = Method(
     name="lokr",
-    summary="LoKr, PEFT's: a Kronecker product",
+    summary="LoKr, PEFT's: a Kronecker product of two small factors",
     learning_rate=lambda adapter: 3e-2,
     adapter_keys=frozenset({"r", "alpha", "target_modules"}),  # PEFT's has no dropout on the input
     build_config=_build_config,

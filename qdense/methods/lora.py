@@ -91,7 +91,7 @@ METHOD = Method(
 DORA = dataclasses.replace(
     METHOD,
     name="dora",
-    summary="DoRA, PEFT's: LoRA for the direction of the weights, a trained magnitude; unpacks every weight in each forward",
+    summary="DoRA, PEFT's: LoRA for the weights' direction, and a trained magnitude; unpacks every weight in each forward pass",
     build_config=lambda adapter, num_steps: _config(adapter, use_dora=True),
     count_parameters=_count_dora,
     costs=dataclasses.replace(METHOD.costs, of_module=_module_of_dora),

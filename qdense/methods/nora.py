@@ -28,13 +28,13 @@ class NoraSettings(MethodSettings):
         None,
         ge=1,
         le=512,
-        description="a whole number, at most adapter.r; left out, r / 2: DenseLoRA's r^2 numbers a layer",
+        description="a whole number, at most adapter.r; omitted, r / 2, which gives a layer DenseLoRA's r^2 numbers",
     )
     split: Literal["both", "left", "right"] = Field(
         "both", description="both, left or right: which factor of the frozen pair holds the singular values"
     )
     calibration_rows: int = Field(
-        32, ge=0, description="a whole number of training rows whose activations weigh the SVD; 0 is a plain SVD"
+        32, ge=0, description="a whole number of training rows whose activations weight the SVD; 0 gives a plain SVD"
     )
 
 

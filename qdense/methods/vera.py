@@ -23,8 +23,8 @@ from qdense.methods.method import Method, MethodSettings
 class VeraSettings(MethodSettings):
     """[adapter.vera]"""
 
-    r: int = Field(256, ge=1, le=4096, description="a whole number from 1 to 4096: rank of the random pair")
-    initial_d: float = Field(0.1, gt=0, description="a positive number: what the vector of length r starts with")
+    r: int = Field(256, ge=1, le=4096, description="a whole number from 1 to 4096: the rank of the random pair")
+    initial_d: float = Field(0.1, gt=0, description="a positive number: the initial value of the vector of length r")
 
 
 def _build_config(adapter: AdapterSettings, num_steps: int) -> Any:
@@ -66,7 +66,7 @@ def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 
 METHOD = Method(
     name="vera",
-    summary="VeRA, PEFT's: two vectors for each layer on one frozen random pair",
+    summary="VeRA, PEFT's: two vectors for each layer, on one frozen random pair",
     learning_rate=lambda adapter: 1e-1,
     # adapter.r is not read: VeRA's ranks are another order of magnitude (PEFT's default and the paper's: 256).
     adapter_keys=frozenset({"dropout", "target_modules"}),

@@ -99,10 +99,10 @@ def _refuse_odd_values(folder: Path, weights: Mapping[str, torch.Tensor]) -> Non
                 f"{folder}: {name} holds {tensor.dtype}; trained tensors are float32, bfloat16 or float16"
             )
         if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{folder}: {name} holds NaN or infinite values: the training that made it went wrong")
+            raise AdapterError(f"{folder}: {name} holds NaN or infinite values: its training went wrong")
         if tensor.numel() and (largest := float(tensor.abs().max())) > _LARGEST:
             raise AdapterError(
-                f"{folder}: {name} holds values up to {largest:.3g}, as no training makes them: it is damaged"
+                f"{folder}: {name} holds values up to {largest:.3g}, larger than training produces: it is damaged"
             )
 
 
@@ -134,7 +134,7 @@ def read_card(folder: Path) -> AdapterCard:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(f"{path}: not a readable adapter configuration: {error!r}") from None
     if not isinstance(name, str) or not isinstance(method, str):
-        raise AdapterError(f"{path}: base_model_name_or_path and peft_type must be names")
+        raise AdapterError(f"{path}: base_model_name_or_path and peft_type must be text")
     known = method_of(config)
     called = method.lower() if known is None else known.name
     return AdapterCard(model={"name": name}, fingerprint=None, template="alpaca", method=called)

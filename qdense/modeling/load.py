@@ -85,7 +85,7 @@ def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_trai
     elif recipe.quantization == "nf4" and device.type == "cpu" and _has_memory_to_unpack(model, recipe, notice):
         # Bit for bit the logits of NF4 weights that are unpacked at each use; reading a prompt takes 0.4 times as long.
         model = model.dequantize(dtype=getattr(torch, recipe.dtype))
-        stored_as = f"{recipe.dtype}, the values of nf4"
+        stored_as = f"{recipe.dtype}, with NF4's values"
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     reference = os.path.abspath(recipe.name) if os.path.isdir(recipe.name) else recipe.name
     return BaseModel(recipe.name, reference, model, tokenizer, fingerprint, pad_token_id, device, stored_as)
@@ -94,7 +94,7 @@ def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_trai
 def _reason(error: Exception) -> str:
     """Why Transformers could not load a model. It would have its user allow the model's own code; that is not to be had here."""
     if "trust_remote_code" in str(error):
-        return "it needs code of its own, which qdense does not run. Take a model whose architecture Transformers has"
+        return "it needs custom code, which qdense does not run. Use a model whose architecture Transformers has"
     return str(error)
 
 
@@ -105,7 +105,7 @@ def _load_quantized(
     folder: Path, identity: str, fingerprint: Fingerprint, recipe: ModelRecipe, device: torch.device, notice: Tell
 ) -> Any:
     if (json.loads((folder / "config.json").read_text())).get("quantization_config"):
-        notice(f"loading {recipe.name}, which is quantized already")
+        notice(f"loading {recipe.name}, which is already quantized")
         return _from_pretrained(folder, recipe, device, quantization=None)
     key = json.dumps([identity, fingerprint, recipe.quantization, recipe.dtype], sort_keys=True)
     cached = cache_dir("quantized", f"{Path(recipe.name).name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}")

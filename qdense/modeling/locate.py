@@ -25,7 +25,7 @@ def locate_model(name: str, revision: str | None, notice: Tell) -> tuple[Path, s
     if os.path.isdir(name):
         folder = Path(name)
         if not (folder / "config.json").is_file():
-            raise ModelError(f"{name}: no config.json in this folder, so it is no Transformers model")
+            raise ModelError(f"{name}: no config.json in this folder, so it is not a Transformers model")
         files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
         return folder, json.dumps([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files])
     if name == "smollm2-135m":
@@ -55,8 +55,8 @@ def _fetch_from_hub(hub_id: str, revision: str | None, notice: Tell) -> Path:
     )
 
     at = f" at {revision}" if revision else ""
-    notice(f"finding {hub_id}{at} (a first time downloads it)")
-    or_local = "or give model.name the path of a local folder that holds the model"
+    notice(f"finding {hub_id}{at} (downloaded the first time)")
+    or_local = "or set model.name to the path of a local folder with the model"
     try:
         return Path(
             snapshot_download(
@@ -69,14 +69,14 @@ def _fetch_from_hub(hub_id: str, revision: str | None, notice: Tell) -> Path:
         )
     except GatedRepoError:
         raise ModelError(
-            f"{hub_id} is gated. Accept its licence at https://huggingface.co/{hub_id}, make a token at "
+            f"{hub_id} is gated. Accept its licence at https://huggingface.co/{hub_id}, create a token at "
             "https://huggingface.co/settings/tokens, and log in with `hf auth login` or set HF_TOKEN; " + or_local + "."
         ) from None
     except RevisionNotFoundError:
         raise ModelError(f'{hub_id}: model.revision = "{revision}" does not exist there') from None
     except RepositoryNotFoundError:
         raise ModelError(
-            f"{hub_id}: the hub knows no such model, or does not show it to you. Check the name; if it is private, log in "
+            f"{hub_id}: no such model on the hub, or you have no access to it. Check the name; if it is private, log in "
             f"with `hf auth login` or set HF_TOKEN; {or_local}."
         ) from None
     except LocalEntryNotFoundError:
@@ -97,8 +97,8 @@ def require_data_only(name: str, folder: Path) -> None:
     """
     if (folder / PEFT_CONFIG_FILE).exists():
         raise ModelError(
-            f"{name}: {folder} holds {PEFT_CONFIG_FILE}: Transformers would put that adapter on the base, unasked. Move its "
-            "files to a folder of their own, and name that with --adapter."
+            f"{name}: {folder} holds {PEFT_CONFIG_FILE}: Transformers would add that adapter to the base, unasked. Move its "
+            "files to another folder, and name that with --adapter."
         )
 
     def no_fetched_attention(table: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def require_data_only(name: str, folder: Path) -> None:
         raise ModelError(f"{name}: config.json or {index.name} in {folder} cannot be read: {error!r}") from None
     if foreign := sorted(map(str, named - {path.name for path in folder.glob("*.safetensors")})):
         raise ModelError(
-            f"{name}: its configuration or index names weights that are no safetensors files of {folder}: "
+            f"{name}: its configuration or index names weights that are not safetensors files in {folder}: "
             f"{', '.join(foreign[:3])}. Fetch the whole model again."
         )
 

@@ -69,7 +69,7 @@ def merge(run: Path, output: Path, *, onto: str, into_nf4: bool, notice: Tell) -
         AdapterError: the adapter is not a matrix, or does not fit; or `output` is in use.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise AdapterError(f"{output}: already exists and is not an empty folder; name another to write into")
+        raise AdapterError(f"{output}: already exists and is not an empty folder; name another folder")
     folder = find_adapter(run)
     card = read_card(folder)
     if (method := METHODS.get(card.method)) is not None and not method.is_adapter:

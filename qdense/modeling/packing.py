@@ -26,7 +26,7 @@ def why_not_packed(model: Any) -> str | None:
     """The reason that this model's rows cannot be packed; None if they can."""
     config = model.config
     if config.model_type not in CAUSAL_ONLY:
-        return f"packing is known to be right for {', '.join(CAUSAL_ONLY)}, not for {config.model_type}"
+        return f"packing is tested for {', '.join(CAUSAL_ONLY)}, not for {config.model_type}"
     layer_types = set(getattr(config, "layer_types", None) or ())
     has_window = "sliding_attention" in layer_types or (not layer_types and getattr(config, "sliding_window", None))
     return "its attention has a sliding window" if has_window else None

@@ -29,7 +29,7 @@ def use_kernels(choice: str) -> None:
     if choice not in KERNELS:
         raise ValueError(f"kernels = {choice!r}: must be one of {', '.join(KERNELS)}")
     if choice == "triton" and not has_triton():
-        raise ValueError(f'kernels = "triton": {why_not_triton("cuda")}; or take "auto"')
+        raise ValueError(f'kernels = "triton": {why_not_triton("cuda")}; or use "auto"')
     _choice = choice
 
 
@@ -51,7 +51,7 @@ def why_no_liger(model_type: str) -> str | None:
     if importlib.util.find_spec("liger_kernel") is None:
         return 'liger-kernel is not installed (pip install "qdense[cuda]")'
     if model_type not in LIGER_TESTED:
-        return f"Liger's kernels are known to be right for {', '.join(LIGER_TESTED)}, not for {model_type}"
+        return f"Liger's kernels are tested for {', '.join(LIGER_TESTED)}, not for {model_type}"
     return None
 
 
@@ -61,5 +61,5 @@ def adapter_ops(x: Tensor) -> ModuleType:
     if not is_fused:
         return denselora
     if fault := why_not_triton(x.device.type):
-        raise ValueError(f'kernels = "triton": {fault}; take "auto"')
+        raise ValueError(f'kernels = "triton": {fault}; use "auto"')
     return importlib.import_module("qdense.ops.denselora_triton")  # imports Triton

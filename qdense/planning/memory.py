@@ -39,7 +39,7 @@ _OPTIMIZER_BYTES = {
 
 @dataclass(frozen=True)
 class StepLayout:
-    """What the planner chooses: how a step is cut up, and what of it is computed twice or moved away.
+    """What the planner chooses: how a step is divided, and what of it is computed twice or moved away.
 
     Attributes:
         micro_batch_size: rows of the greatest length that a forward pass may hold.

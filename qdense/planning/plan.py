@@ -1,4 +1,4 @@
-"""The plan of a training run: whether it fits the memory, where each byte goes, and how a step is cut up to be fast.
+"""The plan of a training run: whether it fits the memory, where each byte goes, and how a step is divided to be fast.
 
 What the recipe fixes stays; what it leaves "auto" is chosen for the highest predicted speed that fits. Long contexts take
 further measures, only where nothing fits without them: checkpoints wait in host memory, then the MLP runs in tiles.
@@ -255,6 +255,6 @@ def _remedies(recipe: Recipe, shape: CatalogModel, machine: Machine) -> list[str
     if not remedies:
         least = memory_of(_with_length(recipe, 8), shape, machine.kernels, StepLayout(1, shape.num_layers))
         remedies.append(
-            f"the model itself needs {least.peak_bytes / 2**30:.1f} GiB: take a smaller model or a larger card"
+            f"the model itself needs {least.peak_bytes / 2**30:.1f} GiB: use a smaller model or a larger card"
         )
     return remedies

@@ -115,7 +115,7 @@ def _appearing(folder: Path, step: int) -> Iterator[Path]:
         yield building
         _seal(building)
         if fault := fault_of(building):
-            raise OSError(f"{target}: was not written as it should be: {fault}")
+            raise OSError(f"{target}: was not written correctly: {fault}")
         if target.exists():
             shutil.rmtree(target)  # of this step, from before a resume
         os.replace(building, target)
@@ -151,7 +151,7 @@ def fault_of(checkpoint: Path) -> str | None:
                 "or start a new run with another --output."
             )
         if found != FORMAT:
-            return f"{_MANIFEST} names no format"
+            return f"{_MANIFEST} does not say its format"
         if unlisted := sorted(_FILES - files.keys()):
             return f"{_MANIFEST} does not list {unlisted[0]}"
         for name in sorted(_FILES):

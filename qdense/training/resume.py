@@ -46,7 +46,7 @@ def checkpoint_to_resume(
         raise RunError(f"{run.path}: is not empty. Resume it with --resume, or name another folder with --output.")
     if not run.recipe.is_file():
         raise RunError(
-            f"{run.path}: holds files but no {run.recipe.name}, so it is no run of qdense. Give another --output."
+            f"{run.path}: holds files but no {run.recipe.name}, so it is not a run of qdense. Name another folder with --output."
         )
     begun = load_recipe(run.recipe)
     recipe = _as_begun(recipe, begun)
@@ -56,7 +56,7 @@ def checkpoint_to_resume(
         if key not in _DECIDES_NOTHING
     }
     if run.is_finished:
-        changed = f" These values differ from its own: {', '.join(changes)}." if changes else ""
+        changed = f" These values differ from the run's: {', '.join(changes)}." if changes else ""
         raise RunError(
             f"{run.path}: this run is finished ({run.adapter}). Evaluate it with `qdense evaluate TASKS --adapter {run.path}`, "
             f"or train a new one with another --output.{changed}"
@@ -93,12 +93,12 @@ def refuse_other_inputs(
 def _refuse(run: RunFolder, what: str, differing: dict[str, str], accept_changes: bool, emit: Emit) -> None:
     if accept_changes:
         changes = "; ".join(line.strip() for line in differing.values())
-        emit(Notice(f"{run.path}: continuing with another {what} than the run began with: {changes}", "warning"))
+        emit(Notice(f"{run.path}: continuing with a different {what} than the run began with: {changes}", "warning"))
         return
     lines = "\n".join(differing.values())
     raise RunError(
         f"{run.path}: --resume must continue with the same {what}; changed since the run began:\n{lines}\n"
-        "Restore what it began with, start a new run with another --output, or add --accept-changes: then no single recipe "
+        "Restore what it began with, start a new run with another --output, or add --accept-changes; then no single recipe "
         "describes the outcome."
     )
 
@@ -112,7 +112,7 @@ def _newest_whole(folder: Path, emit: Emit) -> Path | None:
         aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
         shutil.rmtree(aside, ignore_errors=True)
         checkpoint.rename(aside)
-        emit(Notice(f"{checkpoint}: {fault}. It is passed over and renamed {aside.name}", "warning"))
+        emit(Notice(f"{checkpoint}: {fault}. It is skipped and renamed {aside.name}", "warning"))
     return None
 
 
@@ -128,7 +128,7 @@ def _tell_of_a_killed_process(run: RunFolder, recipe: Recipe, emit: Emit) -> Non
     emit(
         Notice(
             f"{run.path}: the previous process was killed, or the power failed. Planned: {planned:.1f} GiB{used}, of "
-            f"{total:.1f} GiB. If the system killed it for its memory (`dmesg | grep -i oom`), add --accept-changes and lower "
+            f"{total:.1f} GiB. If it was killed because memory ran out (`dmesg | grep -i oom`), add --accept-changes and lower "
             f"training.micro_batch_size ({rows}) or data.max_length ({recipe.data.max_length}), or set "
             f'training.recompute = "all" ({layers} layers)',
             "warning",

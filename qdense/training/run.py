@@ -120,7 +120,7 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, ac
 def _require_kernels(recipe: Recipe) -> None:
     """Raise RunError where the recipe forces kernels that cannot run here, before anything loads."""
     if recipe.training.kernels == "triton" and (fault := why_not_triton(choose_device(recipe.model.device).type)):
-        raise RunError(f'training.kernels = "triton": {fault}. Take "auto" or "torch".')
+        raise RunError(f'training.kernels = "triton": {fault}. Use "auto" or "torch".')
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ def _load(path: Path) -> Checkpoint:
         return Checkpoint.load(path)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{path}: holds what no run of qdense has written, and is not read: {str(error).splitlines()[0]} Remove it to "
+            f"{path}: has contents that qdense does not write, so it is not read: {str(error).splitlines()[0]} Remove it to "
             "continue from the one before, or start a new run."
         ) from None
 
@@ -331,7 +331,7 @@ def _out_of_memory(error: BaseException, loop: TrainingLoop, plan: Plan) -> RunE
     return RunError(
         f"step {loop.step + 1}: out of memory, one row at a time: {what}. "
         f"Planned: {plan.predicted_memory_bytes / gib:.1f} GiB for {plan.summary}; used at most: "
-        f"{peak_memory(device) / gib:.1f} GiB of {memory_total(device) / gib:.1f} GiB. Close what else uses the memory, set "
+        f"{peak_memory(device) / gib:.1f} GiB of {memory_total(device) / gib:.1f} GiB. Close other programs, set "
         f'training.recompute = "all" ({layout.recompute_layers} layers now) or lower data.max_length (a changed recipe needs '
         f"--accept-changes). {last_good_checkpoint(loop.job.folder.checkpoints)}"
     )
@@ -342,7 +342,7 @@ def _plan(recipe: Recipe, shape: CatalogModel, settled: StepLayout | None, emit:
     machine = this_machine(recipe, shape)
     plan = make_plan(recipe, shape, machine, settled)
     for reason in slow_kernels(recipe, shape, machine):
-        emit(Notice(f"slower, and with more memory, than it could be: {reason}", "warning"))
+        emit(Notice(f"slower than it could be, and with more memory: {reason}", "warning"))
     if not plan.fits:
         emit(
             Notice(
@@ -410,28 +410,24 @@ def _warn_of_test_items(name: str, data: DataSet, data_dir: Path | None, emit: E
     if held:
         emit(
             Notice(
-                f"{name} holds test items of {', '.join(held)}: those scores may be too high. `qdense evaluate --clean` "
+                f"{name} contains test items of {', '.join(held)}: their scores may be too high. `qdense evaluate --clean` "
                 f"also scores the rest; `qdense data check {name} TASKS` shows what was found",
                 "warning",
             )
         )
     for fault in faults:
-        emit(Notice(f"not looked for in the training set: {fault}", "warning"))
+        emit(Notice(f"not searched for in the training set: {fault}", "warning"))
 
 
 def _report_truncation(encoded: Encoded, recipe: Recipe, emit: Emit) -> None:
     if not encoded.num_truncated:
         return
     total = len(encoded.examples) + encoded.num_dropped
-    dropped = (
-        f"; {encoded.num_dropped} of them have nothing left to learn from and are left out"
-        if encoded.num_dropped
-        else ""
-    )
+    dropped = f"; {encoded.num_dropped} of them have no answer left and are dropped" if encoded.num_dropped else ""
     emit(
         Notice(
             f"{encoded.num_truncated:,} of {total:,} training rows are longer than data.max_length = {recipe.data.max_length} "
-            f"tokens: they lose the end of their answer, {encoded.num_without_answer:,} all of it{dropped}",
+            f"tokens and lose the end of their answer, {encoded.num_without_answer:,} all of it{dropped}",
             "warning",
         )
     )

@@ -30,7 +30,7 @@ def require_trackers(recipe: Recipe) -> None:
     for name in recipe.training.trackers:
         if name not in available:
             raise RunError(
-                f'training.trackers: "{name}" needs a package that is not installed: pip install {name}. Or leave it out.'
+                f'training.trackers: "{name}" needs a package that is not installed: pip install {name}. Or omit it.'
             )
 
 

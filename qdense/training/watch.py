@@ -75,10 +75,10 @@ class Watch:
             raise RunError(f"{what} {REMEDY} {self.last_good()}")
         if self.num_skipped > _MOST_SKIPPED:
             raise RunError(
-                f"{what} That makes {self.num_skipped} steps in a row to skip (training.on_nonfinite). {REMEDY} "
+                f"{what} That makes {self.num_skipped} skipped steps in a row (training.on_nonfinite). {REMEDY} "
                 f"{self.last_good()}"
             )
-        self.emit(Notice(f"{what} This step changes nothing (training.on_nonfinite).", "warning"))
+        self.emit(Notice(f"{what} This step is skipped (training.on_nonfinite).", "warning"))
         return False
 
     def _refuse_dead_parameters(self, step: int, update: int, norms: Tensor) -> None:
@@ -90,7 +90,7 @@ class Watch:
         if dead:
             raise RunError(
                 f"step {step}: {len(dead)} of {len(norms)} trainable tensors have no gradient, so they would never learn: "
-                f"{', '.join(dead[:3])}{', ...' if len(dead) > 3 else ''}. This is a fault of the set-up, not of the data: "
+                f"{', '.join(dead[:3])}{', ...' if len(dead) > 3 else ''}. The set-up is at fault, not the data: "
                 "check adapter.target_modules and training.recompute, and report it."
             )
 

@@ -26,12 +26,12 @@ class LinearTunerConfig(PeftConfig):
     """
 
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of the linear modules to adapt, or a regular expression of them."}
+        default=None, metadata={"help": "Names of the linear modules to adapt, or a regular expression for them."}
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names that are left out."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names to leave unadapted."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Adapt these layers only."})
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the layer list, if it is not the first numbered one."}
+        default=None, metadata={"help": "Name of the list of layers, if it is not the first numbered one."}
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Other modules that are trained in full and saved with the adapter."}
@@ -44,7 +44,7 @@ class LinearTunerConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(f"{type(self).__name__}.layers_pattern is given without layers_to_transform.")
+            raise ValueError(f"{type(self).__name__}.layers_pattern needs layers_to_transform.")
 
     def _require(self, is_accepted: bool, name: str, accepted: str) -> None:
         if not is_accepted:
@@ -129,7 +129,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         weight = self.get_base_weight()
         merged = (weight.float() + delta.to(weight.device)).to(weight.dtype)
         if check_finite and not torch.isfinite(merged).all():
-            raise ValueError("safe_merge: the merged weight holds NaN or infinity; the base was left as it was.")
+            raise ValueError("safe_merge: the merged weight holds NaN or infinity; the base is unchanged.")
         self.set_base_weight(merged)
 
     def __repr__(self) -> str:

@@ -62,7 +62,8 @@ class NoraConfig(LinearTunerConfig):
         default="both", metadata={"help": "Which outer factor holds the singular values: both, left, right."}
     )
     exponent: float = field(
-        default=0.5, metadata={"help": "Of |x| in the calibration statistics. 0.5 is that of ASVD (arXiv:2312.05821)."}
+        default=0.5,
+        metadata={"help": "Exponent of |x| in the calibration statistics; 0.5 as in ASVD (arXiv:2312.05821)."},
     )
     init_weights: bool = field(
         default=True, metadata={"help": "Start with B_in = 0, so that the adapter adds nothing; False: random (tests)."}
@@ -78,7 +79,7 @@ class NoraConfig(LinearTunerConfig):
         self.statistics: dict[str, Tensor] | None = None
         self._require_positive_integer("r")
         self._require_positive_integer("r_inner")
-        self._require(self.r_inner <= self.r, "r_inner", f"at most r = {self.r}: a wider inner pair adds no rank")
+        self._require(self.r_inner <= self.r, "r_inner", f"at most r = {self.r}: a wider inner pair has no higher rank")
         if self.alpha is None:
             self.alpha = float(2 * self.r_inner)
         self._require(self.alpha > 0, "alpha", "positive")
@@ -188,7 +189,7 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Tensor]], config: NoraC
         for handle in handles:
             handle.remove()
     if num_tokens == 0:
-        raise ValueError("NoRA's calibration was given no token.")
+        raise ValueError("NoRA's calibration was given no tokens.")
     return {name: total / num_tokens for name, total in sums.items()}
 
 
@@ -290,7 +291,7 @@ class NoraModel(LinearTuner):
         statistics = config.statistics
         if statistics is not None and key not in statistics:
             raise ValueError(
-                f"NoraConfig.statistics has nothing on {key}. Measure it on the same base, with the same target_modules: "
+                f"NoraConfig.statistics does not include {key}. Measure it on the same base, with the same target_modules: "
                 "calibrate(model, batches, config)."
             )
         layer.update_layer(adapter_name, config, None if statistics is None else statistics[key])

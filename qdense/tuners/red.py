@@ -87,8 +87,8 @@ class RedModel(LinearTuner):
 
     def _refuse_unmergeable(self, adapter_names: list[str] | None) -> None:
         raise ValueError(
-            "A RED adapter is not merged: its scale could go into the weight, but its bias needs a bias there, and LLaMA's "
-            "linear layers have none. Keep the adapter beside the base."
+            "A RED adapter is not merged: its scale could go into the weight, but its bias could not: LLaMA's linear "
+            "layers have none. Keep the adapter beside the base."
         )
 
 

@@ -336,7 +336,7 @@ def test_unpacked_weights_give_the_very_logits_of_nf4(tiny_model):
     """What an evaluation on a CPU does: the values of NF4, unpacked once instead of at each use."""
     recipe = ModelRecipe(name=str(tiny_model), device="cpu")
     packed, unpacked = load_base(recipe), load_base(recipe, for_training=False)
-    assert (packed.stored_as, unpacked.stored_as) == ("nf4", "bfloat16, the values of nf4")
+    assert (packed.stored_as, unpacked.stored_as) == ("nf4", "bfloat16, with NF4's values")
     assert type(unpacked.model.model.layers[0].mlp.up_proj) is torch.nn.Linear
     ids = torch.arange(30)[None]
     with torch.no_grad():

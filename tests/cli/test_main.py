@@ -78,7 +78,7 @@ def test_as_a_module_and_as_a_script(command):
         (["params", "gpt2"], "shapes of this model are not built in"),
         (["params", "llama3-8b", "--method", "doro"], "unknown method"),
         (["params", "llama3-8b", "--r", "600"], "from 1 to 512"),
-        (["params", "llama3-8b", "--target-modules", "XYZ"], "letters are Q (q_proj)"),
+        (["params", "llama3-8b", "--target-modules", "XYZ"], "the letters are Q (q_proj)"),
     ],
 )
 def test_mistakes_end_with_status_2_and_one_message(arguments, message, capsys, tmp_path, monkeypatch):

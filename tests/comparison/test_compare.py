@@ -164,7 +164,7 @@ def test_only_common_items_and_tasks_are_compared(tmp_path):
     assert result["groups"][1]["tasks"]["gsm8k"]["accuracy"] == 0.5
     notes = "\n".join(result["notes"])
     assert "left out: aqua, boolq" in notes
-    assert "runs hold different items of gsm8k" in notes
+    assert "runs have different items of gsm8k" in notes
     assert "gsm8k 2 of 1,319" in notes
 
 

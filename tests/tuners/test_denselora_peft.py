@@ -431,7 +431,7 @@ def test_balanced_start_gives_the_decoder_the_gradient_of_loras_b(smollm2):
 
 
 def test_balanced_start_is_refused_where_the_decoder_does_not_start_at_zero():
-    with pytest.raises(ValueError, match=r'init = "balanced": must be with zero_init = "decoder"'):
+    with pytest.raises(ValueError, match=r'init = "balanced": needs zero_init = "decoder"'):
         DenseLoraConfig(init="balanced", zero_init="m")
 
 

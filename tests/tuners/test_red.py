@@ -166,7 +166,7 @@ def test_other_modules_than_linear_are_refused(tiny_model):
 
 
 def test_bad_settings_are_named():
-    with pytest.raises(ValueError, match=r"RedConfig.layers_pattern is given without layers_to_transform"):
+    with pytest.raises(ValueError, match=r"RedConfig.layers_pattern needs layers_to_transform"):
         RedConfig(layers_pattern="layers")
 
 

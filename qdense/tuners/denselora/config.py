@@ -81,12 +81,12 @@ class DenseLoraConfig(LinearTunerConfig):
             self.zero_init = "none"
         if self.activation == "relu" and self.zero_init != "none":
             raise ValueError(
-                "DenseLoraConfig.activation = 'relu': must be with zero_init = \"none\". ReLU has zero slope at 0, so behind a "
+                "DenseLoraConfig.activation = 'relu': needs zero_init = \"none\". ReLU has zero slope at 0, so behind a "
                 "factor that starts at zero nothing would ever get a gradient."
             )
         if self.init == "balanced" and self.zero_init != "decoder":
             raise ValueError(
-                'DenseLoraConfig.init = "balanced": must be with zero_init = "decoder". It sets the size of the decoder\'s first '
+                'DenseLoraConfig.init = "balanced": needs zero_init = "decoder". It sets the size of the decoder\'s first '
                 "gradient, and is not defined for other starts."
             )
         if self.sharing == "none" and self.layer_groups > 1:
@@ -95,6 +95,6 @@ class DenseLoraConfig(LinearTunerConfig):
             )
         if self.freeze_shared and self.zero_init == "decoder":
             raise ValueError(
-                'DenseLoraConfig.freeze_shared = True: must be with zero_init = "m" or "none". A frozen decoder of zeros would '
-                "keep the adapter at nothing."
+                'DenseLoraConfig.freeze_shared = True: needs zero_init = "m" or "none". With a frozen decoder of zeros '
+                "the adapter would never do anything."
             )

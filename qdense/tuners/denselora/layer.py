@@ -155,7 +155,7 @@ class DenseLoraLinear(AdaptedLinear):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging adds to the weight: (d_out, d_in), fp32. Only with activation "none" is there such a matrix."""
         if self.activation[adapter] != "none":
-            raise ValueError(f"A DenseLoRA adapter with activations cannot be merged ({adapter}): it is no matrix.")
+            raise ValueError(f"A DenseLoRA adapter with activations cannot be merged ({adapter}): it is not a matrix.")
         pair = self.shared[adapter]
         device = self.denselora_m[adapter].device
         return denselora_delta_weight(

@@ -154,7 +154,7 @@ class DenseLoraModel(LinearTuner):
         if bent:
             listed = ", ".join(f'"{name}" ({activation})' for name, activation in bent.items())
             raise ValueError(
-                f"A DenseLoRA adapter with activations cannot be merged: {listed}. GELU(D(M GELU(E x))) is no matrix, so no "
+                f"A DenseLoRA adapter with activations cannot be merged: {listed}. GELU(D(M GELU(E x))) is not a matrix, so no "
                 "weight W0 + dW gives the same output. Keep the adapter beside the base, or train the 'only matrix' "
                 'variant (activation = "none"), which merges.'
             )

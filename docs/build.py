@@ -87,7 +87,7 @@ def stage(folder: Path) -> None:
 
 def _pages_and_assets() -> Iterator[Path]:
     for path in sorted(DOCS.rglob("*")):
-        if path.suffix in {".md", ".css", ".svg", ".png"}:
+        if path.suffix in {".md", ".css", ".js", ".svg", ".png"}:
             yield path
 
 

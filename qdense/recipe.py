@@ -280,21 +280,52 @@ class Recipe(_Table):
         return flattened(self.resolved())
 
 
+def builtin_recipes() -> dict[str, Path]:
+    """The recipes that come with qdense, by name: those in the wheel, or in a checkout those in recipes/ beside the package."""
+    package = Path(__file__).parent
+    folder = package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.toml"))}
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe that is given by its path or, where there is no such file, by the name of a built-in one.
+
+    Raises:
+        RecipeError: neither.
+    """
+    path, known = Path(name), builtin_recipes()
+    if path.is_file():
+        return path
+    found = known.get(str(name).removeprefix("recipes/").removesuffix(".toml"))
+    if found is not None:
+        return found
+    if path.suffix in (".json", ".jsonl", ".csv", ".parquet", ".gz"):
+        raise RecipeError(
+            f"{path}: no such file. To train on data of your own, write a recipe for it: qdense init {path}"
+        )
+    raise RecipeError(
+        f"{path}: no such file, and no built-in recipe{did_you_mean(str(name), known)}. For your own data, write one with "
+        "`qdense init DATA`"
+    )
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
     Args:
-        path: a TOML file.
+        path: a TOML file, or the name of a built-in recipe.
         overrides: `key=value` texts as given to `--set`, e.g. "adapter.r=64"; values are TOML, bare words are strings.
 
     Raises:
         RecipeError: the file cannot be read, or holds problems: all of them, each with its key, value and remedy.
     """
-    path = Path(path)
+    path = find_recipe(path)
+    if path.suffix in (".json", ".jsonl", ".csv", ".parquet", ".gz"):
+        raise RecipeError(f"{path}: is data, not a recipe. Write a recipe for it: qdense init {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe. The ones that come with qdense are in recipes/.") from None
+        raise RecipeError(f"{path}: no such recipe") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     try:

@@ -189,7 +189,7 @@ def test_unreadable_files_are_errors_not_tracebacks(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(RecipeError, match=r"bad\.toml"):
         load_recipe(path)
-    with pytest.raises(RecipeError, match="no such recipe"):
+    with pytest.raises(RecipeError, match="no such file, and no built-in recipe"):
         load_recipe(tmp_path / "none.toml")
 
 

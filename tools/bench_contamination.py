@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from qdense.benchmarks.tasks import GROUPS, TASKS, load_items
+from qdense.catalogs.datasets import UpstreamFile
 from qdense.data.contamination import TrainingIndex
 from qdense.data.rows import Row, read_rows
 
@@ -44,7 +45,7 @@ def main() -> None:
     tests, stand_ins = {}, []
     for name in GROUPS["all"]:
         task = TASKS[name]
-        assert task.file is not None
+        assert isinstance(task.file, UpstreamFile)
         if (data_dir / task.file.path).is_file():
             tests[name] = load_items(task, data_dir).rows
         else:

@@ -23,6 +23,7 @@ from qdense.benchmarks.generation import Decoding
 from qdense.benchmarks.scoring import AnswerKind
 from qdense.benchmarks.tasks import GROUPS, Task, load_items
 from qdense.cache import write_atomically
+from qdense.catalogs.datasets import UpstreamFile
 from qdense.data.rows import Row
 from qdense.data.sources import locate
 from qdense.data.templates import Template
@@ -56,7 +57,7 @@ def export(
     folder = folder.resolve()
     for task in tasks:
         data = load_items(task, data_dir, emit)  # a fault in a row is better found here than by the harness
-        if task.file is not None:
+        if isinstance(task.file, UpstreamFile):
             path = locate(task.file, data_dir, emit).resolve()
         else:
             path = folder / f"{PREFIX}{task.name}.json"

@@ -50,7 +50,7 @@ class AnswerKind:
     """How the answers of a task are read and compared.
 
     Attributes:
-        name: "number", "letter" or "option".
+        name: "number", "letter", "option" or "text".
         pattern: the authors' regular expression; a match is an answer.
         takes_last: whether the authors take the last match (numbers) or the first.
         reads_last_response: whether the authors read what follows the last "### Response:" or the first.
@@ -83,6 +83,8 @@ class AnswerKind:
     def is_correct(self, label: str, answer: Answer | None) -> bool:
         if self.name == "number":
             return isinstance(answer, float) and math.isfinite(answer) and abs(float(label) - answer) <= TOLERANCE
+        if self.name == "text":
+            return isinstance(answer, str) and normalised(answer) == normalised(label)
         return answer == label
 
     def majority(self, answers: Sequence[Answer | None]) -> Answer | None:
@@ -172,6 +174,20 @@ def strict_letter(response: str) -> str | None:
 
 # The authors' first match counts inside words too: the A of "Assume". Always "A" scores 24.8% on AQuA.
 LETTER = AnswerKind("letter", "A|B|C|D|E", False, False, strict_letter, lambda label: label in tuple("ABCDE"))
+
+
+# --- free text --------------------------------------------------------------------------------------------------------------
+
+
+def normalised(text: str) -> str:
+    """Without what two equal answers may differ in: case, the amount of white space, a full stop at the end."""
+    return " ".join(text.casefold().split()).removesuffix(".")
+
+
+# For a person's own rows; upstream has no such task, so both rules read alike: the whole response.
+TEXT = AnswerKind(
+    "text", r"(?s)\A.+\Z", False, False, lambda response: response or None, lambda label: bool(label.strip())
+)
 
 
 # --- options ----------------------------------------------------------------------------------------------------------------

@@ -9,12 +9,14 @@ EOS, until one of the template's headings, or until `max_new_tokens`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdense.benchmarks.scoring import LETTER, NUMBER, AnswerKind, numbered, options
+from qdense.benchmarks.scoring import LETTER, NUMBER, TEXT, AnswerKind, numbered, options
 from qdense.catalogs.datasets import TEST_SETS, UpstreamFile
+from qdense.data.rows import FORMATS, STANDARD_COLUMNS, Columns, read_rows
 from qdense.data.sources import DataSet, load_test_set
 from qdense.errors import DataError, EvaluationError, did_you_mean
 from qdense.events import Emit, ignore
@@ -28,27 +30,29 @@ class Task:
         name: as typed; upstream's spelling ("social_i_qa", "ARC-Easy") is accepted too, whatever its case.
         sample: a problem as the model reads it (between the template's headings), and its label.
         num_items: in the test set.
-        file: the test file; None for the problems that qdense makes itself.
+        file: the test file: upstream's, or a person's own; None for the problems that qdense makes itself.
         answers: how an answer is read from a completion and compared with the label.
         max_new_tokens: the longest completion, as the authors' code sets it: 256 for arithmetic, 32 for commonsense.
         source: where the problems come from.
         template: the prompt template for a model that was not trained with one.
+        columns: those of a person's own file.
     """
 
     name: str
     sample: tuple[str, str]
     num_items: int
-    file: UpstreamFile | None
+    file: UpstreamFile | Path | None
     answers: AnswerKind
     max_new_tokens: int
     source: str
     template: str = "alpaca"
     version: int = 1
+    columns: Columns = STANDARD_COLUMNS
 
     @property
     def upstream_name(self) -> str:
         """The name of its folder upstream ("AQuA"), or its own."""
-        return self.file.path.split("/")[1] if self.file else self.name
+        return self.file.path.split("/")[1] if isinstance(self.file, UpstreamFile) else self.name
 
 
 # --- arithmetic: the paper's Table 2, then LLM-Adapters' other sets -------------------------------------------------------
@@ -305,18 +309,56 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 
 
-def tasks_named(text: str) -> list[Task]:
-    """The tasks of a comma-separated list of task and group names, each once, in the order given.
+def own_task(path: Path, columns: Columns | None = None) -> Task:
+    """A person's own rows as a task: each prompt is an item, its output the label.
 
-    Raises EvaluationError naming every unknown one.
+    Where all outputs are numbers, answers are read as numbers; else the whole response is compared (`scoring.TEXT`).
+
+    Args:
+        columns: those to use where the file's are not recognised by their names.
+
+    Raises:
+        DataError: the file cannot be read, a row is broken, or its columns are not known.
+    """
+    try:
+        read = read_rows(path)
+    except DataError:
+        if columns is None:
+            raise
+        read = read_rows(path, columns)
+    are_numbers = all(NUMBER.is_label(row.output.strip()) for row in read.rows)
+    return Task(
+        name=re.sub(r"[^\w.-]", "-", path.name),
+        sample=(read.rows[0].instruction, read.rows[0].output),
+        num_items=len(read.rows),
+        file=path,
+        answers=NUMBER if are_numbers else TEXT,
+        max_new_tokens=256,
+        source=str(path),
+        columns=read.columns,
+    )
+
+
+def tasks_named(text: str, columns: Columns | None = None) -> list[Task]:
+    """The tasks of a comma-separated list of task names, group names and files of one's own, each once, in the order given.
+
+    Raises EvaluationError naming every unknown one; DataError for a file that cannot be read (see `own_task`).
     """
     by_name = {task.upstream_name.lower(): task for task in TASKS.values()} | TASKS
     found: dict[str, Task] = {}
     unknown = []
-    for name in (part.strip().lower() for part in text.split(",") if part.strip()):
+    for part in (part.strip() for part in text.split(",") if part.strip()):
+        name = part.lower()
+        if name.endswith(FORMATS):
+            task = own_task(Path(part), columns)
+            if found.setdefault(task.name, task) != task:
+                raise EvaluationError(f"{part} and {found[task.name].file}: two files of one name; rename one of them")
+            continue
         members = GROUPS.get(name, (name,))
         if members[0] not in by_name:
-            unknown.append(f'"{name}"{did_you_mean(name, [*TASKS, *GROUPS])}')
+            unknown.append(
+                f'"{name}"{did_you_mean(name, [*TASKS, *GROUPS])}, or a file of your own ({", ".join(FORMATS[:4])})'
+            )
             continue
         found.update({by_name[member].name: by_name[member] for member in members})
     if unknown:
@@ -336,6 +378,10 @@ def task_named(name: str) -> Task:
 
 def load_items(task: Task, data_dir: Path | None, emit: Emit = ignore) -> DataSet:
     """The task's test set, every label checked. Raises DataError."""
+    if isinstance(task.file, Path):
+        read = read_rows(task.file, task.columns)
+        rows = [row._replace(output="", answer=row.output.strip()) for row in read.rows]
+        return DataSet(rows, str(task.file), read.columns)
     data = load_test_set(task.file, data_dir, emit)
     for number, row in enumerate(data.rows):
         if not task.answers.is_label(row.answer):
@@ -351,7 +397,7 @@ def describe(task: Task) -> dict[str, Any]:
         "version": task.version,
         "num_items": task.num_items,
         "sample": {"instruction": task.sample[0], "answer": task.sample[1]},
-        "file": task.file.path if task.file else None,
+        "file": task.file.path if isinstance(task.file, UpstreamFile) else None,
         "answers": task.answers.name,
         "paper_pattern": task.answers.pattern,
         "max_new_tokens": task.max_new_tokens,

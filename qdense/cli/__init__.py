@@ -1,5 +1,5 @@
-"""The command line: one module for each command. Whatever is heavy is imported when a command runs, so that --help and a
-typing mistake are answered at once.
+"""The command line: one module for each command. Heavy imports wait until a command runs, so that --help and typing mistakes are
+answered at once.
 
 Exit status: 0 success; 1 `qdense doctor` found a problem; 2 a user's mistake, explained in one message; 130 stopped by
 Ctrl-C, 143 by SIGTERM. Anything else is a bug in qdense.
@@ -18,14 +18,15 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from qdense import __version__
-from qdense.cli import analyze, compare, data, doctor, evaluate, merge, params, plan, score, tasks, train
+from qdense.cli import analyze, compare, data, doctor, evaluate, init, merge, params, plan, score, tasks, train
 from qdense.errors import QDenseError, RunStopped
 from qdense.text import printable
 
-# Each has HELP, DESCRIPTION, add_arguments(parser) and run(arguments), which returns the exit status (None is 0).
+# Each has HELP, DESCRIPTION, EXAMPLES, add_arguments(parser) and run(arguments), which returns the exit status (None is 0).
 COMMANDS: dict[str, ModuleType] = {
-    "train": train,
+    "init": init,
     "plan": plan,
+    "train": train,
     "evaluate": evaluate,
     "merge": merge,
     "score": score,
@@ -39,21 +40,14 @@ COMMANDS: dict[str, ModuleType] = {
 
 _EXAMPLES = """\
 examples:
-  qdense train recipes/demo.toml
-  qdense plan recipes/math10k.toml --memory 24GiB
-  qdense train recipes/math10k.toml --fraction 0.1 --output runs/math10k-10
-  qdense train recipes/math10k.toml --set adapter.r=64 --set model.name=/models/llama3 --resume
-  qdense evaluate gsm8k,aqua,addsub,svamp --adapter runs/math10k
-  qdense evaluate math --model llama3-8b --limit 100 --decoding greedy --json
-  qdense evaluate commonsense --endpoint http://localhost:8000/v1 --model NAME
-  qdense merge runs/only-matrix merged-model
-  qdense score gsm8k completions.jsonl
-  qdense compare runs/lora-1 runs/lora-2 runs/dense-1 runs/dense-2 --published llama3-8b
-  qdense data check math10k gsm8k,addsub
-  qdense tasks math --export lm-eval exported
-  qdense analyze runs/dense runs/lora
-  qdense params llama3-8b --r 32 --method all
-  qdense doctor
+  qdense train demo                                    a first run, on any machine, in minutes
+  qdense init questions.jsonl                          a recipe for your own data and card
+  qdense plan questions.toml                           will it fit, and how fast will it be
+  qdense train questions.toml                          train; --resume continues after whatever ended it
+  qdense evaluate gsm8k,svamp --adapter runs/questions --with-base
+  qdense compare runs/lora runs/dense
+
+`qdense COMMAND --help` has more of each.
 """
 
 # What can be wrong with a path that a user names.
@@ -136,7 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qdense {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
-        subparser = commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
+        subparser = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.DESCRIPTION,
+            epilog=f"examples:\n{module.EXAMPLES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         module.add_arguments(subparser)
         subparser.set_defaults(command=module.run)
     return parser

@@ -14,6 +14,9 @@ DESCRIPTION = (
     "Compare the updates of finished runs, from each run's initial and final values: size, share near zero, effective rank; "
     'with heat maps of slices of equal size, and histograms, as PNG. Needs "qdense[plots]".'
 )
+EXAMPLES = """\
+  qdense analyze runs/dense runs/lora
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

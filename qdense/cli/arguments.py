@@ -12,7 +12,9 @@ from pathlib import Path
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, for instance recipes/math10k.toml")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a TOML file, or the name of a built-in recipe: demo, math10k, ..."
+    )
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override a value of the recipe; repeatable"
     )

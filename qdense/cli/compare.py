@@ -14,6 +14,9 @@ DESCRIPTION = (
     "Compare evaluated runs side by side, on the items they have in common: accuracies, differences from the first run with "
     "an exact paired test for each task, and a bootstrap interval for the average. Seeds of one recipe are pooled."
 )
+EXAMPLES = """\
+  qdense compare runs/lora-1 runs/lora-2 runs/dense-1 runs/dense-2 --published llama3-8b
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

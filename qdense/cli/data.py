@@ -10,6 +10,10 @@ from qdense.cli.arguments import add_data_dir, add_json
 
 HELP = "inspect data sets"
 DESCRIPTION = "Inspect data sets."
+EXAMPLES = """\
+  qdense data check math10k gsm8k,addsub
+  qdense data check questions.jsonl all --json
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

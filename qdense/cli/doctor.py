@@ -12,6 +12,10 @@ DESCRIPTION = (
     "Check Python, packages, CUDA, kernels, a 4-bit layer, memory, disk and cache, and say how to fix what is bad. Its output "
     "suits bug reports: it shows no secrets and no home folder's name. The exit status is 0 if nothing is bad, else 1."
 )
+EXAMPLES = """\
+  qdense doctor
+  qdense doctor --json
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,20 +7,30 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qdense.cli.arguments import add_data_dir, add_quiet, positive, probability, temperature
 from qdense.errors import QDenseError
 from qdense.libraries import quiet_libraries, require_library
 
+if TYPE_CHECKING:
+    from qdense.data.rows import Columns
+
 HELP = "score a model or an adapter on benchmarks"
 DESCRIPTION = "Score an adapter, or a bare base model, on benchmarks. The default is the newest finished run."
+EXAMPLES = """\
+  qdense evaluate held-out.jsonl --adapter runs/questions --with-base --decoding greedy
+  qdense evaluate gsm8k,aqua,addsub,svamp --adapter runs/math10k --with-base
+  qdense evaluate math --model llama3-8b --limit 100 --decoding greedy --json
+  qdense evaluate commonsense --endpoint http://localhost:8000/v1 --model NAME
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "tasks",
         metavar="TASKS",
-        help="comma-separated tasks and groups: gsm8k, math, commonsense, ... (`qdense tasks` lists them)",
+        help="comma-separated tasks and groups: gsm8k, math, commonsense, ... (`qdense tasks` lists them), and files of your own",
     )
     what = parser.add_argument_group("what is scored")
     what.add_argument("--adapter", metavar="RUN", type=Path, help="a run's folder, or an adapter in PEFT's format")
@@ -81,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qdense.benchmarks.tasks import tasks_named
     from qdense.data.templates import template_named
 
-    tasks = tasks_named(arguments.tasks)
+    tasks = tasks_named(arguments.tasks, _columns_of(arguments.adapter))
     if arguments.template is not None:
         template_named(arguments.template)
     _refuse_contradictions(arguments)
@@ -137,6 +147,19 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if arguments.json:
         print(json.dumps(summary, indent=2))
+
+
+def _columns_of(adapter: Path | None) -> Columns | None:
+    """The columns of the data that the adapter was trained on, where its run tells them."""
+    from qdense.data.rows import Columns
+    from qdense.recipe import load_recipe
+    from qdense.runs import RunFolder
+
+    recipe = RunFolder.of_adapter(adapter).recipe if adapter is not None else None
+    if recipe is None or not recipe.is_file():
+        return None
+    columns = load_recipe(recipe).data.columns
+    return Columns(**columns.model_dump()) if columns is not None else None
 
 
 def _refuse_contradictions(arguments: argparse.Namespace) -> None:

@@ -15,6 +15,9 @@ HELP = "merge an adapter into its base model"
 DESCRIPTION = (
     "Add an adapter whose update is a matrix to its base's weights, in fp32, rounded once; report the rounding loss."
 )
+EXAMPLES = """\
+  qdense merge runs/only-matrix merged-model
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

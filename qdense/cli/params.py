@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 HELP = "count trainable parameters"
 DESCRIPTION = "Count trainable parameters from built-in shapes, without weights or network."
+EXAMPLES = """\
+  qdense params llama3-8b --r 32 --method all
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

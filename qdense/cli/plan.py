@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 from qdense.cli.arguments import add_json, add_recipe, memory_size
 from qdense.libraries import quiet_libraries
+
+if TYPE_CHECKING:
+    from qdense.catalogs.models import CatalogModel
+    from qdense.planning.plan import Machine
+    from qdense.recipe import Recipe
 
 HELP = "predict whether a run fits in memory, and how it will run"
 DESCRIPTION = (
     "Predict a run's memory and speed from shapes alone: nothing is loaded and no GPU is needed. The exit status is 0 even "
     "if the run does not fit."
 )
+EXAMPLES = """\
+  qdense plan math10k --memory 24GiB
+  qdense plan questions.toml --set data.max_length=2048 --json
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,21 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from qdense.planning.plan import Machine, longest_context, make_plan
+    from qdense.planning.plan import longest_context, make_plan
     from qdense.planning.shapes import model_shape
     from qdense.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.set)
     shape = model_shape(recipe.model.name)
-    if arguments.memory is None and _has_gpu():
-        quiet_libraries()
-        from qdense.planning.machine import this_machine
-
-        machine = this_machine(recipe, shape)
-    else:
-        memory_bytes = arguments.memory or 24 * 2**30
-        name = f"a {memory_bytes / 2**30:g} GiB card"
-        machine = Machine.card_of(memory_bytes, name, plain=recipe.training.kernels == "torch")
+    memory_bytes = arguments.memory or (None if has_gpu() else 24 * 2**30)
+    machine = machine_for(recipe, shape, memory_bytes)
     plan = make_plan(recipe, shape, machine)
     longest = longest_context(recipe, shape, machine)
     if arguments.json:
@@ -53,7 +56,20 @@ def run(arguments: argparse.Namespace) -> None:
     show_plan(make_console(), plan, f"{recipe.adapter.method} on {recipe.model.name}", longest)
 
 
-def _has_gpu() -> bool:
+def machine_for(recipe: Recipe, shape: CatalogModel, memory_bytes: int | None) -> Machine:
+    """A card of this memory; without it, the machine that this runs on."""
+    from qdense.planning.plan import Machine
+
+    if memory_bytes is not None:
+        name = f"a {memory_bytes / 2**30:g} GiB card"
+        return Machine.card_of(memory_bytes, name, plain=recipe.training.kernels == "torch")
+    quiet_libraries()
+    from qdense.planning.machine import this_machine
+
+    return this_machine(recipe, shape)
+
+
+def has_gpu() -> bool:
     """Whether this machine seems to have an NVIDIA GPU; asking torch would take seconds on a machine without one."""
     import shutil
 

@@ -12,6 +12,9 @@ HELP = "score existing completions, without a model"
 DESCRIPTION = (
     'Score completions, one {"index": i, "completion": "..."} per line, against a test set. No model is needed.'
 )
+EXAMPLES = """\
+  qdense score gsm8k completions.jsonl
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

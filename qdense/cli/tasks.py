@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 HELP = "list the benchmarks, or export them to lm-evaluation-harness"
 DESCRIPTION = "List the benchmarks, or write them as task files for lm-evaluation-harness, as a second opinion."
+EXAMPLES = """\
+  qdense tasks
+  qdense tasks math --export lm-eval exported
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +41,10 @@ def run(arguments: argparse.Namespace) -> None:
     from qdense.benchmarks.tasks import GROUPS, TASKS, describe, tasks_named
 
     chosen = TASKS if arguments.tasks is None else {task.name: task for task in tasks_named(arguments.tasks)}
+    if own := [str(task.file) for task in chosen.values() if isinstance(task.file, Path)]:
+        raise QDenseError(
+            f"{own[0]}: only benchmarks are listed and exported; `qdense evaluate {own[0]}` scores a file"
+        )
     groups = {name: members for name, members in GROUPS.items() if chosen.keys() >= set(members)}
     if arguments.export is not None:
         _export(arguments, list(chosen.values()))

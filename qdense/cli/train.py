@@ -10,6 +10,12 @@ from qdense.libraries import quiet_libraries
 
 HELP = "train an adapter from a recipe"
 DESCRIPTION = "Train an adapter from a recipe."
+EXAMPLES = """\
+  qdense train demo
+  qdense train math10k --fraction 0.1 --output runs/math10k-10
+  qdense train questions.toml --set adapter.r=64 --output runs/r64
+  qdense train questions.toml --resume
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -396,9 +396,7 @@ def _tell_of_data(recipe: Recipe, data: DataSet, emit: Emit) -> None:
         total, num_skipped = len(data.rows) + len(data.skipped), len(data.skipped)
         shown = "; ".join(data.skipped[:3])
         more = "; ..." if num_skipped > 3 else ""
-        emit(
-            Notice(f'{num_skipped:,} of {total:,} rows are left out (data.bad_rows = "skip"): {shown}{more}', "warning")
-        )
+        emit(Notice(f"left out {num_skipped:,} bad rows of {total:,}: {shown}{more}", "warning"))
 
 
 def _warn_of_test_items(name: str, data: DataSet, data_dir: Path | None, emit: Emit) -> None:

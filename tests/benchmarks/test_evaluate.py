@@ -16,7 +16,8 @@ from qdense.benchmarks import local_model as local_model_module
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
 from qdense.benchmarks.generation import DECODINGS, generate
 from qdense.benchmarks.tasks import TASKS, load_items, tasks_named
-from qdense.errors import AdapterError, EvaluationError, QDenseError
+from qdense.data.rows import Columns
+from qdense.errors import AdapterError, DataError, EvaluationError, QDenseError
 from qdense.events import EvaluationProgress, Notice
 from qdense.modeling.adapter_files import AdapterCard, load_adapter, save_adapter
 from qdense.modeling.attach import attach_adapter, trainable_parameters
@@ -364,3 +365,69 @@ def test_the_batch_is_as_large_as_the_memory_allows(finished_run, monkeypatch):
     assert settings_with(64 * 2**30) == DECODINGS["greedy"].batch_size_cpu
     assert 1 < settings_with(1_250_000_000) < DECODINGS["greedy"].batch_size_cpu
     assert settings_with(2**20) == 1
+
+
+# --- a person's own rows ----------------------------------------------------------------------------------------------------
+
+
+def write_own(path, rows, names=("prompt", "completion")):
+    path.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
+    return path
+
+
+def test_own_rows_are_scored_like_a_benchmark(finished_run, tmp_path, monkeypatch):
+    """The expected answer is what the model writes: then all are right, whatever their case; and two files pair by their rows."""
+    monkeypatch.chdir(tmp_path)
+    questions = [f"How many are {i} and {i}?" for i in range(6)]
+    own = write_own(tmp_path / "held out.jsonl", [(question, "?") for question in questions])
+    first = evaluate(
+        request_for(finished_run, tasks=tasks_named(f"{own},wordproblems"), limit=None, max_new_tokens=4), ignore
+    )
+    assert list(first["tasks"]) == ["held-out.jsonl", "wordproblems"]
+    result = first["tasks"]["held-out.jsonl"]
+    assert (result["num_items"], result["strict"]["num_correct"]) == (6, 0)
+    lines = (Path(first["folder"]) / "held-out.jsonl.jsonl").read_text().splitlines()
+    written = {line["index"]: line["completion"] for line in map(json.loads, lines)}
+    assert len(written) == 6
+    said = [(question, written[i].upper()) for i, question in enumerate(questions) if written[i].strip()]
+    assert said
+    own = write_own(own, said)
+    second = evaluate(request_for(finished_run, tasks=tasks_named(str(own)), limit=None, max_new_tokens=4), ignore)
+    assert second["folder"] != first["folder"]
+    assert second["tasks"]["held-out.jsonl"]["strict"]["num_correct"] == len(said)
+
+
+def test_own_numbers_are_read_as_numbers(tmp_path):
+    (task,) = tasks_named(str(write_own(tmp_path / "a.jsonl", [("1 and 2?", "3"), ("2 and 2?", " 4.0 ")])))
+    assert (task.answers.name, task.num_items) == ("number", 2)
+    assert [row.answer for row in load_items(task, None).rows] == ["3", "4.0"]
+    assert task.answers.is_correct("4.0", task.answers.answers("2 + 2 = 4.")["strict"])
+    (task,) = tasks_named(str(write_own(tmp_path / "b.jsonl", [("1 and 2?", "3"), ("Who?", "Ann")])))
+    assert task.answers.name == "text"
+
+
+def test_columns_of_own_rows_come_from_their_names_or_from_the_run(tmp_path):
+    odd = write_own(tmp_path / "a.csv", [])
+    odd.write_text("ask,tell\nWho?,Ann\n")
+    with pytest.raises(DataError, match="cannot tell which column"):
+        tasks_named(str(odd))
+    (task,) = tasks_named(str(odd), Columns("ask", "input", "tell"))
+    assert task.sample == ("Who?", "Ann")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("none.jsonl", "none.jsonl: no such file"),
+        ("gsm9k", 'unknown task "gsm9k"; did you mean "gsm8k"?'),
+        ("a/x.jsonl,b/x.jsonl", "two files of one name"),
+    ],
+)
+def test_own_files_that_cannot_be_are_told(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_own(tmp_path / folder / "x.jsonl", [("q", folder)])
+    with pytest.raises(QDenseError) as caught:
+        tasks_named(text)
+    assert message in str(caught.value)

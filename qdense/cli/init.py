@@ -1,0 +1,174 @@
+"""`qdense init`"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qdense.cli.arguments import as_toml, memory_size
+from qdense.cli.plan import machine_for
+from qdense.errors import RecipeError
+
+if TYPE_CHECKING:
+    from qdense.data.rows import Row, Rows
+    from qdense.planning.plan import Plan
+    from qdense.recipe import Recipe
+
+HELP = "write a recipe for your own data and card"
+DESCRIPTION = (
+    "Write a commented recipe for your own data. It reads the rows, chooses the largest of a few models that fits the card "
+    "(or takes --model), and sizes the run to the number of rows."
+)
+EXAMPLES = """\
+  qdense init questions.jsonl
+  qdense init questions.jsonl --model llama3.2-3b --memory 12GiB --output small.toml
+"""
+
+_MODELS = ("llama3-8b", "llama3.2-3b", "llama3.2-1b", "smollm2-135m")  # from the largest down
+_CHARACTERS_PER_TOKEN = 3  # English has about 4; counting low keeps answers from being cut off
+_EPOCHS = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "data", metavar="DATA", type=Path, help="a JSON, JSONL, CSV or Parquet file of prompts and answers"
+    )
+    parser.add_argument("--model", help="a built-in name, a hub id or a folder (default: the largest that fits)")
+    parser.add_argument("--method", default="denselora", help="an adaptation method (default: denselora)")
+    parser.add_argument(
+        "--memory",
+        type=memory_size,
+        metavar="SIZE",
+        help="the card's memory, for instance 24GiB (default: what is free on this machine)",
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="the recipe to write (default: DATA's name with .toml)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from qdense.data.rows import read_rows
+
+    name = arguments.data.name.split(".")[0] or "own"
+    output = arguments.output or Path(f"{name}.toml")
+    if output.exists():
+        raise RecipeError(f"{output}: exists, and is left as it is. Name another file with --output.")
+    rows = read_rows(arguments.data, skip_bad=True)
+    recipe, plan, body = _fitting(arguments, name, rows)
+    text = "\n".join([*_heading(arguments, rows, recipe, plan), *body]) + "\n"
+    with output.open("x", encoding="utf-8") as stream:
+        stream.write(text)
+    print(f"{output}: {recipe.adapter.method} on {recipe.model.name}, {len(rows.rows):,} rows. {_prediction(plan)}")
+    print(f"Read it, then: qdense train {output}")
+
+
+def _fitting(arguments: argparse.Namespace, name: str, rows: Rows) -> tuple[Recipe, Plan, list[str]]:
+    """The recipe for the given model, or for the largest that fits. Raises RecipeError where none does."""
+    from qdense.planning.plan import make_plan
+    from qdense.planning.shapes import model_shape
+    from qdense.recipe import recipe_from_tables
+
+    candidates = (arguments.model,) if arguments.model else _MODELS
+    for model in candidates:
+        body = list(_tables(arguments, name, rows, model))
+        recipe = recipe_from_tables(tomllib.loads("\n".join(body)), source="qdense init")
+        shape = model_shape(recipe.model.name)
+        machine = machine_for(recipe, shape, arguments.memory)
+        if not machine.kernels.is_cuda and not arguments.model and model != _MODELS[-1]:
+            continue  # without a GPU only the smallest is of use
+        plan = make_plan(recipe, shape, machine)
+        if plan.fits:
+            return recipe, plan, body
+    remedies = f" {'; '.join(plan.remedies)}." if plan.remedies else ""
+    raise RecipeError(
+        f"{candidates[-1]} needs {plan.needed_bytes / 2**30:.1f} GiB for these rows, and {machine.name} has "
+        f"{machine.memory_bytes / 2**30:.1f} GiB.{remedies} Name a smaller model with --model, or a larger card with --memory."
+    )
+
+
+def _tables(arguments: argparse.Namespace, name: str, rows: Rows, model: str) -> Iterator[str]:
+    """The lines of the recipe. What it does not name has a default that fits."""
+    columns, lengths = rows.columns, _token_counts(rows.rows)
+    num_validation = 0 if len(rows.rows) < 20 else min(120, len(rows.rows) // 10)
+    num_training = len(rows.rows) - num_validation
+    batch_size = 16 if num_training >= 800 else 8 if num_training >= 200 else 4
+    num_steps = _EPOCHS * math.ceil(num_training / batch_size)
+    often = max(1, num_steps // 12)
+    max_length = _max_length(lengths)
+    num_longer = sum(length > max_length for length in lengths)
+    yield from (
+        "[model]",
+        f"name = {as_toml(model)}",
+        'quantization = "nf4"              # the frozen base in 4 bits; "none" for a model that fits in bf16',
+        "",
+        "[adapter]",
+        f"method = {as_toml(arguments.method)}",
+        "r = 32                            # larger learns more and costs more memory",
+        'target_modules = "QKVUD"          # the paper\'s: q_proj, k_proj, v_proj, up_proj, down_proj',
+        "",
+        "[data]",
+        f"path = {as_toml(str(arguments.data))}",
+        f"columns = {{ instruction = {as_toml(columns.instruction)}, input = {as_toml(columns.input)}, "
+        f"output = {as_toml(columns.output)} }}",
+    )
+    if rows.skipped:
+        total = len(rows.rows) + len(rows.skipped)
+        yield f'bad_rows = "skip"                 # {len(rows.skipped):,} of {total:,} rows: blank or broken'
+    yield from (
+        'train_on = "response"             # the loss counts the answers only; "all" counts the prompts too',
+        f"max_length = {max_length:<21}# tokens of a row; by a rough count {num_longer:,} rows are longer and will be cut off",
+        f"validation_rows = {num_validation:<16}# kept out of training, to see whether it generalises",
+        "",
+        "[training]",
+        f"epochs = {_EPOCHS:<25}# {num_steps:,} steps in all",
+        f"batch_size = {batch_size:<21}# rows of one step; the plan divides them as the memory allows",
+        f"eval_steps = {often}",
+        f"save_steps = {often:<21}# a checkpoint to resume from",
+        "# learning_rate, warmup_steps and keep are left to qdense, which chooses by method, model and length of the run.",
+        "",
+        "[output]",
+        f"dir = {as_toml(f'runs/{name}')}",
+    )
+
+
+def _token_counts(rows: Sequence[Row]) -> list[int]:
+    """Roughly, from characters: no tokenizer need be at hand."""
+    from qdense.data.templates import TEMPLATES
+
+    template = TEMPLATES["alpaca"]
+    texts = (template.training_prompt(row) + template.response(row) for row in rows)
+    return [math.ceil(len(text) / _CHARACTERS_PER_TOKEN) for text in texts]
+
+
+def _max_length(lengths: Sequence[int]) -> int:
+    """Long enough for 99% of the rows: a multiple of 64, from 128 to 4,096."""
+    enough = sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1]
+    return min(4096, max(128, math.ceil(enough / 64) * 64))
+
+
+def _heading(arguments: argparse.Namespace, rows: Rows, recipe: Recipe, plan: Plan) -> Iterator[str]:
+    yield f"# Written by `qdense init` for {arguments.data.name}: {len(rows.rows):,} rows. Every key: the recipe reference."
+    yield f"# {_prediction(plan)}"
+    if plan.speeds:
+        num_tokens = _EPOCHS * sum(min(n, recipe.data.max_length) for n in _token_counts(rows.rows))
+        hours = {
+            card: num_tokens / speed / 3600
+            for card, speed in plan.speeds.items()
+            if "RTX" in card or len(plan.speeds) == 1
+        }
+        times = ", ".join(f"{max(hour, 0.1):.1f} h on an {card}" for card, hour in hours.items())
+        yield f"# Predicted time, from shapes alone: {times}."
+    yield "# What takes the memory, and what would fit: qdense plan FILE. Train: qdense train FILE."
+    yield ""
+
+
+def _prediction(plan: Plan) -> str:
+    gib = 2**30
+    return (
+        f"Predicted to need {plan.needed_bytes / gib:.1f} of {plan.machine.memory_bytes / gib:.1f} GiB on {plan.machine.name}: "
+        f"{plan.summary}."
+    )

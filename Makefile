@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 PIP_OPTIONS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c tools/constraints.txt $(PIP_OPTIONS)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 $(READY): pyproject.toml tools/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("qdense needs Python 3.11 or newer; set PYTHON=python3.11 (or newer)" if sys.version_info < (3, 11) else 0)'
@@ -37,6 +37,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# The documentation, into build/docs/site; a warning, such as a broken link, fails.
+docs: $(READY)
+	$(BIN)/python docs/build.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

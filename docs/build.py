@@ -47,20 +47,17 @@ _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 _FENCE = re.compile(r"^(```+)[^\n]*\n.*?^\1[ ]*$", re.MULTILINE | re.DOTALL)
 
 
-def main() -> int:
-    """Stage and build; returns Zensical's exit status."""
-    parser = argparse.ArgumentParser(description="Build the documentation.")
-    parser.add_argument("--stage-only", action="store_true", help="write the pages, but build no site")
-    stage_only = parser.parse_args().stage_only
-    stage(BUILD / "source")
-    shutil.copy(DOCS / "zensical.toml", BUILD / "zensical.toml")
-    if stage_only:
-        return 0
+def build(folder: Path) -> int:
+    """Stage the pages into folder/source and build folder/site; returns Zensical's exit status."""
+    stage(folder / "source")
+    return build_staged(folder)
+
+
+def build_staged(folder: Path) -> int:
+    """Build folder/site from pages that are staged already."""
+    shutil.copy(DOCS / "zensical.toml", folder)
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", "zensical.toml"]
-    status = subprocess.run(command, cwd=BUILD).returncode
-    if status == 0:
-        print(f"the site is {(BUILD / 'site' / 'index.html').relative_to(ROOT)}")
-    return status
+    return subprocess.run(command, cwd=folder).returncode
 
 
 def stage(folder: Path) -> None:
@@ -78,6 +75,9 @@ def stage(folder: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.endswith(".md"):
             target.write_text(_with_site_links(source, place, places), encoding="utf-8")
+        elif source.endswith(".svg"):  # rich names fonts on a network
+            text = (ROOT / source).read_text(encoding="utf-8")
+            target.write_text(re.sub(r"@font-face \{.*?\}", "", text, flags=re.DOTALL), encoding="utf-8")
         else:
             shutil.copy(ROOT / source, target)
     for place, text in generated.items():
@@ -255,7 +255,7 @@ def recipe_page() -> str:
         "Any other data set is a hub data set (`owner/name`), or your own file, named by `data.path`.",
         _table(["Name"], [[_code(name)] for name in TRAINING_SETS]),
         "## Module letters",
-        "`adapter.target_modules` takes a list of module names, or the paper's letters in one string: `\"QKVUD\"` adapts the "
+        '`adapter.target_modules` takes a list of module names, or the paper\'s letters in one string: `"QKVUD"` adapts the '
         "query, key, value, up and down projections of every layer.",
         _table(["Letter", "Module"], [[_code(letter), _code(name)] for letter, name in MODULE_LETTERS.items()]),
     ]
@@ -283,7 +283,9 @@ def _argument(action: argparse.Action) -> str:
         value = f"{{{','.join(map(str, action.choices))}}}" if action.choices else action.dest.upper()
     if not action.option_strings:
         return _code(value or "")
-    return ", ".join(_code(f"{option} {value}" if value and action.nargs != 0 else option) for option in action.option_strings)
+    return ", ".join(
+        _code(f"{option} {value}" if value and action.nargs != 0 else option) for option in action.option_strings
+    )
 
 
 def command_line_page() -> str:
@@ -301,7 +303,10 @@ def command_line_page() -> str:
         _table(
             ["Command", "What it does"],
             [
-                [f"[`{name}`](#{name.replace(' ', '-')})", _cell((inner.description or "").split(". ")[0].rstrip(".") + ".")]
+                [
+                    f"[`{name}`](#{name.replace(' ', '-')})",
+                    _cell((inner.description or "").split(". ")[0].rstrip(".") + "."),
+                ]
                 for name, inner in commands
             ],
         ),
@@ -400,4 +405,7 @@ def _dataclass_default(field: Any) -> str:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # the checkout's own package is the one that is described
-    sys.exit(main())
+    status = build(BUILD)
+    if status == 0:
+        print(f"open {BUILD / 'site' / 'index.html'}")
+    sys.exit(status)

@@ -355,19 +355,38 @@ def _environment_table() -> str:
 
 
 def run_folder_page() -> str:
-    """What `qdense/runs.py` says of a run's folder."""
+    """What `qdense/runs.py` says of a run's folder, its trees of names as tables."""
     import qdense.runs
 
-    text = _docstring(qdense.runs)
-    first, _, rest = text.partition("\n\n")
-    return "\n\n".join(
-        [
-            "# The run's folder",
-            "`qdense train` writes one folder for each run. It is named by `output.dir` in the recipe, or by `--output`. The "
-            "names below come from `qdense/runs.py`. [JSON outputs](json.md) lists the keys of the JSON files.",
-            rest,
-        ]
-    )
+    sections = [
+        "# The run's folder",
+        "`qdense train` writes one folder for each run. It is named by `output.dir` in the recipe, or by `--output`. The names "
+        "below come from `qdense/runs.py`. [JSON outputs](json.md) lists the keys of the JSON files.",
+    ]
+    paragraphs = (inspect.getdoc(qdense.runs) or "").split("\n\n")[1:]
+    for paragraph in paragraphs:
+        folder, _, tree = paragraph.partition(":\n    ")
+        if paragraph.endswith("/:"):
+            sections.append(f"## {paragraph.rstrip(':')}")
+        elif tree:
+            sections += [f"## {folder}", _tree(tree)]
+        elif paragraph.startswith("    "):
+            sections.append(_tree(paragraph))
+        else:
+            sections.append(_cell(paragraph))
+    return "\n\n".join(sections) + "\n"
+
+
+def _tree(text: str) -> str:
+    """Lines of a name, spaces and a meaning, which may go on in lines that begin with spaces alone, as a table."""
+    rows: list[list[str]] = []
+    for line in text.splitlines():
+        match = re.match(r" {0,4}(\S.*?) {2,}(\S.*)", line)
+        if match and not line.startswith("     "):
+            rows.append([", ".join(map(_code, match[1].split(", "))), match[2]])
+        else:
+            rows[-1][1] += f" {line.strip()}"
+    return _table(["Name", "What it holds"], [[name, _cell(meaning)] for name, meaning in rows])
 
 
 def python_page() -> str:

@@ -8,8 +8,8 @@ What a fenced block is tells its language:
     toml      a recipe, or part of one, that must be valid
     text      is only shown
 
-A block with title="Needs ..." cannot run here. Its commands are checked against the parser, and its recipes are loaded. Each page runs
-in a copy of the folder that the quickstart leaves behind.
+A block with title="Needs ..." cannot run here. Its commands are checked against the parser, and its recipes are loaded. Each page
+runs in a copy of the folder that the quickstart leaves.
 """
 
 from __future__ import annotations

@@ -213,7 +213,7 @@ def recipe_page() -> str:
     sections += [
         "## Methods",
         "The values of `adapter.method`. A method reads only the keys listed for it. It notes the others and does not refuse "
-        "them, so one recipe serves every method. The learning rate is the default for a model as wide as SmolLM2-135M "
+        "them, so one recipe serves every method. Settings of one method have a table of their own. The learning rate is the default for a model as wide as SmolLM2-135M "
         "(hidden size 576); a wider model gets a lower one.",
     ]
     base = {name: AdapterRecipe(method=name) for name in METHODS}

@@ -147,6 +147,14 @@ def assert_shown(block: Block, expected: list[str], output: str) -> None:
     assert re.fullmatch(pattern, output), f"{block}: the page does not show this output:\n{output}"
 
 
+def test_an_output_that_differs_is_found() -> None:
+    block = Block("page.md", 1, "console", "", "")
+    assert_shown(block, ["one", "...", " four"], "one  \ntwo\nthree\n four\n")
+    for expected in (["one"], ["one", "2", "..."], ["...", "five"]):
+        with pytest.raises(AssertionError, match=r"page\.md:1: the page does not show"):
+            assert_shown(block, expected, "one\ntwo\n")
+
+
 def test_quickstart(finished_quickstart) -> None:
     assert (finished_quickstart / "runs/my-rows/adapter/adapter_config.json").is_file()
 

@@ -213,8 +213,8 @@ def recipe_page() -> str:
     sections += [
         "## Methods",
         "The values of `adapter.method`. A method reads only the keys listed for it. It notes the others and does not refuse "
-        "them, so one recipe serves every method. Settings of one method have a table of their own. The learning rate is the default for a model as wide as SmolLM2-135M "
-        "(hidden size 576); a wider model gets a lower one.",
+        "them, so one recipe serves every method. Settings of one method have a table of their own. The learning rate is the "
+        "default for a model as wide as SmolLM2-135M (hidden size 576); a wider model gets a lower one.",
     ]
     base = {name: AdapterRecipe(method=name) for name in METHODS}
     sections.append(
@@ -290,10 +290,10 @@ def _argument(action: argparse.Action) -> str:
 
 def command_line_page() -> str:
     """Every command with its usage, its arguments and its examples."""
-    from qdense.cli import _parser
+    from qdense.cli import build_parser
 
     os.environ["COLUMNS"] = "80"  # argparse breaks lines of usage there
-    parser = _parser()
+    parser = build_parser()
     commands = list(_commands(parser, "qdense"))
     sections = [
         "# The command line",

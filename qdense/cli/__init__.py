@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     # Idle OpenMP threads that spin starve each other: with a busy neighbour, CPU steps take 10 to 50 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     try:
         with _ended_by_signals():
             return arguments.command(arguments) or 0
@@ -120,7 +120,7 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qdense",
         description="DenseLoRA fine-tuning of 4-bit LLaMA models on one consumer GPU.",

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import pytest
 from filelock import FileLock
 
-from qdense.cli import _parser
+from qdense.cli import build_parser
 from qdense.recipe import load_recipe, recipe_from_tables
 
 ROOT = Path(__file__).parent.parent.parent
@@ -188,7 +188,7 @@ def test_unrun_commands_are_valid(block, capsys) -> None:
     assert syntax.returncode == 0, syntax.stderr
     for words in commands_in(block.text):
         try:
-            arguments = _parser().parse_args(words)
+            arguments = build_parser().parse_args(words)
         except SystemExit:
             pytest.fail(f"{block}: qdense {shlex.join(words)}\n{capsys.readouterr().err}")
         check_names(arguments)
@@ -332,7 +332,7 @@ def test_json_of_a_merge_is_as_documented() -> None:
 
 def test_each_json_output_is_documented() -> None:
     text = JSON_PAGE.read_text(encoding="utf-8")
-    with_json = [name for name, parser in commands(_parser()) if "--json" in parser.format_help()]
+    with_json = [name for name, parser in commands(build_parser()) if "--json" in parser.format_help()]
     assert len(with_json) >= 9
     assert [name for name in with_json if f"## {name} --json" not in text] == []
 

@@ -70,12 +70,12 @@ def test_pages_ask_no_network(built) -> None:
 
 
 def test_each_option_of_the_command_line_is_in_the_reference(pages) -> None:
-    from qdense.cli import COMMANDS, _parser
+    from qdense.cli import COMMANDS, build_parser
 
     sections = dict(part.split("\n", 1) for part in pages["command-line"].split("\n## ")[1:])
     for name in COMMANDS:
         arguments = [name, "check", "--help"] if name == "data" else [name, "--help"]
-        shown = _help(_parser(), arguments)
+        shown = _help(build_parser(), arguments)
         section = sections["qdense " + " ".join(arguments[:-1])]
         options = set(re.findall(r"--[a-z][a-z0-9-]+", shown.split("examples")[0])) - {"--help"}
         assert [option for option in options if f"`{option}" not in section] == []

@@ -38,10 +38,9 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# The documentation site, into .site/: every broken link or anchor is an error. Open .site/index.html, or serve it with
-# `python -m http.server -d .site` to have its search too.
+# The documentation, into build/docs/site; a warning, such as a broken link, fails.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/mkdocs.yml
+	$(BIN)/python docs/build.py
 
 clean:
-	rm -rf $(VENV) .site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build/docs .pytest_cache .mypy_cache .ruff_cache

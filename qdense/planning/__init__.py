@@ -1,1 +1,1 @@
-"""What a run will need, known before anything is loaded."""
+"""What a run will need, before anything is loaded."""

@@ -1,4 +1,4 @@
-"""How many sequences a model can complete at a time: the plan of an evaluation."""
+"""The plan of an evaluation: how many sequences a model can complete at a time."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from qdense.planning.memory import base_bytes
 from qdense.planning.plan import CUDA_CONTEXT_BYTES
 from qdense.recipe import ModelRecipe
 
-_PROMPT_TOKENS = 512  # the benchmarks' are shorter; where one is not, memory that runs out halves the batch
+_PROMPT_TOKENS = 512  # the benchmarks' prompts are shorter; for a longer one, running out of memory halves the batch
 _SHARE = 0.9  # of the memory
 
 
 def generation_bytes(
     model: ModelRecipe, shape: CatalogModel, *, num_sequences: int, new_tokens: int, is_cuda: bool
 ) -> dict[str, int]:
-    """What completing so many sequences at a time needs, by what it is for. On a CPU, NF4 weights may be unpacked."""
+    """Bytes for completing this many sequences at a time, by purpose. On a CPU, NF4 weights may be unpacked."""
     width = model.dtype_bytes
     weights, tables = base_bytes(model, shape, unpacked=not is_cuda)
     tokens = _PROMPT_TOKENS + new_tokens
@@ -24,7 +24,7 @@ def generation_bytes(
     return {
         "weights": weights,
         "embeddings_and_head": tables,
-        "cache": 2 * cache,  # sequences that end leave it, others join: it is copied
+        "cache": 2 * cache,  # sequences leave and join it, so it is copied
         "activations": reading,
         "logits": num_sequences * shape.vocab_size * (width + 8),
         "context": CUDA_CONTEXT_BYTES if is_cuda else 2**30,
@@ -37,7 +37,7 @@ def sequences_that_fit(
     """`most`, halved until it fits, and at least 1.
 
     Args:
-        memory_bytes: of the card or the machine, not what is free now: a batch's size can decide a completion in bf16.
+        memory_bytes: total memory, not what is free now, because in bf16 the batch size can change a completion.
     """
     num_sequences = most
     while num_sequences > 1:

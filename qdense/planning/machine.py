@@ -1,4 +1,4 @@
-"""This machine as a plan sees it."""
+"""The machine that a plan is for: this one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from qdense.planning.plan import Machine
 from qdense.planning.speed import card_named
 from qdense.recipe import Recipe
 
-_CPU_SHARE = 0.9  # of the memory that is free: other programs want some
-_WORKSPACE_BYTES = 200 * 2**20  # cuBLAS, kernels; the context is taken off the free memory already
+_CPU_SHARE = 0.9  # of the free memory; other programs need some
+_WORKSPACE_BYTES = 200 * 2**20  # cuBLAS, kernels; the context is already missing from the free memory
 
 
 def this_machine(recipe: Recipe, shape: CatalogModel) -> Machine:
@@ -31,7 +31,7 @@ def this_machine(recipe: Recipe, shape: CatalogModel) -> Machine:
 
 
 def slow_kernels(recipe: Recipe, shape: CatalogModel, machine: Machine) -> Iterator[str]:
-    """Why a run on CUDA does without faster kernels, where the recipe does not ask for that."""
+    """Why a run on CUDA lacks faster kernels, unless the recipe asks for that."""
     if not machine.kernels.is_cuda or recipe.training.kernels == "torch":
         return
     if fault := why_not_triton("cuda"):

@@ -1,16 +1,16 @@
 """Where each byte of a training run goes, from shapes alone.
 
-An optimizer step runs micro-batch by micro-batch; memory is highest in one of four moments of one:
+An optimizer step runs micro-batch by micro-batch; memory peaks at one of four moments:
 
-    forward    the checkpoints of recomputed layers, everything that the others keep, and what the last module computes with
-    loss       the same, with a slice of logits in place of the latter
+    forward    the checkpoints of recomputed layers, everything that the others keep, and the last module's working memory
+    loss       the same, with a slice of logits in place of that working memory
     recompute  the checkpoints, one recomputed layer's activations, and the gradients that run through it
-    backward   as for the loss, but for the logits: the gradients that run through the last kept layer
+    backward   as in loss, with the gradients that run through the last kept layer in place of the logits
 
 The last layers keep their activations and the first are recomputed, so that kept activations are gone when the first
 recomputation needs room. Coefficients are counts of the tensors that autograd keeps, layer by layer: the base's as written
 below, an adapter's as its method states them (`qdense.methods.costs`);
-tests/planning/test_memory.py holds them to the tensors of real steps. Memory inside one operation is not in it.
+tests/planning/test_memory.py compares them with the tensors of real steps. Memory inside one operation is not counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qdense.recipe import ModelRecipe, Recipe
 
 # NF4 with double quantization: 4 bits, a byte for each 64 elements, and a float for each 256 of these bytes.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-_INT8_BYTES = 1.0  # and a scale for each row, which is little
+_INT8_BYTES = 1.0  # and a scale for each row, which is negligible
 # Two moments of a parameter, in 8 bits with a scale for each 256, or in fp32.
 _OPTIMIZER_BYTES = {
     "paged_adamw_8bit": 2 * (1 + 4 / 256),
@@ -39,13 +39,13 @@ _OPTIMIZER_BYTES = {
 
 @dataclass(frozen=True)
 class StepLayout:
-    """What the planner chooses: how a step is divided, and what of it is computed twice or moved away.
+    """What the planner chooses: how a step is divided, and what is recomputed or offloaded.
 
     Attributes:
-        micro_batch_size: rows of the greatest length that a forward pass may hold.
-        recompute_layers: the first so many layers are computed again in the backward pass.
-        offload: whether their inputs wait in host memory.
-        mlp_tile_tokens: their MLP runs in tiles of so many tokens; None for all at once.
+        micro_batch_size: rows of maximum length in one forward pass.
+        recompute_layers: number of layers, from the first, that are recomputed in the backward pass.
+        offload: whether the inputs of these layers wait in host memory.
+        mlp_tile_tokens: tokens of a tile in which their MLP runs; None for all at once.
     """
 
     micro_batch_size: int
@@ -56,7 +56,7 @@ class StepLayout:
 
 @dataclass(frozen=True)
 class Kernels:
-    """What computes: on CUDA or not, the adapter by fused kernels or plain PyTorch, the rest by Liger's or Transformers'."""
+    """The kernels in use: on CUDA or not, fused or plain PyTorch for the adapter, Liger's or Transformers' for the rest."""
 
     is_cuda: bool
     is_fused: bool
@@ -65,7 +65,7 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the highest moment, by what they are for; `moment` is one of forward, loss, recompute, backward."""
+    """Bytes at the peak, by purpose; `moment` is one of forward, loss, recompute, backward."""
 
     moment: str
     breakdown: dict[str, int] = field(default_factory=dict)
@@ -122,7 +122,7 @@ def memory_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels, layout: Ste
         activations, gradients, copies = recomputing
         moments["recompute"] = (int(activations + weights), int(gradients), 0, int(copies))
     if num_kept:
-        # Of the last layer, what comes after the MLP's product is free by the time that most gradients are there.
+        # What the last layer keeps after the MLP's product is free by the time most gradients exist.
         gradients = max(0.0, tokens * (layer.passing() - layer.freed_at_product()))
         passed = max((gradients, unpacked), (tokens * layer.passing_product(), 0), (hidden, in_backward), key=sum)
         moments["backward"] = (kept, int(passed[0]), 0, int(passed[1]))
@@ -154,7 +154,7 @@ def base_bytes(model: ModelRecipe, shape: CatalogModel, *, unpacked: bool = Fals
 
 
 def _static(recipe: Recipe, shape: CatalogModel) -> dict[str, int]:
-    """What is there from the first step to the last."""
+    """Memory in use from the first step to the last."""
     width = recipe.model.dtype_bytes
     weights, tables = base_bytes(recipe.model, shape)
     adapter = recipe.adapter
@@ -173,7 +173,7 @@ def _static(recipe: Recipe, shape: CatalogModel) -> dict[str, int]:
 
 
 def computation_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels) -> Computation:
-    """What the costs of the recipe's method depend on, beside shapes."""
+    """What the costs of the recipe's method depend on, besides shapes."""
     adapter, method = recipe.adapter, METHODS[recipe.adapter.method]
     width = adapter.dtype_bytes if method.is_adapter else recipe.model.dtype_bytes
     has_dropout = "dropout" in method.adapter_keys and adapter.dropout > 0
@@ -183,7 +183,7 @@ def computation_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels) -> Com
         shapes={kind: shapes[kind] for kind in method.targets(adapter) if kind in shapes},
         width=width,
         base_width=recipe.model.dtype_bytes,
-        # On CUDA a mask of PyTorch's is of bytes; on a CPU it is in the dtype of what it drops.
+        # PyTorch's dropout masks are bytes on CUDA; on a CPU they have the dtype of their input.
         mask_width=0 if not has_dropout else 1 if kernels.is_cuda else width,
         quantization=recipe.model.quantization,
         is_cuda=kernels.is_cuda,
@@ -192,7 +192,7 @@ def computation_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels) -> Com
 
 
 class _Layer:
-    """Bytes of one decoder layer: for each token, and however many there are."""
+    """Bytes of one decoder layer, for each token and independent of tokens."""
 
     def __init__(self, recipe: Recipe, shape: CatalogModel, kernels: Kernels) -> None:
         self.shape, self.kernels, self.recipe = shape, kernels, recipe
@@ -209,10 +209,10 @@ class _Layer:
         self._holds_inputs = quantization == "int8"
 
     def saved(self, *, is_recomputed: bool = False, has_tiled_mlp: bool = False, is_first: bool = False) -> float:
-        """Bytes of a token that autograd keeps of one layer until its backward pass.
+        """Bytes for each token that autograd keeps of one layer until its backward pass.
 
         Args:
-            is_first: of the layer before which nothing is trained: it keeps nothing before its first adapted modules.
+            is_first: for the first layer, which keeps nothing before its first adapted modules: nothing earlier is trained.
         """
         before = self._before_groups()
         if is_recomputed and self.kernels.has_liger:
@@ -224,7 +224,7 @@ class _Layer:
         return saved
 
     def _before_groups(self) -> list[float]:
-        """What is kept of the operations before each group of modules: a norm, attention, a norm, the MLP's product."""
+        """What the operations before each group of modules keep: a norm, attention, a norm, the MLP's product."""
         shape, width = self.shape, self.width
         norm = shape.hidden_size * self.norm_width
         # Without a mask, q, k, v and the output; sdpa with one (padded rows) has k and v repeated for each head.
@@ -238,7 +238,7 @@ class _Layer:
         return self._before_groups()[-1] + sum(self._group(group, is_recomputed=is_recomputed) for group in MLP_GROUPS)
 
     def _group(self, group: tuple[str, ...], *, is_recomputed: bool = False) -> float:
-        """Of modules that read the same input: of the input, and of what the adapted ones make of it."""
+        """For modules that read the same input: what is kept of the input, and of what the adapted ones compute from it."""
         adapted = [self.computation.shapes[kind] for kind in group if kind in self.computation.shapes]
         if not adapted:
             return 0.0
@@ -248,9 +248,9 @@ class _Layer:
         return kept + sum(self.costs.of_module(self.computation, *shape).kept for shape in adapted)
 
     def held(self, *, is_first: bool = False) -> float:
-        """Bytes of a token that the frozen modules of one layer hold until the step's backward pass has ended.
+        """Bytes for each token that the frozen modules of one layer hold until the step's backward pass ends.
 
-        bitsandbytes' 8-bit product keeps its input beside autograd, even of a layer that is recomputed (0.50).
+        bitsandbytes' 8-bit product keeps its input outside autograd, even in a recomputed layer (0.50).
         """
         shapes = self.shape.linear_shapes()
         groups = SAME_INPUT[self._first_group :] if is_first else SAME_INPUT
@@ -260,21 +260,21 @@ class _Layer:
         return [self.costs.of_module(self.computation, *shape).weights for shape in self.computation.shapes.values()]
 
     def saved_weights(self) -> float:
-        """Bytes that autograd keeps of one layer however many tokens there are."""
+        """Bytes that autograd keeps of one layer, independent of the number of tokens."""
         return sum(weights.kept for weights in self._weight_costs())
 
     def passing_weights(self) -> tuple[float, float]:
-        """Bytes as large as weights that exist while one module computes, at most: in forward, and in backward."""
+        """The most bytes of weight size that exist while one module computes: in forward, and in backward."""
         of_modules = self._weight_costs()
         forward = max((weights.in_forward for weights in of_modules), default=0)
         return max(self._unpacked_in_forward, forward), max((weights.in_backward for weights in of_modules), default=0)
 
     def freed_at_product(self) -> float:
-        """What of a layer is free by the time that backward has reached the product in the MLP: down_proj's."""
+        """Bytes of a layer that are free once backward has reached the MLP's product: down_proj's."""
         return self._group(MLP_GROUPS[1])
 
     def passing(self) -> float:
-        """Gradients and what is computed beside them while backward runs through an MLP, at most; measured, not derived."""
+        """The most bytes of gradients and temporaries while backward runs through an MLP; measured, not derived."""
         hidden, wide = self.width * self.shape.hidden_size, self.width * self.shape.intermediate_size
         of_modules = [self.costs.of_module(self.computation, *shape) for shape in self.computation.shapes.values()]
         beside = max((module.in_backward for module in of_modules), default=0)

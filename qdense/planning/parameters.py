@@ -13,11 +13,11 @@ from qdense.recipe import AdapterRecipe
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Counts as `qdense params` reports them.
+    """The counts that `qdense params` reports.
 
     Attributes:
         r: None where the method does not read it.
-        percent: of base and adapter together, as PEFT and the paper's tables give it.
+        percent: of base and adapter together, as in PEFT and the paper's tables.
     """
 
     method: str
@@ -30,7 +30,7 @@ class ParameterCount:
 
 
 def count_parameters(model: str | CatalogModel, adapter: AdapterRecipe) -> ParameterCount:
-    """Count for a model, given its shapes or a name of it. Raises ModelError where the name tells no shapes."""
+    """Count for a model, given its shapes or its name. Raises ModelError for a name whose shapes are not known."""
     entry = model_shape(model) if isinstance(model, str) else model
     method = METHODS[adapter.method]
     by_module = method.count_parameters(adapter, _adapted_shapes(entry, adapter), entry.num_layers)

@@ -1,6 +1,6 @@
 """The plan of a training run: whether it fits the memory, where each byte goes, and how a step is divided to be fast.
 
-What the recipe fixes stays; what it leaves "auto" is chosen for the highest predicted speed that fits. Long contexts take
+What the recipe fixes stays; what it leaves "auto" is chosen for the highest predicted speed that fits. Long contexts need
 further measures, only where nothing fits without them: checkpoints wait in host memory, then the MLP runs in tiles.
 """
 
@@ -17,21 +17,21 @@ from qdense.planning.memory import Kernels, Memory, StepLayout, memory_of
 from qdense.planning.speed import CARDS, Card, tokens_per_second
 from qdense.recipe import Recipe
 
-# Of the peak: what the allocator cannot use. On a CPU, glibc's: a run of SmolLM2 took 6.8 GiB for 5.0 of tensors and 0.6 before.
+# Share of the peak that the allocator cannot use. On a CPU it is glibc's: SmolLM2 took 6.8 GiB for 5.0 of tensors and 0.6 before.
 _CUDA_FRAGMENTATION, _CPU_FRAGMENTATION = 0.03, 0.25
 CUDA_CONTEXT_BYTES = 600 * 2**20  # driver, kernels and cuBLAS workspaces; not measured
 _TILE_TOKENS = 4096
-_CHOSEN_SHARE = 0.95  # of the memory, for what "auto" chooses: a prediction may be low, and a desktop takes some
+_CHOSEN_SHARE = 0.95  # of the memory, for "auto": a prediction may be low, and a desktop uses some
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan is for.
+    """The machine that a plan is for.
 
     Attributes:
         name: for a person.
-        memory_bytes: that the run may use.
-        base_bytes: of these, what is taken before the first tensor: CUDA's context, or the process with its libraries.
+        memory_bytes: memory that the run may use.
+        base_bytes: of these, in use before the first tensor: CUDA's context, or the process with its libraries.
         card: its speed, if it is a known card.
     """
 
@@ -52,12 +52,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout and what it is predicted to need.
+    """A layout with its predicted memory and speed.
 
     Attributes:
         checkpoint_width: bytes of a token's hidden state.
         speeds: tokens per second by known card.
-        remedies: what to change where it does not fit; key of the recipe, value and effect in words.
+        remedies: what to change if it does not fit: a key of the recipe, a value and its effect, in words.
     """
 
     machine: Machine
@@ -71,17 +71,17 @@ class Plan:
 
     @property
     def predicted_peak_bytes(self) -> int:
-        """Of the tensors: what torch.cuda.max_memory_allocated will tell."""
+        """The peak of the tensors, as torch.cuda.max_memory_allocated reports it."""
         return self.memory.peak_bytes
 
     @property
     def needed_bytes(self) -> int:
-        """Tensors, what the allocator cannot use, and what is taken before."""
+        """Tensors, what the allocator cannot use, and memory in use before."""
         return needed_bytes(self.memory, self.machine)
 
     @property
     def predicted_memory_bytes(self) -> int:
-        """What the run's display will show as its peak: memory that torch reserves on CUDA, else the whole process."""
+        """The peak that the run's display will show: memory reserved by torch on CUDA, else the whole process."""
         return self.needed_bytes - (self.machine.base_bytes if self.machine.kernels.is_cuda else 0)
 
     @property
@@ -105,7 +105,7 @@ class Plan:
         }
 
     def record(self) -> dict[str, Any]:
-        """What a run writes down: the layout, which a resumed run keeps, and what was predicted."""
+        """What a run records: the layout, which a resumed run keeps, and the prediction."""
         return {
             "layout": {key: value for key, value in asdict(self.layout).items() if value is not None},
             "predicted_peak_bytes": self.predicted_peak_bytes,
@@ -115,7 +115,7 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """Pinned host memory of checkpoints that wait there: a buffer for each layer, rounded up to a power of two."""
+        """Pinned host memory for offloaded checkpoints: a buffer for each layer, rounded up to a power of two."""
         checkpoint = self.layout.micro_batch_size * self.max_length * self.checkpoint_width
         return self.layout.recompute_layers * (1 << (checkpoint - 1).bit_length()) if self.layout.offload else 0
 
@@ -145,12 +145,12 @@ def needed_bytes(memory: Memory, machine: Machine) -> int:
 
 
 def make_plan(recipe: Recipe, shape: CatalogModel, machine: Machine, layout: StepLayout | None = None) -> Plan:
-    """Choose (or take `layout` as it is, for a resumed run) and predict. Raises ModelError for modules the model lacks."""
+    """Choose a layout, or use the given one of a resumed run, and predict. Raises ModelError for modules the model lacks."""
     if layout is None:
         layout = _choose(recipe, shape, machine)
     memory = memory_of(recipe, shape, machine.kernels, layout)
     cards = CARDS if machine.card is None else {machine.card.name: machine.card}
-    # On a CPU the speed is not predicted; a plan for no card in particular names the known ones.
+    # On a CPU the speed is not predicted. A plan for no particular card lists the known ones.
     speeds = {
         name: tokens_per_second(recipe, shape, machine.kernels, layout, card)
         for name, card in cards.items()
@@ -162,7 +162,7 @@ def make_plan(recipe: Recipe, shape: CatalogModel, machine: Machine, layout: Ste
 
 
 def longest_context(recipe: Recipe, shape: CatalogModel, machine: Machine) -> int:
-    """The longest row, in tokens, of which one at a time fits; 0 if none does. By bisection, to 64 tokens."""
+    """The longest row in tokens that fits one at a time; 0 if none does. Found by bisection, to 64 tokens."""
     low, high = 0, 2**22
     while high - low > 64:
         middle = (low + high) // 2
@@ -180,7 +180,7 @@ def _with_length(recipe: Recipe, max_length: int) -> Recipe:
 
 
 def _measures(rows: int, max_length: int, num_layers: int, *, can_offload: bool) -> Iterator[StepLayout]:
-    """Everything recomputed, with ever more done for little memory."""
+    """Layouts with everything recomputed, in order of falling memory."""
     yield StepLayout(rows, num_layers)
     if can_offload:
         yield StepLayout(rows, num_layers, offload=True)
@@ -194,9 +194,9 @@ def _choose(recipe: Recipe, shape: CatalogModel, machine: Machine) -> StepLayout
     if settings.micro_batch_size == "auto" and settings.packing:
         sizes = list(
             range(batch, 0, -1)
-        )  # most rows are shorter than the greatest length: each token more may save a pass
+        )  # most rows are shorter than the maximum: each further token may save a pass
     elif settings.micro_batch_size == "auto":
-        # Sizes that cut the batch into 1, 2, 3, ... passes; others would need as many passes and more memory.
+        # Sizes that divide the batch into 1, 2, 3, ... passes; others need as many passes and more memory.
         sizes = sorted({-(-batch // passes) for passes in range(1, batch + 1)}, reverse=True)
     else:
         sizes = [min(settings.micro_batch_size, batch)]
@@ -214,8 +214,8 @@ def _choose(recipe: Recipe, shape: CatalogModel, machine: Machine) -> StepLayout
     def fits(layout: StepLayout) -> bool:
         return needed(layout) <= _CHOSEN_SHARE * machine.memory_bytes
 
-    card = machine.card or CARDS["RTX 4090"]  # for a layout, only the balance of computing and moving counts
-    # For a size, the fewest recomputed layers that fit are the fastest.
+    card = machine.card or CARDS["RTX 4090"]  # for choosing a layout, only the balance of compute and bandwidth matters
+    # For each size, recomputing as few layers as fit is fastest.
     found = [
         next((StepLayout(size, depth) for depth in depths if fits(StepLayout(size, depth))), None) for size in sizes
     ]
@@ -225,16 +225,16 @@ def _choose(recipe: Recipe, shape: CatalogModel, machine: Machine) -> StepLayout
     if layers in depths:
         can_offload = machine.kernels.is_cuda
         measures = list(_measures(sizes[-1], recipe.data.max_length, layers, can_offload=can_offload))
-        # Where none fits, the one that needs least: it may still do without the reserve.
+        # If none fits, the one that needs least; it may fit without the reserve.
         return next(filter(fits, measures), min(measures, key=needed))
     return StepLayout(sizes[-1], depths[-1])
 
 
 def _remedies(recipe: Recipe, shape: CatalogModel, machine: Machine) -> list[str]:
-    """Changes that would make it fit, each tried; else what would be needed at least."""
+    """Changes that would make it fit, each tested; else the least memory it would need."""
 
     def trial(**changes: dict[str, Any]) -> list[str]:
-        """The changes, by table, as a recipe has them; none if they would not do."""
+        """The changes, by table as in a recipe; none if they do not suffice."""
         tables = {table: getattr(recipe, table).model_copy(update=values) for table, values in changes.items()}
         changed = recipe.model_copy(update=tables)
         layout = _choose(changed, shape, machine)

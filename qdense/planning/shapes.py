@@ -12,9 +12,9 @@ from qdense.errors import ModelError, did_you_mean
 
 
 def model_shape(name: str) -> CatalogModel:
-    """The shapes of a model by its name here, its hub id or its folder. Raises ModelError.
+    """The shapes of a model by its built-in name, hub id or folder. Raises ModelError.
 
-    A hub id that is not built in is looked for in the hub's cache; nothing is downloaded.
+    A hub id that is not built in is looked up in the hub's cache; nothing is downloaded.
     """
     by_hub_id = {entry.hub_id: entry for entry in CATALOG.values()}
     entry = CATALOG.get(name) or by_hub_id.get(name)
@@ -47,7 +47,7 @@ def _cached_config(hub_id: str) -> Path | None:
 
 
 def shape_of_config(name: str, config: dict[str, Any]) -> CatalogModel:
-    """Shapes from a config.json as Transformers writes it. Raises KeyError where it lacks one, ValueError where it is no size."""
+    """Shapes from Transformers' config.json. Raises KeyError for a missing one, ValueError for one that is not a size."""
     num_heads = int(config["num_attention_heads"])
     head_size = config.get("head_dim")
     shape = CatalogModel(

@@ -1,7 +1,7 @@
-"""How long a micro-batch takes on a card, from shapes alone: what it must compute and move, and what the host must launch.
+"""How long a micro-batch takes on a card, from shapes alone: compute, memory traffic, and launches by the host.
 
 The products are counted exactly; the rest (share of the ceiling that a product reaches, passes over activations) is an
-estimate, good enough to choose between plans, not to be quoted. The host's share is measured on one machine: an H200,
+estimate that is good enough to choose between plans. The host's share is measured on one machine: an H200,
 LLaMA-3-8B's shape, NF4, the fused adapter on five modules a layer. There a pass of 2,048 tokens without recomputation takes
 0.18 s for the bare base and 0.39 s with the adapter, however idle the GPU; of 1,024 tokens with all layers recomputed, 0.39
 and 0.63 s. On other hosts, and for other methods, it is an estimate.
@@ -24,11 +24,11 @@ class Card:
     """A GPU.
 
     Attributes:
-        flops: bf16 products per second that large matrices reach, measured.
+        flops: measured bf16 FLOP/s of large matrix products.
         bandwidth: bytes per second of its memory.
         link: bytes per second to and from the host, each way.
-        layer_seconds: that the host takes to launch a layer of the base, forward; backward as long.
-        module_seconds: that it takes to launch an adapted module's adapter, forward and backward.
+        layer_seconds: host time to launch a layer of the base in forward; backward takes as long.
+        module_seconds: host time to launch an adapted module's adapter, forward and backward.
     """
 
     name: str
@@ -49,13 +49,13 @@ CARDS = {
         Card("H200", 141 * 2**30, 800e12, 4800e9, 50e9),
     )
 }
-_REACHED = 0.9  # share of the ceiling that products of this size reach
+_REACHED = 0.9  # share of `flops` that products of this size reach
 _ATTENTION_REACHED = 0.5
 _BANDWIDTH_REACHED = 0.85
 
 
 def card_named(device_name: str) -> Card | None:
-    """The known card that a device's name ("NVIDIA GeForce RTX 4090") stands for."""
+    """The known card in a device's name ("NVIDIA GeForce RTX 4090")."""
     return next((card for card in CARDS.values() if card.name in device_name), None)
 
 
@@ -94,17 +94,17 @@ def tokens_per_second(recipe: Recipe, shape: CatalogModel, kernels: Kernels, lay
     seconds += tokens * (3.5 + again) * attention * context / (_ATTENTION_REACHED * card.flops)
     seconds += _moved(recipe, shape, kernels, layout, tokens) / (_BANDWIDTH_REACHED * card.bandwidth)
     if layout.offload:
-        # Copies overlap with what is computed; what they take longer is waited for.
+        # Copies overlap with computation; only the excess costs time.
         copied = 2 * layout.recompute_layers * tokens * shape.hidden_size * recipe.model.dtype_bytes
         seconds = max(seconds, copied / card.link)
-    # The host launches ahead of the device: the slower of the two decides.
+    # The host launches ahead of the device, so the slower of the two decides.
     return tokens / max(seconds, shape.num_layers * _launching(card, len(modules), again))
 
 
 def _launching(card: Card, num_modules: int, again: float) -> float:
-    """Seconds that the host takes for one layer, however few tokens there are.
+    """Host seconds for one layer, independent of the number of tokens.
 
-    Recomputing a layer takes as long as forward and backward together: autograd's hooks take every tensor that is saved.
+    Recomputing a layer takes as long as forward and backward together, because autograd's hooks intercept every saved tensor.
     """
     return card.layer_seconds * (2 + 2 * again) + card.module_seconds * num_modules * (1 + again / 4)
 
@@ -116,7 +116,7 @@ def _module_costs(recipe: Recipe, shape: CatalogModel, kernels: Kernels) -> list
 
 
 def _moved(recipe: Recipe, shape: CatalogModel, kernels: Kernels, layout: StepLayout, tokens: int) -> float:
-    """Bytes read and written beside the products' own operands."""
+    """Bytes read and written besides the products' operands."""
     width, again = recipe.model.dtype_bytes, layout.recompute_layers / shape.num_layers
     shapes = shape.linear_shapes()
     passes = 2 + again
@@ -132,5 +132,5 @@ def _moved(recipe: Recipe, shape: CatalogModel, kernels: Kernels, layout: StepLa
     modules = _module_costs(recipe, shape, kernels)
     layer += sum(each.moved for each in modules)
     moved += shape.num_layers * (tokens * layer + sum(each.weights.moved for each in modules)) * (3 + again)
-    moved += tokens * shape.vocab_size * 20  # the logits' slices, several times over
+    moved += tokens * shape.vocab_size * 20  # the slices of logits, several times
     return moved

@@ -1,6 +1,6 @@
-"""Which rows a step has, in what order, cut into which micro-batches; and what is random in it. All by the step's number.
+"""Which rows a step has, in what order and in which micro-batches, and its random numbers. All follow from the step's number.
 
-So a run needs no random state to resume: step 41 is the same step whether or not the process took step 40.
+So a run needs no random state to resume: step 41 is the same whether or not this process ran step 40.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qdense.data.examples import Example, collate, join, pack
 class Batches:
     """The rows of each optimizer step.
 
-    Every epoch takes all rows once, in an order drawn from the seed and the epoch; its last step may have fewer.
+    Every epoch uses each row once, in an order drawn from the seed and the epoch. Its last step may have fewer rows.
     """
 
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int) -> None:
@@ -39,12 +39,12 @@ class Batches:
         return [self.examples[index] for index in chosen]
 
     def epochs_after(self, step: int) -> float:
-        """Epochs done when `step` is."""
+        """Epochs completed after `step`."""
         return step / self.steps_per_epoch
 
 
 def seed_step(seed: int, step: int, process: int = 0) -> None:
-    """Seed torch's generators for one step's dropout, on every device; each of several processes has masks of its own."""
+    """Seed torch's generators for one step's dropout, on every device; each process has its own masks."""
     text = f"{seed} {step} {process}" if process else f"{seed} {step}"
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest) >> 1)
@@ -53,10 +53,10 @@ def seed_step(seed: int, step: int, process: int = 0) -> None:
 def micro_batches(
     examples: Sequence[Example], size: int, *, max_length: int | None, pad_token_id: int
 ) -> list[dict[str, Any]]:
-    """Examples as the model takes them, with what a step must know of each: rows, num_tokens, num_labels.
+    """Examples as input for the model, each with rows, num_tokens and num_labels for the step.
 
     Args:
-        size: rows of the greatest length that one forward pass may hold.
+        size: the number of rows of maximum length in one forward pass.
         max_length: that length, for packed rows; None pads each micro-batch to its longest row.
     """
     groups: list[Sequence[Example]]

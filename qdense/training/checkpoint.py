@@ -1,16 +1,16 @@
-"""Checkpoints on disk: written beside, verified, renamed; checked before they are trusted. Tensors and numbers only.
+"""Checkpoints on disk: written under another name, verified, renamed, and checked before use. Tensors and numbers only.
 
 A run's checkpoints/ holds `checkpoint-<step>` folders, each with the same files:
 
-    weights.safetensors    the adapter's tensors by their names in the model, frozen ones included; the best ones apart:
-    best.safetensors       those of the lowest validation loss so far; empty before the first validation
-    optimizer.safetensors  masters and moments
-    schedule.safetensors   what the method's own schedule remembers (AdaLoRA's averages); empty for others
-    state.json             numbers: the best step and its loss, how steps are cut up, scalars of the optimizer and the schedule
-    manifest.json          the format, and size and SHA-256 of every other file
+    weights.safetensors    the adapter's tensors by their names in the model, frozen ones included
+    best.safetensors       the same at the lowest validation loss so far; empty before the first validation
+    optimizer.safetensors  master weights and moments
+    schedule.safetensors   the state of the method's schedule, such as AdaLoRA's averages
+    state.json             the best step and its loss, the layout of steps, scalars of the optimizer and the schedule
+    manifest.json          the format, and the size and SHA-256 of every other file
 
-No random state: what is random in a step follows from the seed and the step's number (`qdense/training/batches.py`). While a
-checkpoint is being written it lies in a hidden folder, which a killed run may leave behind.
+There is no random state, because a step's random numbers follow from the seed and the step's number (`qdense/training/batches.py`). While a
+checkpoint is being written it is in a hidden folder, which a killed run may leave behind.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _FILES = {_STATE, *(f"{name}.safetensors" for name in _TENSORS)}
 
 @dataclass
 class Checkpoint:
-    """All that a run needs to continue at `step`; see the module's docstring for its parts."""
+    """Everything that a run needs to continue after `step`; the module's docstring lists its parts."""
 
     step: int
     weights: dict[str, Tensor]
@@ -50,10 +50,10 @@ class Checkpoint:
     values: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> Path:
-        """Write checkpoint-<step> into `folder`; the oldest ones go only when it is on the disk and reads back as written.
+        """Write checkpoint-<step> into `folder`. The oldest ones are removed only once it is on disk and reads back as written.
 
         Raises:
-            OSError, SafetensorError: it cannot be written; the checkpoints before it are intact.
+            OSError, SafetensorError: it cannot be written; earlier checkpoints are intact.
         """
         with _appearing(folder, self.step) as building:
             for name in _TENSORS:
@@ -65,14 +65,14 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
-        """Read a checkpoint that `fault_of` has passed. Raises SafetensorError, ValueError or KeyError for what no run wrote."""
+        """Read a checkpoint that `fault_of` found intact. Raises SafetensorError, ValueError or KeyError otherwise."""
         values = json.loads((path / _STATE).read_text(encoding="utf-8"))
         tensors = {name: load_file(path / f"{name}.safetensors") for name in _TENSORS}
         return cls(step=values.pop("step"), values=values, **tensors)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As safetensors wants them: contiguous, and none in the memory of another (8-bit AdamW's maps are one tensor for all)."""
+    """As safetensors requires: contiguous, and no two sharing memory (8-bit AdamW's maps are one tensor for all)."""
     seen: set[int] = set()
     found = {}
     for name, tensor in tensors.items():
@@ -87,18 +87,18 @@ def _place(folder: Path, step: int) -> Path:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The step of a folder `checkpoint-<step>`."""
+    """The step in the name of a folder `checkpoint-<step>`."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The newest first; whole or not."""
+    """The newest first, intact or not."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     return sorted(found, key=checkpoint_step, reverse=True)
 
 
 def last_good_checkpoint(folder: Path) -> str:
-    """A sentence on where a run that stops now can continue."""
+    """A sentence that says where a run that stops now can continue."""
     found = checkpoints(folder)
     if not found:
         return "There is no checkpoint yet: the run must start over."
@@ -107,7 +107,7 @@ def last_good_checkpoint(folder: Path) -> str:
 
 @contextmanager
 def _appearing(folder: Path, step: int) -> Iterator[Path]:
-    """The folder in which to make `checkpoint-<step>`: it takes its place when all is on the disk and reads back as written."""
+    """A folder in which to write `checkpoint-<step>`. It gets that name once everything is on disk and reads back as written."""
     building, target = folder / _UNFINISHED, _place(folder, step)
     remove_unfinished(folder)
     building.mkdir(parents=True)
@@ -125,7 +125,7 @@ def _appearing(folder: Path, step: int) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a run that was killed while saving has left."""
+    """Remove what a run left behind when it was killed while saving."""
     shutil.rmtree(folder / _UNFINISHED, ignore_errors=True)
 
 
@@ -136,15 +136,15 @@ def _seal(checkpoint: Path) -> None:
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint: None if it has every file, each as its manifest says.
+    """What is wrong with a checkpoint; None if every file is there and matches the manifest.
 
     Raises:
-        RunError: it is whole, and in the format of another version of qdense.
+        RunError: it is intact, but in the format of another version of qdense.
     """
     try:
         manifest: dict[str, Any] = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
         files: dict[str, Any] = manifest["files"]
-        found = manifest.get("format", 1 if "qdense.json" in files else None)  # the first version named no format
+        found = manifest.get("format", 1 if "qdense.json" in files else None)  # the first version did not write its format
         if isinstance(found, int) and found != FORMAT:
             raise RunError(
                 f"{checkpoint}: another version of qdense wrote it (format {found}, not {FORMAT}). Continue with that version, "
@@ -181,8 +181,8 @@ def _facts(path: Path, *, sync: bool = False) -> dict[str, Any]:
 
 
 def _sync(folder: Path) -> None:
-    """Have the folder's entries on the disk: a rename is only safe from a power cut with them."""
-    if os.name == "nt":  # folders cannot be opened there
+    """Flush the folder's entries to disk; only then does a rename survive a power cut."""
+    if os.name == "nt":  # there, folders cannot be opened
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,9 +1,9 @@
 """The training of an adapter, top to bottom.
 
-    for each step:  its rows, packed into micro-batches;  forward and backward of each;  clip;  optimizer;  schedule;
-                    tell;  validate;  save
+    for each step: its rows, packed into micro-batches; forward and backward of each; clip; optimizer; schedule;
+                    report; validate; save
 
-What is peculiar to training a small adapter on a frozen 4-bit base lives elsewhere: fp32 masters in `optimizer.py`, what
+What is special about training a small adapter on a frozen 4-bit base is elsewhere: fp32 masters in `optimizer.py`, what
 a layer recomputes in `qdense/modeling/recompute.py`, the loss without logits in `qdense/modeling/loss.py`.
 """
 
@@ -48,15 +48,15 @@ from qdense.training.watch import REMEDY, Watch
 
 @dataclass(frozen=True)
 class Job:
-    """What a training run is made of.
+    """The parts of a training run.
 
     Attributes:
-        model: the base with its adapter attached; what it trains requires gradients.
+        model: the base with its adapter attached; trained parameters require gradients.
         learning_rate, num_warmup_steps: the highest rate, and the steps until it is reached.
-        layout: how steps are cut up; a checkpoint's own is taken instead if `takes_saved_layout`.
+        layout: how steps are divided; a checkpoint's own layout is used instead if `takes_saved_layout`.
         training, validation: tokenized rows.
-        metrics: is told every event, and is on the disk before each checkpoint; of several processes the first alone
-            has it, and writes.
+        metrics: receives every event, and is flushed to disk before each checkpoint; of several processes only the
+            first has it.
     """
 
     recipe: Recipe
@@ -77,13 +77,13 @@ class Job:
 
 
 class TrainingLoop:
-    """Trains `job.model`; `run` is the loop.
+    """Trains `job.model`. The loop itself is `run`.
 
     Attributes:
-        step: the last one done.
-        layout: how steps are cut up now; memory that runs out changes it.
+        step: the last completed step.
+        layout: how steps are divided now; running out of memory changes it.
         best_step, best_loss, best_weights: of the lowest validation loss so far.
-        seconds: trained so far, pauses between resumed parts and validation left out.
+        seconds: time spent training so far, without validation and pauses between resumed parts.
     """
 
     def __init__(self, job: Job, accelerator: Accelerator) -> None:
@@ -109,7 +109,7 @@ class TrainingLoop:
             num_warmup_steps=job.num_warmup_steps,
             num_training_steps=job.num_steps,
         )
-        self.share_of_rate = scheduler.lr_lambdas[0]  # by the number of steps done: nothing of it need be saved
+        self.share_of_rate = scheduler.lr_lambdas[0]  # a function of the number of completed steps, so it has no state to save
         self.watch = Watch(
             self.parameters,
             job.method.has_gradient_at_start,
@@ -124,7 +124,7 @@ class TrainingLoop:
         self.peak_memory_bytes = peak_memory(job.base.device)
 
     def run(self) -> None:
-        """Train up to the last step, or to the end of the step in which a signal comes, and write a checkpoint there.
+        """Train to the last step, or to the end of the step in which a signal arrives, and write a checkpoint there.
 
         Raises:
             RunError: a loss or gradient is not finite, a parameter cannot learn, or a checkpoint cannot be written.
@@ -177,8 +177,8 @@ class TrainingLoop:
                 self.save()
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """The trained parameters by factor, each with its learning rate. The order depends on no rate: a checkpoint's optimizer
-        state is by position."""
+        """The trained parameters by factor, each with its learning rate. Their order does not depend on the rates, because a
+        checkpoint stores optimizer state by position."""
         rates, groups = self.job.recipe.training.rates, defaultdict[str, list[Tensor]](list)
         for name, parameter in self.parameters.items():
             groups[self.job.method.factor_of(name)].append(parameter)
@@ -190,13 +190,13 @@ class TrainingLoop:
     # --- forward and backward ---------------------------------------------------------------------------------------------
 
     def forward_and_backward(self, step: int, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], list[float]]:
-        """Gradients of this process's share of one step's rows. Memory that runs out repeats the step in smaller pieces; the
-        batch stays what it is.
+        """Compute the gradients of this process's share of one step's rows. If memory runs out, repeat the step in smaller
+        pieces; the batch stays the same.
 
         Returns:
-            The micro-batches, and the loss of each: token losses summed, over the labels of the whole step.
+            The micro-batches, and the loss of each: the sum of its token losses over the number of labels in the whole step.
         """
-        # The loss is a mean over the labels of the whole step, whatever it is cut into.
+        # The loss is a mean over the labels of the whole step, however it is divided.
         num_labels = sum(example.num_labels for example in examples)
         num_processes = self.accelerator.num_processes
         mine = examples[self.accelerator.process_index :: num_processes]
@@ -208,7 +208,7 @@ class TrainingLoop:
                 smaller = self._smaller_layout()
                 if smaller is None:
                     raise
-            # Out of the handler: what the failed pass still held is free by now.
+            # Outside the handler, where the memory of the failed pass is free.
             if smaller.micro_batch_size < self.layout.micro_batch_size:
                 what = f"micro-batches half as large, as with training.micro_batch_size = {smaller.micro_batch_size}"
             else:
@@ -234,18 +234,18 @@ class TrainingLoop:
                 loss = self.token_loss(self.job.model, batch, divisor)
                 loss.backward()
             losses.append(loss.detach().float())
-            del loss  # its graph holds the first checkpoint, which the next pass needs the room of
+            del loss  # its graph holds the first checkpoint, whose memory the next pass needs
         return batches, torch.stack(losses).tolist() if losses else []
 
     def _sum_gradients(self) -> None:
-        """Over all processes, once a step: so each may cut up its own rows as its memory wants."""
+        """Sum over all processes once a step, so that each can divide its rows as its own memory requires."""
         if self.accelerator.num_processes > 1:
             for parameter in self.parameters.values():
                 gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
                 parameter.grad = self.accelerator.reduce(gradient.to(parameter.grad_dtype), "sum")
 
     def _summed(self, *values: float) -> list[float]:
-        """Numbers of this process, summed over all."""
+        """These numbers, summed over all processes."""
         if self.accelerator.num_processes == 1:
             return list(values)
         total: Tensor = self.accelerator.reduce(
@@ -261,11 +261,11 @@ class TrainingLoop:
         return gathered
 
     def _is_stopped(self) -> bool:
-        """Whether a signal has come, to whichever process."""
+        """Whether any process has received a signal."""
         return self._summed(float(self.job.signals.received is not None))[0] > 0
 
     def micro_batches(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        """A step's rows (or some to validate on) as the model takes them: packed, or padded."""
+        """Rows of a step or of a validation as input for the model: packed, or padded."""
         return micro_batches(
             examples,
             self.layout.micro_batch_size,
@@ -275,7 +275,7 @@ class TrainingLoop:
 
     @contextmanager
     def passes(self, share: float) -> Iterator[None]:
-        """What surrounds each forward, and its backward, which may recompute it; `share`: see RankSchedule.auxiliary_loss."""
+        """The context of each forward and its backward, which may recompute it. For `share` see RankSchedule.auxiliary_loss."""
         with ExitStack() as stack:
             stack.enter_context(without_logits(self.job.model))
             if self.is_packed:
@@ -285,7 +285,7 @@ class TrainingLoop:
             yield
 
     def token_loss(self, model: Any, batch: dict[str, Any], num_labels: Tensor) -> Tensor:
-        """The losses of a micro-batch's tokens, summed, over `num_labels`: a scalar."""
+        """The sum of a micro-batch's token losses, divided by `num_labels`: a scalar."""
         arguments = {
             key: value.to(self.job.base.device) if isinstance(value, Tensor) else value
             for key, value in batch.items()
@@ -295,7 +295,7 @@ class TrainingLoop:
         return loss
 
     def follow(self, layout: StepLayout) -> None:
-        """Cut up steps, and recompute, as `layout` says from now on."""
+        """From now on divide steps and recompute layers as `layout` says."""
         self.layout = layout
         try:
             apply_recompute(self.job.model, Recompute(layout.recompute_layers, layout.offload, layout.mlp_tile_tokens))
@@ -303,7 +303,7 @@ class TrainingLoop:
             raise RunError(f"training.recompute: {error}") from error
 
     def _smaller_layout(self) -> StepLayout | None:
-        """What needs less memory than the layout now; None if that is all that may be done."""
+        """A layout that needs less memory than the current one; None if there is none."""
         if self.layout.micro_batch_size > 1:
             return replace(self.layout, micro_batch_size=(self.layout.micro_batch_size + 1) // 2)
         num_layers = int(self.job.model.config.num_hidden_layers)
@@ -314,7 +314,7 @@ class TrainingLoop:
     # --- validation -------------------------------------------------------------------------------------------------------
 
     def validate(self) -> None:
-        """Validation loss: the mean over all loss tokens of the validation rows. The best weights so far are kept."""
+        """Compute the validation loss, a mean over all loss tokens of the validation rows, and keep the best weights so far."""
         rows = self.job.validation[self.accelerator.process_index :: self.accelerator.num_processes]
         size = self.job.recipe.training.batch_size
         starts = range(0, len(rows), size)
@@ -342,7 +342,7 @@ class TrainingLoop:
 
     @torch.no_grad()
     def use_best(self) -> int:
-        """Put the weights of the lowest validation loss into the model, if there were any; returns the step of those it has."""
+        """Load the weights with the lowest validation loss, if there are any; returns the step of the weights in the model."""
         if not self.best_weights:
             return self.step
         for name, parameter in self.parameters.items():
@@ -352,7 +352,7 @@ class TrainingLoop:
     # --- checkpoints ------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint. Raises RunError with what is left to resume from."""
+        """Write a checkpoint. Raises RunError, which names the checkpoint to resume from."""
         if self.job.metrics is None:
             return
         folder = self.job.folder.checkpoints
@@ -401,7 +401,7 @@ class TrainingLoop:
                 self.job.method.schedule.restore(self.job.model, checkpoint.schedule, values["schedule"])
             if self.job.takes_saved_layout:
                 self.follow(StepLayout(**values["layout"]))
-            # A run that kept the last weights has no best ones: should it want them now, it looks for them from here on.
+            # A run that kept the last weights has no best ones. If it should keep them now, it starts looking here.
             if values["best_loss"] is not None and (checkpoint.best or self.job.recipe.training.keep == "last"):
                 self.best_step, self.best_loss = values["best_step"], values["best_loss"]
                 self.best_weights = checkpoint.best
@@ -414,8 +414,8 @@ class TrainingLoop:
 
 
 def checkpoint_bytes(model: Any, *, has_schedule: bool = False) -> int:
-    """An upper bound: weights, fp32 masters, two moments and the best weights are at most 16 bytes a parameter, and the three
-    averages of AdaLoRA's schedule 12."""
+    """An upper bound: weights, fp32 masters, two moments and the best weights take at most 16 bytes a parameter, AdaLoRA's
+    three averages 12."""
     frozen = sum(tensor.numel() for tensor in run_tensors(model).values() if not tensor.requires_grad)
     trained = sum(parameter.numel() for _, parameter in trainable_parameters(model))
     return (28 if has_schedule else 16) * trained + 4 * frozen + 2**20

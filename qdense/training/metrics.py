@@ -14,7 +14,7 @@ from qdense.events import StepDone, Validated
 
 
 class MetricsFile:
-    """Appends steps and validations. Opened for a resume, it first drops the lines after the checkpoint's step."""
+    """Appends steps and validations. For a resume it first drops the lines after the checkpoint's step."""
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
@@ -33,7 +33,7 @@ class MetricsFile:
             self._stream.flush()
 
     def sync(self) -> None:
-        """Have all lines on the disk, safe from a power cut."""
+        """Flush all lines to disk, so that they survive a power cut."""
         os.fsync(self._stream.fileno())
 
     def close(self) -> None:
@@ -41,7 +41,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that a crash cut short is left out."""
+    """The lines of a metrics file, without a last line that a crash cut short."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -1,7 +1,8 @@
 """AdamW whose bf16 parameters learn: fp32 master weights, fp32 gradients.
 
-bf16 keeps 8 bits: beside a weight of 0.1 an update below 0.0002 vanishes, and with M's size and the paper's learning rate
-that is most of them. So the optimizer works on fp32 copies (masters), keeps them in its state and its checkpoints, and
+bf16 keeps 8 bits: next to a weight of 0.1 an update below 0.0002 vanishes, and at the paper's learning rate that is most
+updates of M. So the optimizer works on fp32 copies (masters), keeps them in its state and its checkpoints,
+and
 writes them, rounded, into the bf16 parameters after each step. bitsandbytes' paged and 8-bit optimizers run on the masters
 just as they would on the parameters; the masters themselves are not paged (4 bytes a parameter: 8 MB for the paper's r 32).
 """
@@ -31,12 +32,12 @@ def build_optimizer(
     weight_decay: float,
     master_weights: bool,
 ) -> torch.optim.Optimizer:
-    """AdamW (betas 0.9, 0.999, eps 1e-8) by its recipe name.
+    """AdamW (betas 0.9, 0.999, eps 1e-8) by its name in a recipe.
 
     Args:
         name: paged_adamw_8bit, paged_adamw_32bit, adamw_8bit or adamw_torch.
         parameters: trainable, float32 or bfloat16; or groups of them as PyTorch's optimizers take: {"params": [...], "lr": ...}.
-        master_weights: False steps bf16 parameters in bf16, for comparison.
+        master_weights: False updates bf16 parameters directly, for comparison.
     """
     base: Any
     if name == "adamw_torch":
@@ -55,7 +56,7 @@ def build_optimizer(
 def _with_masters(base: Any) -> Any:
     """A subclass of an optimizer class that steps fp32 masters of the parameters it is given.
 
-    A subclass, not a wrapper: learning-rate schedulers take it for the optimizer that it is.
+    A subclass rather than a wrapper, because learning-rate schedulers require an Optimizer.
     """
 
     class MasterWeights(base):
@@ -66,7 +67,7 @@ def _with_masters(base: Any) -> Any:
                 nn.Parameter(p.detach().to(torch.float32, copy=True), requires_grad=True) for p in self._parameters
             ]
             for parameter in self._parameters:
-                # Micro-batches then add up in fp32 too, and no copy is needed for the master's gradient.
+                # Gradients of micro-batches are then summed in fp32 too, and the master's gradient needs no copy.
                 parameter.grad_dtype = torch.float32
             masters = iter(self._masters)
             super().__init__(
@@ -86,7 +87,7 @@ def _with_masters(base: Any) -> Any:
 
         @torch.no_grad()
         def take_over_changes(self) -> None:
-            """Of parameters that something else than `step` has changed: where one is not its master, rounded."""
+            """Copy into the masters what something other than `step` changed: elements that differ from their rounded master."""
             for parameter, master in zip(self._parameters, self._masters, strict=True):
                 changed = parameter != master.to(parameter.dtype)
                 master.copy_(torch.where(changed, parameter.to(master.dtype), master))
@@ -115,13 +116,13 @@ def _with_masters(base: Any) -> Any:
 
 
 def take_over_changes(optimizer: torch.optim.Optimizer) -> None:
-    """Tell the optimizer that parameters were changed outside its own step, as AdaLoRA does; only masters need to know."""
+    """Tell the optimizer that parameters were changed outside its own step, as AdaLoRA does. Only masters need this."""
     if hasattr(optimizer, "take_over_changes"):
         optimizer.take_over_changes()
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """The optimizer's state, as tensors and as numbers, both by parameter; its settings are the recipe's.
+    """The optimizer's state as tensors and as numbers, both by parameter. Its settings come from the recipe.
 
     Returns:
         ("masters.3", "3.exp_avg", ...) -> tensor; and "3" -> {"step": 41, ...}.
@@ -139,7 +140,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 
 
 def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """bitsandbytes keeps its quantized moments in a table of their own, which loading takes flat too."""
+    """bitsandbytes keeps quantized moments in a nested table; loading accepts it flat."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value)
@@ -150,7 +151,7 @@ def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, dict[str, Any]]
 ) -> None:
-    """Take back what `optimizer_state` gave. Raises ValueError or KeyError where it is not of this optimizer."""
+    """Restore what `optimizer_state` returned. Raises ValueError or KeyError if it belongs to another optimizer."""
     state = optimizer.state_dict()
     values: dict[int, dict[str, Any]] = {int(index): dict(own) for index, own in numbers.items()}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""What a process finds in a run's folder: nothing, a run to continue from its last whole checkpoint, or a reason not to."""
+"""What a process finds in a run's folder: nothing, a run to continue from its last intact checkpoint, or a reason not to."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Resumed:
     """What a resumed run continues from.
 
     Attributes:
-        layout: how its steps are cut up; None where changes of the recipe ask for another plan.
-        recipe: the given one, and where that says "auto", or names no columns, what the run began with.
+        layout: how its steps are divided; None where changes of the recipe require a new plan.
+        recipe: the given one; where it says "auto" or names no columns, the values that the run began with.
     """
 
     checkpoint: Path
@@ -37,7 +37,7 @@ class Resumed:
 def checkpoint_to_resume(
     recipe: Recipe, run: RunFolder, emit: Emit, *, resume: bool, accept_changes: bool
 ) -> Resumed | None:
-    """The checkpoint to continue from, or None for a fresh start. Raises RunError where neither is safe."""
+    """The checkpoint to continue from, or None for a fresh start. Raises RunError if neither is safe."""
     if run.is_empty:
         if resume:
             emit(Notice(f"{run.path}: nothing to resume, starting afresh", "warning"))
@@ -79,7 +79,7 @@ def checkpoint_to_resume(
 def refuse_other_inputs(
     run: RunFolder, *, data_checksum: str, data: str, fingerprint: Any, base: str, accept_changes: bool, emit: Emit
 ) -> None:
-    """The recipe may be the same and name other things by now: an edited file, a replaced folder."""
+    """Refuse data or a base that changed although the recipe did not: an edited file, a replaced folder."""
     before = run.provenance()
     differing = {}
     if before.get("data", {}).get("sha256") != data_checksum:
@@ -137,7 +137,7 @@ def _tell_of_a_killed_process(run: RunFolder, recipe: Recipe, emit: Emit) -> Non
 
 
 def _as_begun(recipe: Recipe, begun: Recipe) -> Recipe:
-    """`recipe` with the numbers of `begun`, a run's own recipe, where it leaves them to qdense."""
+    """`recipe` with the values of `begun`, the run's own recipe, where it leaves them to qdense."""
     training = {
         key: getattr(begun.training, key)
         for key in ("learning_rate", "warmup_steps")
@@ -159,7 +159,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
 
 
 def _layout_of(run: RunFolder) -> StepLayout:
-    """What the run began with. Raises RunError where another version of qdense wrote it."""
+    """The layout that the run began with. Raises RunError if another version of qdense wrote it."""
     try:
         return StepLayout(**run.provenance()["plan"]["layout"])
     except (KeyError, TypeError):

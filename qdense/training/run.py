@@ -48,35 +48,35 @@ from qdense.training.resume import Resumed, checkpoint_to_resume, refuse_other_i
 from qdense.training.signals import StopSignals
 from qdense.training.trackers import Trackers, require_trackers
 
-_WARMUP_SHARE = 0.05  # of the run, where the recipe says "auto": the authors' 100 steps are 5% of Math10K's
+_WARMUP_SHARE = 0.05  # of the run, for "auto": the authors' 100 steps are 5% of a Math10K run
 
 
 def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, accept_changes: bool = False) -> Path:
     """Train the adapter that `recipe` describes and save it.
 
     Args:
-        resume: continue from the last checkpoint in `output.dir`; without one, start afresh and say so.
+        resume: continue from the last checkpoint in `output.dir`; if there is none, start afresh and say so.
         data_dir: a folder in LLM-Adapters' layout, for data sets known by name.
-        emit: is given the events of `qdense.events`.
-        accept_changes: resume although recipe, data, base or versions are not those that the run began with.
+        emit: receives the events of `qdense.events`.
+        accept_changes: resume even if recipe, data, base or versions differ from those that the run began with.
 
     Returns:
         The run's folder.
 
     Raises:
-        QDenseError: whatever keeps the run from starting, or must stop it; RunStopped when a signal has.
+        QDenseError: the run cannot start or continue; RunStopped after a signal.
     """
     require_trackers(recipe)
     _require_kernels(recipe)
     run = RunFolder(Path(recipe.output.dir))
     accelerator = Accelerator(
         cpu=choose_device(recipe.model.device).type == "cpu",
-        mixed_precision="no",  # base and adapter have their dtypes
+        mixed_precision="no",  # base and adapter have their own dtypes
         log_with=list(recipe.training.trackers) or None,
         project_dir=run.logs,
     )
     is_first = accelerator.is_main_process
-    if not is_first:  # of several processes, one decides, tells and writes
+    if not is_first:  # of several processes, the first decides, reports and writes
         emit = ignore
     with run.sole_writer():
         found = [
@@ -118,14 +118,14 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, ac
 
 
 def _require_kernels(recipe: Recipe) -> None:
-    """Raise RunError where the recipe forces kernels that cannot run here, before anything loads."""
+    """Raise RunError before anything loads if the recipe requires kernels that cannot run here."""
     if recipe.training.kernels == "triton" and (fault := why_not_triton(choose_device(recipe.model.device).type)):
         raise RunError(f'training.kernels = "triton": {fault}. Use "auto" or "torch".')
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """All that exists before the first step; the adapter is as drawn. The recipe says "auto" of no rate or warm-up any more."""
+    """Everything that exists before the first step, with the adapter as initialised and numbers in place of "auto"."""
 
     recipe: Recipe
     plan: Plan
@@ -141,7 +141,7 @@ class _Prepared:
 
 
 def _prepare(recipe: Recipe, resumed: Resumed | None, data_dir: Path | None, emit: Emit) -> _Prepared:
-    # Data before the model: its faults are the commonest, and found in a second.
+    # Data comes before the model: its faults are the most common, and are found in a second.
     data = load_training_set(recipe.data, data_dir, emit)
     _tell_of_data(recipe, data, emit)
     split = split_rows(
@@ -188,10 +188,10 @@ def _prepare(recipe: Recipe, resumed: Resumed | None, data_dir: Path | None, emi
 
 
 def _record(run: RunFolder, prepared: _Prepared, *, is_new: bool) -> None:
-    """Write the resolved recipe with its provenance, and the adapter as drawn; refuse where the disk is too full for the run."""
+    """Write the resolved recipe with its provenance, and the initial adapter. Raises if the disk has too little space."""
     recipe, data, base = prepared.recipe, prepared.data, prepared.base
     has_schedule = METHODS[recipe.adapter.method].schedule is not None
-    # One checkpoint more than are kept: the oldest goes only once the newest is written. And room for the result and metrics.
+    # One checkpoint more than are kept, since the oldest is removed only after the newest is written; and the result and metrics.
     needed_bytes = (CHECKPOINTS_TO_KEEP + 1) * checkpoint_bytes(prepared.model, has_schedule=has_schedule) + 64 * 2**20
     require_free_space(run.path, needed_bytes, "the run's checkpoints")
     provenance = {
@@ -219,7 +219,7 @@ def _record(run: RunFolder, prepared: _Prepared, *, is_new: bool) -> None:
 def _run(
     run: RunFolder, prepared: _Prepared, resumed: Resumed | None, accelerator: Accelerator, emit: Emit
 ) -> TrainingDone:
-    """Train; the model then has the weights that are to be kept. Raises RunStopped where a signal came before the last step."""
+    """Train, and leave the weights to keep in the model. Raises RunStopped if a signal came before the last step."""
     recipe, plan, base = prepared.recipe, prepared.plan, prepared.base
     checkpoint = _load(resumed.checkpoint) if resumed else None
     first_step = checkpoint.step if checkpoint else 0
@@ -271,14 +271,14 @@ def _run(
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise _out_of_memory(error, loop, plan) from error
         if loop.step < prepared.num_steps:
-            received = signals.received or signal.SIGTERM  # of several processes, another one was told
+            received = signals.received or signal.SIGTERM  # another process received it
             raise RunStopped(
                 f"stopped by {received.name} after step {loop.step} of {prepared.num_steps}. "
                 f"{last_good_checkpoint(run.checkpoints)}",
                 received,
             )
         if recipe.training.keep == "best" and not loop.best_weights:
-            loop.validate()  # the recipe was changed after the last step
+            loop.validate()  # `keep` was changed after the last step
     return TrainingDone(
         adapter_dir=str(run.adapter),
         num_steps=prepared.num_steps,
@@ -293,8 +293,8 @@ def _run(
 def _listeners(
     run: RunFolder, recipe: Recipe, accelerator: Accelerator, first_step: int, emit: Emit
 ) -> Iterator[tuple[MetricsFile | None, Emit]]:
-    """The metrics file, and what tells it, the trackers and the display of each event; closed at the end, whatever it is.
-    Of several processes the first alone has them."""
+    """The metrics file, and a function that passes each event to it, the trackers and the display. Closed at the end. Of
+    several processes only the first has them."""
     if not accelerator.is_main_process:
         yield None, emit
         return
@@ -314,7 +314,7 @@ def _listeners(
 
 
 def _load(path: Path) -> Checkpoint:
-    """A checkpoint whose checksums are right. Raises RunError where it holds what no run writes."""
+    """Load a checkpoint whose checksums are right. Raises RunError for contents that no run writes."""
     try:
         return Checkpoint.load(path)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -325,7 +325,7 @@ def _load(path: Path) -> Checkpoint:
 
 
 def _out_of_memory(error: BaseException, loop: TrainingLoop, plan: Plan) -> RunError:
-    """What was planned, what was used, what to lower."""
+    """An error that says what was planned, what was used and what to lower."""
     layout, device, gib = loop.layout, loop.job.base.device, 2**30
     what = str(error).splitlines()[0] if str(error) else type(error).__name__
     return RunError(
@@ -338,7 +338,7 @@ def _out_of_memory(error: BaseException, loop: TrainingLoop, plan: Plan) -> RunE
 
 
 def _plan(recipe: Recipe, shape: CatalogModel, settled: StepLayout | None, emit: Emit) -> Plan:
-    """The run's plan, from shapes, before the model is loaded; `settled` is what a resumed run began with."""
+    """The run's plan, from shapes, before the model is loaded. `settled` is the layout of a resumed run."""
     machine = this_machine(recipe, shape)
     plan = make_plan(recipe, shape, machine, settled)
     for reason in slow_kernels(recipe, shape, machine):
@@ -381,7 +381,7 @@ def _num_warmup_steps(recipe: Recipe, num_steps: int, emit: Emit) -> int:
 
 
 def _settled(recipe: Recipe, data: DataSet, learning_rate: float, num_warmup_steps: int) -> Recipe:
-    """The recipe that the run's folder keeps: with numbers for "auto", and the columns that were recognised."""
+    """The recipe as the run's folder keeps it: with numbers for "auto", and with the recognised columns."""
     training = recipe.training.model_copy(update={"learning_rate": learning_rate, "warmup_steps": num_warmup_steps})
     is_known_set = recipe.data.name in TRAINING_SETS
     columns = recipe.data.columns if is_known_set else ColumnsRecipe(**data.columns._asdict())
@@ -389,7 +389,7 @@ def _settled(recipe: Recipe, data: DataSet, learning_rate: float, num_warmup_ste
 
 
 def _tell_of_data(recipe: Recipe, data: DataSet, emit: Emit) -> None:
-    """Which columns were recognised, and which rows were left out."""
+    """Report which columns were recognised, and which rows were dropped."""
     if recipe.data.columns is None and data.columns != STANDARD_COLUMNS:
         emit(Notice(f"columns: {data.columns.instruction} is the instruction, {data.columns.output} the output"))
     if data.skipped:
@@ -400,7 +400,7 @@ def _tell_of_data(recipe: Recipe, data: DataSet, emit: Emit) -> None:
 
 
 def _warn_of_test_items(name: str, data: DataSet, data_dir: Path | None, emit: Emit) -> None:
-    """Say which benchmarks the training set holds items of, as far as their test files are here: nothing is downloaded."""
+    """Report the benchmarks whose items are in the training set. Only test files that are already here are searched."""
     found, faults = local_overlaps(data, data_dir)
     held = [
         f"{task} ({overlap.num_exact:,} exact, {overlap.num_near:,} near of {overlap.num_items:,})"
@@ -470,5 +470,5 @@ def _facts(
 
 
 def _num_elements(parameter: torch.nn.Parameter) -> int:
-    """Elements of a base tensor; two of NF4 lie in one byte."""
+    """Elements of a base tensor; NF4 stores two in a byte."""
     return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)

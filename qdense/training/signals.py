@@ -1,4 +1,4 @@
-"""Signals that end a run: the first asks it to stop where nothing is lost, the second ends it at once."""
+"""Signals that end a run: the first stops it after the current step, the second at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 
 
 class StopSignals:
-    """While entered (in the main thread; elsewhere it does nothing), Ctrl-C, SIGTERM and a closed terminal are a request.
+    """Within it, Ctrl-C, SIGTERM and a closed terminal only set `received`. Outside the main thread it does nothing.
 
     Attributes:
         received: the first signal that came, or None.
@@ -27,7 +27,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup, a closed terminal is nothing
+                if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup, a closed terminal is ignored
                     self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -44,5 +44,5 @@ class StopSignals:
         notice = Notice(
             f"{self.received.name}: stopping after this step, with a checkpoint; a second one stops at once", "warning"
         )
-        # In a thread: what draws may itself be interrupted here, in the middle of a write.
+        # In a thread, because the signal may have interrupted a write of the display.
         threading.Thread(target=self._emit, args=(notice,), daemon=True).start()

@@ -1,4 +1,4 @@
-"""Experiment trackers (TensorBoard, trackio, wandb, MLflow, ...): accelerate drives them, the run's events feed them."""
+"""Experiment trackers (TensorBoard, trackio, wandb, MLflow, ...): driven by accelerate, fed by the run's events."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _NAMED = {
     "trackio": "name",
     "mlflow": "run_name",
     "swanlab": "experiment_name",
-}  # a run's own name there
+}  # the run's name there
 
 
 def require_trackers(recipe: Recipe) -> None:
-    """Raise RunError for a tracker whose package is not installed: accelerate would leave it out without a word."""
+    """Raise RunError for a tracker whose package is not installed, which accelerate would silently omit."""
     available = {str(tracker.value) for tracker in get_available_trackers()}
     for name in recipe.training.trackers:
         if name not in available:
@@ -35,7 +35,7 @@ def require_trackers(recipe: Recipe) -> None:
 
 
 class Trackers:
-    """Told a run's events, passes its steps and validations on. A tracker that fails later on ends no run."""
+    """Passes a run's steps and validations on to trackers. A tracker that fails later does not end the run."""
 
     def __init__(self, accelerator: Accelerator, recipe: Recipe, folder: RunFolder, emit: Emit) -> None:
         self.emit = emit
@@ -46,7 +46,7 @@ class Trackers:
         options = {name: {_NAMED[name]: folder.path.name} for name in recipe.training.trackers if name in _NAMED}
         try:
             accelerator.init_trackers(PROJECT, config, options)
-        except Exception as error:  # theirs: no network, no login, a folder that cannot be written
+        except Exception as error:  # their own errors: no network, no login, a read-only folder
             raise RunError(
                 f"training.trackers = {list(recipe.training.trackers)}: cannot be started: {error}. Set them up, or leave out "
                 "training.trackers."
@@ -71,12 +71,12 @@ class Trackers:
         for tracker in list(self.trackers):
             try:
                 action(tracker)
-            except Exception as error:  # a run that trains well does not end because nobody keeps its curves
+            except Exception as error:  # a run that trains well must not end because of its tracker
                 self.trackers.remove(tracker)
                 what = f"training.trackers: {tracker.name}: {error}; the run continues without it"
                 self.emit(Notice(what, "warning"))
 
 
 def _plain(value: Any) -> bool | int | float | str:
-    """What every tracker takes for a setting."""
+    """Settings as every tracker accepts them."""
     return value if isinstance(value, bool | int | float | str) else str(value)

@@ -16,12 +16,12 @@ _MOST_SKIPPED = 10  # steps in a row
 
 
 class Watch:
-    """Looks at each step between its backward pass and its update.
+    """Checks each step between its backward pass and its update.
 
     Args:
         parameters: all trainable ones by name.
         has_gradient_at_start: whether the parameter of this name must have a gradient at step 1: `Method.has_gradient_at_start`.
-        skips: whether a step that is not finite is left out instead of ending the run (training.on_nonfinite).
+        skips: whether a step that is not finite is skipped instead of ending the run (training.on_nonfinite).
         last_good: a sentence on where a stopped run can continue.
     """
 
@@ -40,7 +40,7 @@ class Watch:
         self.mean_loss, self.lowest_mean, self.has_exploded = math.nan, math.inf, False
 
     def allows(self, step: int, losses: Sequence[float | Tensor], rows: Sequence[Sequence[int]]) -> bool:
-        """Whether the step's update may be made. Gradients are there, and not clipped yet.
+        """Whether the step's update may be made. Called with gradients that are not clipped yet.
 
         Args:
             losses: of each micro-batch; their sum is the step's.
@@ -97,7 +97,7 @@ class Watch:
     def _tell_of_explosion(self, step: int, loss: float) -> None:
         self.mean_loss = loss if math.isnan(self.mean_loss) else 0.9 * self.mean_loss + 0.1 * loss
         self.lowest_mean = min(self.lowest_mean, self.mean_loss)
-        if self.mean_loss > 2 * self.lowest_mean + 0.5 and not self.has_exploded:  # no rows alone make it rise so much
+        if self.mean_loss > 2 * self.lowest_mean + 0.5 and not self.has_exploded:  # single rows cannot raise the mean so much
             self.has_exploded = True
             self.emit(
                 Notice(

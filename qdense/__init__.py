@@ -3,7 +3,7 @@
     from qdense import DenseLoraConfig          # this also makes our methods known to PEFT
     model = get_peft_model(model, DenseLoraConfig(r=32, target_modules=["q_proj", "v_proj"]))
 
-Nothing heavy is imported before it is asked for, so that `qdense --help` answers at once.
+Heavy imports wait until they are needed, so that `qdense --help` answers at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where prepared models and downloaded data are kept, and how a folder appears there whole.
+"""Where prepared models and downloaded data are kept, and how folders appear there complete.
 
 `QDENSE_CACHE` names the folder; by default it is `$XDG_CACHE_HOME/qdense` or `~/.cache/qdense`.
 """
@@ -25,7 +25,7 @@ def cache_dir(*parts: str) -> Path:
 
 
 def require_free_space(folder: Path, num_bytes: int, what: str) -> None:
-    """Raise QDenseError unless the disk that holds `folder` has `num_bytes` free for `what`."""
+    """Raise QDenseError unless the disk of `folder` has `num_bytes` free for `what`."""
     existing = folder
     while not existing.exists():
         existing = existing.parent
@@ -39,12 +39,12 @@ def require_free_space(folder: Path, num_bytes: int, what: str) -> None:
 
 @contextmanager
 def appearing_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its name when the block ends without an error.
+    """A temporary folder beside `target` that is renamed to it when the block ends without an error.
 
     Two processes may prepare the same folder: the first to finish wins, the other's copy is dropped.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile.mkdtemp: its folders, and so the finished one, would be closed to everyone but their owner.
+    # Not tempfile.mkdtemp, whose folders only their owner can read.
     building = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
@@ -64,9 +64,9 @@ LOCK_FILE = ".lock"
 
 @contextmanager
 def locked(folder: Path, in_use: Callable[[], QDenseError]) -> Iterator[None]:
-    """Keep other processes out of `folder`, as far as they ask this way; raises `in_use()` if one is at work there.
+    """Keep other processes that use this lock out of `folder`. Raises `in_use()` if one holds it.
 
-    The system drops the lock of a process that dies, however it dies; the file stays.
+    The system releases the lock when its process dies, however it dies; the file stays.
     """
     try:
         with FileLock(folder / LOCK_FILE, timeout=0):
@@ -76,7 +76,7 @@ def locked(folder: Path, in_use: Callable[[], QDenseError]) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write `content` beside `path` and rename, so that a reader sees the old file or the new one, never half of one."""
+    """Write `content` beside `path`, then rename it, so that a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -87,7 +87,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         if str(error.filename) == str(temporary):
-            error.filename, error.filename2 = str(path), None  # the name that a user knows
+            error.filename, error.filename2 = str(path), None  # the name that the user knows
         raise
     finally:
         with suppress(OSError):

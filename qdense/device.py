@@ -1,4 +1,4 @@
-"""Which device a job runs on, and what memory it has. Nothing else in the package asks, but for `qdense doctor`."""
+"""Which device a job runs on, and its memory. Only this module and `qdense doctor` ask."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qdense.errors import ModelError
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device that `model.device` ("auto", "cuda", "cpu") stands for on this machine. Raises ModelError."""
+    """The device that `model.device` ("auto", "cuda", "cpu") means on this machine. Raises ModelError."""
     if wanted == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
@@ -27,32 +27,32 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def memory_total(device: torch.device) -> int:
-    """Bytes of the card, or of the machine."""
+    """Total bytes of the card, or of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(psutil.virtual_memory().total)
 
 
 def memory_free(device: torch.device) -> int:
-    """Bytes that are free now on the card, or on the machine."""
+    """Free bytes on the card, or on the machine."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
 
 def memory_of_process() -> int:
-    """Bytes of host memory that this process holds now."""
+    """Bytes of host memory in use by this process."""
     return int(psutil.Process().memory_info().rss)
 
 
 def free_cache(device: torch.device) -> None:
-    """Give back to the card what torch holds of it without using it, after memory has run out."""
+    """Release memory that torch has reserved and does not use, after memory has run out."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most GPU memory that was reserved so far, or the most memory of this process where there is no GPU."""
+    """Peak bytes so far: GPU memory reserved, or without a GPU the memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -65,5 +65,5 @@ def device_name(device: torch.device) -> str:
 
 
 def device_description(device: torch.device) -> str:
-    """For a person: the card, or the CPU with the number of threads that torch uses."""
+    """The card, or the CPU with the number of threads that torch uses, to show."""
     return device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -1,6 +1,6 @@
-"""What `qdense doctor` checks: this machine and this installation, for people for whom qdense does not work and for bug reports.
+"""The checks of `qdense doctor`: this machine and this installation, for troubleshooting and bug reports.
 
-Nothing here is imported at the top but the standard library: what is broken must become a line with its remedy, never a
+Only the standard library is imported at the top: a broken package must become a line with its remedy, never a
 traceback. The required versions are those of pyproject.toml, read from the installed package's own metadata.
 """
 
@@ -31,15 +31,15 @@ GOOD, BAD, NOT_HERE = "good", "bad", "not here"
 _REINSTALL = "pip install --upgrade --force-reinstall"
 LOW_MEMORY_BYTES = 2 * 2**30  # SmolLM2's demo takes 1.2 GiB
 LOW_DISK_BYTES = 2 * 2**30
-# What each extra is for, apart from `cuda`, which is looked at with the kernels.
+# What each extra is for, except `cuda`, which is checked with the kernels.
 _EXTRAS = {"endpoint": "qdense evaluate --endpoint", "plots": "qdense analyze"}
-_TOLERANCE = 2e-2  # of a bf16 product, relative: 8 bits are kept
-_BUILDING = re.compile(r"\..+\.(\d+)")  # a hidden name that ends in the id of the process at work on it
+_TOLERANCE = 2e-2  # relative error of a bf16 product, which keeps 8 bits
+_BUILDING = re.compile(r"\..+\.(\d+)")  # a hidden name that ends in the id of the process that uses it
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line. `state` is good, bad, or not here, which is no fault; a bad one has a remedy."""
+    """One line. `state` is good, bad, or not here, which is not a fault. A bad one has a remedy."""
 
     name: str
     state: str
@@ -48,13 +48,13 @@ class Check:
 
 
 def diagnose() -> list[Check]:
-    """All checks, in the order in which they are shown. No secret and no name of a home folder is in them."""
+    """All checks, in the order shown. They contain no secret and no home folder's name."""
     checks: list[Check] = []
     with _quiet():
         for name, look in CHECKS.items():
             try:
                 checks += look()
-            except Exception as error:  # what is broken raises whatever it likes
+            except Exception as error:  # broken packages raise anything
                 is_first = all(check.state != BAD for check in checks)
                 remedy = _remedy_for(error) if is_first else "Fix what is bad above, then run this again."
                 checks.append(Check(name, BAD, _one_line(error), remedy))
@@ -71,7 +71,7 @@ def _remedy_for(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what libraries say while they are imported out of the report: stdout may be JSON."""
+    """Keep the output of libraries during import out of the report: stdout may be JSON."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -83,7 +83,7 @@ def _quiet() -> Iterator[None]:
 
 
 def versions() -> dict[str, str | None]:
-    """Python, platform, commit, and package -> installed version; None where there is none."""
+    """Python, platform, commit, and package -> installed version, or None."""
     requirements = [*_required(), *(added for extra in ("cuda", *_EXTRAS) for added in _added_by(extra))]
     return {
         "python": platform.python_version(),
@@ -131,7 +131,7 @@ def _optional_packages() -> Iterator[Check]:
 
 
 def _fault_of_package(requirement: Any) -> Check | None:
-    """What is wrong with a required package: missing, too old, or impossible to import; None if nothing is."""
+    """What is wrong with a required package: missing, too old, or impossible to import; else None."""
     name, wanted = requirement.name, f"{requirement.name}{requirement.specifier}"
     found = _installed(name)
     if found is None:
@@ -140,13 +140,13 @@ def _fault_of_package(requirement: Any) -> Check | None:
         return Check(name, BAD, f"{found}; {wanted} is needed", f'pip install --upgrade "{wanted}"')
     try:
         importlib.import_module(name.replace("-", "_"))
-    except Exception as error:  # a package that is broken raises whatever it likes
+    except Exception as error:  # broken packages raise anything
         return Check(name, BAD, f"{found} cannot be imported: {_one_line(error)}", f'{_REINSTALL} "{wanted}"')
     return None
 
 
 def _required(extra: str = "") -> list[Any]:
-    """What qdense requires on this machine, by its own metadata; with an extra, also what that one adds."""
+    """What qdense requires on this machine, from its metadata; with an extra, also the extra's requirements."""
     from packaging.requirements import Requirement
 
     requirements = map(Requirement, importlib.metadata.requires("qdense") or [])
@@ -154,7 +154,7 @@ def _required(extra: str = "") -> list[Any]:
 
 
 def _added_by(extra: str) -> list[Any]:
-    """What an extra requires beyond what qdense always does."""
+    """What an extra requires in addition."""
     always = {requirement.name for requirement in _required()}
     return [requirement for requirement in _required(extra) if requirement.name not in always]
 
@@ -198,7 +198,7 @@ def _device(torch: Any, number: int) -> Check:
         f"{torch.cuda.get_device_name(number)}, capability {'.'.join(map(str, capability))}, "
         f"{_gib(free_bytes)} of {_gib(total_bytes)} free"
     )
-    if capability < (8, 0):  # Ampere brought it; before, torch emulates it
+    if capability < (8, 0):  # from Ampere on; torch emulates it on older cards
         remedy = 'Set model.dtype = "float32" and adapter.dtype = "float32", or use a card from 2020 or later.'
         return Check(name, BAD, f"{detail}, no bfloat16", remedy)
     if free_bytes < LOW_MEMORY_BYTES:
@@ -207,7 +207,7 @@ def _device(torch: Any, number: int) -> Check:
 
 
 def driver_version() -> str | None:
-    """The version of NVIDIA's driver; None where there is none."""
+    """The version of NVIDIA's driver, or None."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         outcome = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
@@ -217,7 +217,7 @@ def driver_version() -> str | None:
 
 
 def _native_library() -> Iterator[Check]:
-    """bitsandbytes brings a library for each CUDA version, and one for CPUs; where none fits, it fails only when called."""
+    """bitsandbytes has a library for each CUDA version, and one for CPUs. If none fits, it fails only when called."""
     import torch
     from bitsandbytes import functional
 
@@ -256,7 +256,7 @@ def _kernels() -> Iterator[Check]:
 
 
 def check_triton(device: str) -> Check:
-    """Compile and run the fused adapter: that needs a C compiler too, which no Python package brings."""
+    """Compile and run the fused adapter. This also needs a C compiler, which no Python package installs."""
     import torch
 
     version = _installed("triton")
@@ -286,7 +286,7 @@ def check_triton(device: str) -> Check:
 
 
 def _nf4() -> Iterator[Check]:
-    """A 4-bit layer forward and backward, against the product with its own unpacked weight."""
+    """Compare a 4-bit layer, forward and backward, with the product of its unpacked weight."""
     import torch
     from bitsandbytes.nn import Linear4bit
 
@@ -314,7 +314,7 @@ def _nf4() -> Iterator[Check]:
 
 
 def _relative(found: Any, expected: Any) -> float:
-    """Size of the difference over the size of what is expected; infinite where a value is missing or not finite."""
+    """Norm of the difference over the norm of the expected value; infinite if a value is missing or not finite."""
     if found is None:
         return float("inf")
     expected = expected.detach().float()

@@ -1,7 +1,7 @@
-"""What a user is told when something is wrong.
+"""The errors that a user sees.
 
-Every fault of the user, of a file or of the surroundings is a `QDenseError`: the command line prints its text and exits
-with status 2. Anything else is a fault of ours and keeps its traceback.
+A mistake of the user, or a fault of a file or of the environment, is a `QDenseError`: the command line prints its text
+and exits with status 2. Anything else is a bug in qdense and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterable
 
 
 class QDenseError(Exception):
-    """A fault that its text explains: what, where, what is accepted, what to do next."""
+    """An error whose text says what is wrong, where, what is accepted and what to do next."""
 
 
 class RecipeError(QDenseError):
-    """A recipe, or a `--set` override, does not hold what it must."""
+    """A recipe or a `--set` override is invalid."""
 
 
 class ModelError(QDenseError):
@@ -31,11 +31,11 @@ class DataError(QDenseError):
 
 
 class RunError(QDenseError):
-    """A training run cannot start or must not go on."""
+    """A training run cannot start or must not continue."""
 
 
 class RunStopped(QDenseError):  # noqa: N818 (no error)
-    """A signal has stopped a training run, whose checkpoint is saved; `signal_number` is that signal's."""
+    """A signal has stopped a training run after its checkpoint was saved; `signal_number` is its number."""
 
     def __init__(self, text: str, signal_number: int) -> None:
         super().__init__(text)
@@ -43,7 +43,7 @@ class RunStopped(QDenseError):  # noqa: N818 (no error)
 
 
 class EvaluationError(QDenseError):
-    """An evaluation cannot start or go on."""
+    """An evaluation cannot start or continue."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

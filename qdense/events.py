@@ -1,4 +1,4 @@
-"""What a running job tells: the job emits these, `ui` draws them and `training/metrics.py` writes them. Plain data."""
+"""The events of a running job, as plain data. The job emits them, `ui` draws them and `training/metrics.py` writes them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Download:
-    """Bytes of a file that has come so far; `total_bytes` is None where the server does not say."""
+    """Progress of a download; `total_bytes` is None if the server does not say."""
 
     name: str
     num_bytes: int
@@ -26,7 +26,7 @@ class Download:
 
 @dataclass(frozen=True)
 class TrainingStarted:
-    """What is about to be trained: `facts` are (label, value) pairs for a person."""
+    """Training starts; `facts` are (label, value) pairs to show."""
 
     title: str
     facts: tuple[tuple[str, str], ...]
@@ -41,8 +41,8 @@ class StepDone:
     """One optimizer step.
 
     Attributes:
-        memory_bytes: the most that was in use so far.
-        seconds: trained so far, pauses between resumed parts left out.
+        memory_bytes: the peak so far.
+        seconds: of training so far, without pauses between resumed parts.
     """
 
     step: int
@@ -66,7 +66,7 @@ class ValidationProgress:
 
 @dataclass(frozen=True)
 class Validated:
-    """Validation loss after a step: mean over all its loss tokens."""
+    """Validation loss after a step: the mean over all loss tokens."""
 
     step: int
     loss: float
@@ -81,7 +81,7 @@ class CheckpointSaved:
 
 @dataclass(frozen=True)
 class TrainingDone:
-    """The adapter is saved. `kept_step` is the step it is from; the memory predicted is that of the plan."""
+    """The adapter is saved; `kept_step` is the step that it comes from. The predicted memory is the plan's."""
 
     adapter_dir: str
     num_steps: int
@@ -93,7 +93,7 @@ class TrainingDone:
 
 @dataclass(frozen=True)
 class EvaluationStarted:
-    """`columns` are the models that are scored, in order ("base", "adapter")."""
+    """`columns` are the models to score, in order ("base", "adapter")."""
 
     title: str
     facts: tuple[tuple[str, str], ...]
@@ -103,7 +103,7 @@ class EvaluationStarted:
 
 @dataclass(frozen=True)
 class EvaluationProgress:
-    """Items of one task done by one model so far, and how many of them count as right by each rule."""
+    """Items of one task that one model has completed, and how many of them each rule counts as right."""
 
     task: str
     column: str
@@ -115,7 +115,7 @@ class EvaluationProgress:
 
 @dataclass(frozen=True)
 class EvaluationDone:
-    """The summary as it stands in summary.json."""
+    """The contents of summary.json."""
 
     summary: dict[str, Any]
 
@@ -124,4 +124,4 @@ Emit = Callable[[Any], None]
 
 
 def ignore(event: Any) -> None:
-    """Nobody is listening."""
+    """An Emit that does nothing."""

@@ -1,4 +1,4 @@
-"""The libraries that qdense builds on: their remarks silenced, the optional ones asked for."""
+"""The libraries that qdense builds on: keeping them quiet, and checking for optional ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qdense.errors import QDenseError
 
 
 def quiet_libraries() -> None:
-    """Import the heavy libraries and keep their remarks off the display; errors still come through."""
+    """Import the heavy libraries and keep their notices off the display. Errors still come through."""
     warnings.simplefilter("ignore")
     for name in ("bitsandbytes", "peft", "accelerate", "liger_kernel"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -21,6 +21,6 @@ def quiet_libraries() -> None:
 
 
 def require_library(name: str, *, extra: str, purpose: str) -> None:
-    """Raise QDenseError unless the library `name`, which the extra `extra` brings, is installed. Imports nothing."""
+    """Raise QDenseError unless the library `name`, part of the extra `extra`, is installed. Imports nothing."""
     if importlib.util.find_spec(name) is None:
         raise QDenseError(f'{purpose} needs {name}, which is not installed: pip install "qdense[{extra}]"')

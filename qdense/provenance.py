@@ -1,4 +1,4 @@
-"""What made a result: versions of the packages that decide it, and the commit of qdense."""
+"""What produced a result: package versions and the commit of qdense."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def git_hash() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # An environment inside somebody's repository must not take that repository's commit for ours.
+        # An environment may be inside another repository, whose commit is not ours.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent.resolve():
             return "unknown"
         return git("describe", "--always", "--abbrev=40", "--dirty")

@@ -1,8 +1,8 @@
-"""The recipe: everything that decides a training run, read from TOML and validated whole before anything loads.
+"""The recipe: everything that decides a training run, read from TOML and fully validated before anything loads.
 
 Precedence: `--set` and other command-line options, then the file, then the defaults below. Each field's description says
-what is accepted; it is what an error shows. A run's own `recipe.toml` has one table more, [provenance], which is ignored
-on reading, so that a finished run's file can be trained again as it stands.
+what is accepted; errors show it. A run's own `recipe.toml` has a further table, [provenance], which is ignored on
+reading, so that the file of a finished run can be trained again unchanged.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Quantization = Literal["nf4", "int8", "none"]
 DType = Literal["bfloat16", "float32"]
 _DTYPE_BYTES: dict[DType, int] = {"bfloat16": 2, "float32": 4}
 Device = Literal["auto", "cuda", "cpu"]
-# Those that accelerate drives.
+# Those that accelerate supports.
 Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 
 
 class _RefusedError(ValueError):
-    """A value that is refused for a reason its field's description does not give."""
+    """A value that is refused for a reason that its field's description does not give."""
 
 
 def _known_model(name: str) -> str:
@@ -132,7 +132,7 @@ class _AdapterRecipe(_Table):
 
     @property
     def scaling_alpha(self) -> float:
-        """alpha, or the authors' 2 r where the recipe leaves it out."""
+        """alpha, or the authors' 2 r if the recipe omits it."""
         return self.alpha if self.alpha is not None else 2.0 * self.r
 
     @property
@@ -152,7 +152,7 @@ class _AdapterRecipe(_Table):
         return sorted(self.model_fields_set - METHODS[self.method].adapter_keys - always - _OWN_TABLES.keys())
 
 
-# A method's own table is read whatever the method is, so that one recipe serves all methods.
+# Tables of other methods are accepted too, so that one recipe serves all methods.
 _OWN_TABLES = {method.name: method.settings for method in METHODS.values() if method.settings is not None}
 if TYPE_CHECKING:
     AdapterRecipe = _AdapterRecipe
@@ -257,7 +257,7 @@ class OutputRecipe(_Table):
 
 
 class Recipe(_Table):
-    """A validated recipe. `resolved()` gives it as plain tables, defaults filled in."""
+    """A validated recipe. `resolved()` returns it as plain tables with defaults filled in."""
 
     model: ModelRecipe = Field(description="a table with at least `name`")
     adapter: AdapterRecipe = Field(default_factory=AdapterRecipe, description="a table")
@@ -267,12 +267,12 @@ class Recipe(_Table):
 
     @property
     def has_masters(self) -> bool:
-        """Whether the optimizer keeps fp32 masters: of what is trained in bf16, if the recipe wants them."""
+        """Whether the optimizer keeps fp32 masters: if the recipe wants them and parameters are bf16."""
         trained = self.adapter.dtype if METHODS[self.adapter.method].is_adapter else self.model.dtype
         return self.adapter.master_weights and trained == "bfloat16"
 
     def resolved(self) -> dict[str, Any]:
-        """Plain tables for TOML: every value that is set or has a default, and no empty ones."""
+        """Plain tables for TOML: every value that is set or has a default."""
         tables = self.model_dump(mode="json", exclude_none=True)
         tables["adapter"]["alpha"] = self.adapter.scaling_alpha
         for name in _OWN_TABLES.keys() - {self.adapter.method}:
@@ -323,7 +323,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: `key=value` texts as given to `--set`, e.g. "adapter.r=64"; values are TOML, bare words are strings.
 
     Raises:
-        RecipeError: the file cannot be read, or holds problems: all of them, each with its key, value and remedy.
+        RecipeError: the file cannot be read or has problems; the message lists them all, each with its key, value and remedy.
     """
     path = find_recipe(path)
     if path.suffix in (".json", ".jsonl", ".csv", ".parquet", ".gz"):
@@ -336,7 +336,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     try:
         tables = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: also for a number of thousands of digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # also for a number with thousands of digits, which is not a TOMLDecodeError
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
     tables.pop("provenance", None)
     for override in overrides:
@@ -403,9 +406,9 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
 
 
 def _conflicts(tables: Mapping[str, Any], wrong: set[str]) -> Iterator[tuple[str, str, str]]:
-    """(key, what stands there, what is wrong with it) of values that are fine alone and do not fit together.
+    """(key, the text to show, what is wrong) of values that are valid alone and do not fit together.
 
-    Works on the tables as read, so that these come to light together with values that are wrong alone (`wrong`).
+    Works on the tables as read, so that these are reported together with invalid values (`wrong`).
     """
 
     def value(table: str, field: str) -> Any:
@@ -449,7 +452,7 @@ def _conflicts(tables: Mapping[str, Any], wrong: set[str]) -> Iterator[tuple[str
 
 
 def _location(details: Any) -> list[str]:
-    """The keys that lead to a problem's value; pydantic adds names of its own for alternatives and validators."""
+    """The keys that lead to a problem's value, without the names that pydantic adds for alternatives and validators."""
     location: list[str] = []
     table: Any = Recipe
     for part in details["loc"]:
@@ -466,7 +469,7 @@ def _location(details: Any) -> list[str]:
 
 
 def _explain(location: Sequence[str], details: Any) -> tuple[str, str]:
-    """pydantic's account of one problem as (what stands there, what is wrong with it)."""
+    """One of pydantic's problems as (the text to show, what is wrong)."""
     cause = details.get("ctx", {}).get("error")
     key = ".".join(location)
     if details["type"] == "missing":

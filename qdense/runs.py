@@ -1,28 +1,28 @@
-"""A run's folder: every name in it, who may write there, what is finished. Nothing else in the package spells these names.
+"""A run's folder: every name in it, who may write there, what is finished. Only this module spells these names.
 
 RUN/:
 
     recipe.toml          the resolved recipe, with [provenance]: versions, device, data checksum, base fingerprint, git hash and
                          the plan's layout, which a resumed run keeps
     metrics.jsonl        a line for each step and each validation
-    skipped_rows.txt     the rows of the data that were left out, and why, one a line (with data.bad_rows = "skip")
-    initial.safetensors  the trained tensors before the first step (not of full fine-tuning: they are the base's)
+    skipped_rows.txt     the rows that were dropped, and why, one a line (with data.bad_rows = "skip")
+    initial.safetensors  the trained tensors before the first step (except for full fine-tuning, which starts from the base)
     adapter/             the result: PEFT's files and qdense.json
     checkpoints/         what --resume continues from
-    eval/DIGEST/         what `qdense evaluate` found, a folder for each way of evaluating
-    analysis/            what `qdense analyze` drew
-    logs/                what trackers wrote
-    .lock, .running      held while a process trains here; left behind by one that was killed
+    eval/DIGEST/         results of `qdense evaluate`, a folder for each way of evaluating
+    analysis/            pictures and figures of `qdense analyze`
+    logs/                files of trackers
+    .lock, .running      there while a process trains here, and after it was killed
 
-A model that was not trained here has evaluations only: in runs/base-MODEL/ those of a bare base, in runs/endpoint-MODEL/ those
-of a model behind an endpoint.
+Models that were not trained here have evaluations only: bare bases in runs/base-MODEL/, models behind an endpoint in
+runs/endpoint-MODEL/.
 
 eval/DIGEST/:
-    settings.json        all that could change a completion (decoding, template, dtype, base, adapter, data, versions, ...);
-                         DIGEST is their checksum, so results never mix
+    settings.json        everything that could change a completion (decoding, template, dtype, base, adapter, data, versions,
+                         ...); DIGEST is their checksum, so results never mix
     TASK.jsonl           a task's completions, one a line
-    sessions.json        each start that completed something: when, by which commit, with which batch sizes, by which server
-    items.json           which items are right by which rule: what `qdense compare` pairs runs by
+    sessions.json        each session that completed something: time, commit, batch sizes, server
+    items.json           which items are right by which rule; `qdense compare` pairs runs by them
     summary.json         accuracies with their intervals; written last
     .lock                held by the process that evaluates here
 """
@@ -42,7 +42,7 @@ from typing import Any
 from qdense.cache import LOCK_FILE, locked, write_atomically
 from qdense.errors import AdapterError, EvaluationError, RunError
 
-CARD_FILE = "qdense.json"  # beside an adapter's own files: what made it
+CARD_FILE = "qdense.json"  # beside an adapter's own files: its origin
 PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's own names
 _ADAPTER, _EVALUATIONS = "adapter", "eval"
 _RUNS = Path("runs")  # where models that were not trained here are evaluated
@@ -50,7 +50,7 @@ _RUNS = Path("runs")  # where models that were not trained here are evaluated
 
 @dataclass(frozen=True)
 class AnalysisFolder:
-    """RUN/analysis, or wherever else `qdense analyze` writes."""
+    """RUN/analysis, or another folder that `qdense analyze` writes to."""
 
     path: Path
 
@@ -98,7 +98,7 @@ class EvaluationFolder:
 
     @property
     def run(self) -> RunFolder | None:
-        """The run that it belongs to; None where the folder was moved."""
+        """The run that it belongs to; None if the folder was moved."""
         return RunFolder(self.path.parent.parent) if self.path.parent.name == _EVALUATIONS else None
 
     @property
@@ -125,17 +125,17 @@ class RunFolder:
 
     @classmethod
     def of_adapter(cls, adapter: Path) -> RunFolder:
-        """The run whose adapter lies in this folder; an adapter from elsewhere counts as a run of its own."""
+        """The run whose adapter is in this folder; an adapter from elsewhere counts as a run itself."""
         return cls(adapter.parent if adapter.name == _ADAPTER else adapter)
 
     @classmethod
     def of_base(cls, model: str) -> RunFolder:
-        """Where the evaluations of a bare base lie."""
+        """The folder for evaluations of a bare base."""
         return cls(_RUNS / f"base-{Path(model).name}")
 
     @classmethod
     def of_endpoint(cls, model: str) -> RunFolder:
-        """Where the evaluations of an endpoint's model lie."""
+        """The folder for evaluations of an endpoint's model."""
         safe_name = "".join(c if c.isalnum() or c in "-_." else "-" for c in model).strip(".") or "model"
         return cls(_RUNS / f"endpoint-{safe_name}")
 
@@ -183,21 +183,21 @@ class RunFolder:
         return EvaluationFolder(self.path / _EVALUATIONS / digest)
 
     def evaluations(self) -> list[EvaluationFolder]:
-        """Finished or not, in no order."""
+        """Finished or not, in no particular order."""
         return [EvaluationFolder(path) for path in (self.path / _EVALUATIONS).glob("*") if path.is_dir()]
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing lies here but a lock."""
+        """Whether the folder is empty except for a lock."""
         return not any(path.name != LOCK_FILE for path in self.path.iterdir())
 
     @property
     def is_finished(self) -> bool:
-        """Whether the adapter is saved: it appears whole, as the run's last act."""
+        """Whether the adapter is saved, which is the last thing a run does."""
         return self.card.is_file()
 
     def provenance(self) -> dict[str, Any]:
-        """The [provenance] table of recipe.toml: empty where another program wrote the file."""
+        """The [provenance] table of recipe.toml; empty if another program wrote the file."""
         tables = tomllib.loads(self.recipe.read_text(encoding="utf-8"))
         found: dict[str, Any] = tables.get("provenance", {})
         return found
@@ -210,7 +210,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path}: is a file; output.dir (or --output) must be a folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        if os.environ.get("RANK", "0") != "0":  # torchrun's other processes belong to the first
+        if os.environ.get("RANK", "0") != "0":  # the other processes of torchrun belong to the first
             yield
             return
 
@@ -226,14 +226,14 @@ class RunFolder:
             try:
                 yield
             finally:
-                # While the lock is held: a process that was refused must not remove what another has only just begun.
+                # While the lock is held, so that a refused process cannot remove what another has just begun.
                 with suppress(OSError):
-                    if self.is_empty:  # nothing came of it
+                    if self.is_empty:  # the run wrote nothing
                         shutil.rmtree(self.path)
 
     @contextmanager
     def running(self, facts: dict[str, Any]) -> Iterator[None]:
-        """While a process trains here, leave `facts` for the one that comes after it, should it be killed."""
+        """While a process trains here, keep `facts` on disk for the next process, in case this one is killed."""
         write_atomically(self._running, json.dumps({"pid": os.getpid()} | facts))
         try:
             yield
@@ -241,7 +241,7 @@ class RunFolder:
             self._running.unlink(missing_ok=True)
 
     def left_behind(self) -> dict[str, Any]:
-        """The facts of a process that trains here, or that was killed while it did; else empty."""
+        """The facts of a process that is training here, or was killed while it did; else empty."""
         try:
             facts = json.loads(self._running.read_text())
         except (OSError, ValueError, RecursionError):
@@ -273,9 +273,9 @@ def find_adapter(path: Path) -> Path:
 
 
 def find_evaluation(path: Path) -> EvaluationFolder:
-    """An evaluation's folder, given itself, or its run, RUN/adapter or RUN/eval: of several, the one that was finished last.
+    """An evaluation's folder, given itself, its run, RUN/adapter or RUN/eval; of several, the one finished last. It may be
 
-    It need not be finished: that is for the caller to say.
+    unfinished.
 
     Raises:
         EvaluationError: there is none.

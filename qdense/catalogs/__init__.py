@@ -1,1 +1,1 @@
-"""What is known by name: models, data sets."""
+"""What has a built-in name: models, data sets."""

@@ -1,7 +1,7 @@
 """The data sets that qdense knows by name, and where upstream keeps each.
 
-Upstream is AGI-Edgerunners/LLM-Adapters at a fixed commit; a file is known by its git blob id, which is the SHA-1 of
-`blob <size>\\0` and its bytes, so a download can be verified without any list of our own.
+Upstream is AGI-Edgerunners/LLM-Adapters at a fixed commit; a file is identified by its git blob id, the SHA-1 of
+`blob <size>\\0` and its bytes, so a download can be verified without a list of checksums.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class UpstreamFile:
     blob_id: str
 
 
-# Training sets by name; None marks what qdense makes itself.
+# Training sets by name; None marks sets that qdense generates.
 TRAINING_SETS: dict[str, UpstreamFile | None] = {
     "math10k": UpstreamFile("ft-training_set/math_10k.json", "27dba77d6ed80aa118d78fbafa5cecd651f6d463"),
     "commonsense170k": UpstreamFile(

@@ -1,4 +1,4 @@
-"""What is known of families of models: a layer's linear modules, and which model types each part is right for."""
+"""Families of models: a layer's linear modules, and the model types that each part supports."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_pro
 MLP_GROUPS = SAME_INPUT[2:]
 MLP_MODULES = tuple(kind for group in MLP_GROUPS for kind in group)
 
-# --- model types: which of them each part is known to be right for ------------------------------------------------------
+# --- model types: which of them each part supports ------------------------------------------------------
 
-# Their decoders' linear layers have LLaMA's names: an adapter finds its targets without being told.
+# Their decoders' linear layers have LLaMA's names, so an adapter finds its default targets.
 LLAMA_NAMED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3")
-# Their attention is causal and nothing else (no soft cap, no sink; a window only where the configuration names one), so
-# packed rows can be attended to one by one.
+# Their attention is plainly causal (no soft cap, no sink; a window only if configured), so packed rows can be attended
+# to one by one.
 CAUSAL_ONLY = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 # Training on Liger's norms, rotary embeddings and SwiGLU is tested.
 LIGER_TESTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")

@@ -1,6 +1,6 @@
-"""The models that qdense knows by name: where each lives, and its shapes, without weights or network.
+"""The models that qdense knows by name: hub id and shapes, without weights or network.
 
-Shapes are those of the published config.json files. A model that is not listed here is named by its hub id or its folder.
+Shapes are those of the published config.json files. Other models are named by their hub id or folder.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CatalogModel:
-    """A LLaMA-architecture model: its name here, its home on the hub, its shapes.
+    """A LLaMA-architecture model: its name here, its hub id, its shapes.
 
     Attributes:
-        head_size: of one attention head, where it is not hidden_size / num_heads.
-        model_type: of its code in Transformers.
+        head_size: of one attention head, if not hidden_size / num_heads.
+        model_type: Transformers' name of its architecture.
     """
 
     name: str

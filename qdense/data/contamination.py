@@ -1,18 +1,19 @@
-"""Which items of a test set a training set holds: exactly, or nearly.
+"""Which items of a test set are in a training set, exactly or nearly.
 
-Texts are compared as words: case, punctuation, white space and Unicode's variant forms do not count; a number is one word
-however it is written (1,000 = 1000, 5.0 = 5), and an operator before a number is a word too. The instruction and the input
-are compared, never the answer.
+Texts are compared as words. Case, punctuation, white space and Unicode's variant forms do not count; a number is one word
+however it is written (1,000 = 1000, 5.0 = 5), and an operator before a number is a word too. The instruction
+and the input are compared, not the answer.
 
 - Exact: a training row has the same words.
-- Near: at least 80% of the item's words lie in runs of 5 words that ONE training row also holds, with numbers as they are
-  or all numbers taken as equal. The row found tells the kind: "same numbers" if it holds all the item's numbers, else
+- Near: at least 80% of the item's words are in runs of 5 words that ONE training row also has, with numbers as they are
+  or all numbers taken as equal. The row found decides the kind: "same numbers" if it has all the item's
+  numbers, else
   "other numbers": the same problem with other values. An item of fewer than 12 words must be covered entirely, because one
   word makes it a new question ("is corn starch the same as corn flower", "... corn syrup").
-- Boilerplate counts neither way: any 3 words that more than half of a test set's items hold, and at least 5 of them
-  ("Answer format: true/false"); any 5 words that more than 1% of the training rows hold, and more than 50 of them.
+- Boilerplate does not count: any 3 words that more than half of a test set's items have, and at least 5 of them
+  ("Answer format: true/false"); any 5 words that more than 1% of the training rows have, and more than 50 of them.
 
-Run length and share were chosen by reading what real data give just above and below them. Math10K (1,824 genuine rows)
+The run length and the share were chosen by reading matches in real data just above and below them. Math10K (1,824 genuine rows)
 holds 124 items of AddSub exactly and 26 nearly, of mawps 31 and 40: what was read at 80-85% is the same problem, mostly with
 other names and numbers, and so is much at 70-80%. The commonsense rows decide: of ARC-Challenge all 4 near items are right,
 of BoolQ 20 of 22 (2 differ in a place), of PIQA some 36 of 47 (the rest: the same few words about another object, "can cut a
@@ -41,12 +42,12 @@ from qdense.data.rows import Row
 from qdense.data.sources import DataSet, local_test_set
 from qdense.errors import QDenseError
 
-VERSION = 1  # of the method: raise it with any change that could change a result, for results are cached
+VERSION = 1  # of the method: raise it with any change that could change a result, because results are cached
 NGRAM_WORDS = 5
 NEAR_PERCENT = 80
 SHORT_ITEM_WORDS = 12
 BOILERPLATE_WORDS = 3
-BOILERPLATE_MIN_ITEMS = 5  # of a test set of three items, half means nothing
+BOILERPLATE_MIN_ITEMS = 5  # in a test set of three items, half means nothing
 COMMON_MIN_ROWS = 50  # nor does 1% of a small training set
 
 EXACT, SAME_NUMBERS, OTHER_NUMBERS = "exact", "same numbers", "other numbers"
@@ -54,11 +55,11 @@ KINDS = (EXACT, SAME_NUMBERS, OTHER_NUMBERS)
 
 
 class Match(NamedTuple):
-    """A test item that the training set holds.
+    """A test item that is in the training set.
 
     Attributes:
         item: its number in the test set, from 0.
-        row: number of a training row that holds it, from 0: the first exact one, else the one nearest to it.
+        row: number of a training row that contains it, from 0: the first exact one, else the nearest.
         share: how much of the item's words that row covers; 1.0 if exact.
         kind: one of KINDS.
     """
@@ -71,7 +72,7 @@ class Match(NamedTuple):
 
 @dataclass(frozen=True)
 class Overlap:
-    """What a training set holds of one test set: `matches` are ordered by item, one for each item that was found."""
+    """The items of one test set in a training set: `matches` are ordered by item, one for each item found."""
 
     num_items: int
     matches: tuple[Match, ...]
@@ -101,7 +102,7 @@ def check(training: Sequence[Row], test: Sequence[Row]) -> Overlap:
 
 
 def overlaps(training: DataSet, tests: Mapping[str, DataSet]) -> dict[str, Overlap]:
-    """`check` for each of `tests`, by its name, remembered in the cache by the checksums of both and the method's VERSION.
+    """`check` for each of `tests`, by name, cached by the checksums of both and the method's VERSION.
 
     The training set is prepared only if some result is not in the cache; a damaged cache file is recomputed, and a cache
     that cannot be written is ignored.
@@ -164,7 +165,7 @@ def describe(overlap: Overlap, training: DataSet, test: DataSet) -> dict[str, An
 
 
 def _overlap_from_json(stored: Any, training: DataSet, test: DataSet) -> Overlap:
-    """Raises ValueError, TypeError or KeyError for what cannot be a result about these two sets."""
+    """Raises ValueError, TypeError or KeyError for what cannot be a result for these two sets."""
     matches = tuple(Match(*values) for values in stored["matches"])
     indices = [match.item for match in matches]
     whole_numbers = all(type(value) is int for match in matches for value in match[:2])
@@ -181,7 +182,7 @@ def _overlap_from_json(stored: Any, training: DataSet, test: DataSet) -> Overlap
 
 # --- words ------------------------------------------------------------------------------------------------------------------
 
-# Digits that NFKC would glue to their neighbours: 10² must not become 102, nor 1½ become 11/2.
+# Digits that NFKC would join to their neighbours: 10² must not become 102, nor 1½ 11/2.
 _RAISED_OR_FRACTION = re.compile("(?=[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2150-\u218f])")
 _SIGNS = str.maketrans(
     dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-") | {"\u2044": "/", "\u00d7": "*", "\u00f7": "/"}
@@ -216,11 +217,11 @@ _ANY_NUMBER = np.uint64(0xD1B54A32D192ED03)
 class _Texts:
     """Words of many rows, end to end, as 64-bit hashes.
 
-    10^7 training n-grams meet 10^6 of the tests: the odds that any two of them share a hash by chance are one in a million,
-    and then one item's share is a word or so too high.
+    10^7 training n-grams meet 10^6 of the tests: the chance that any two share a hash is one in a million, and one item's
+    share would then be about a word too high.
 
     Attributes:
-        keys: the words of each row, joined; of a row without any (only signs, say), its text.
+        keys: the words of each row, joined; for a row without words, its text.
         offsets: (num_rows + 1,) int64, where each row's words begin and end.
         row: (num_words,) int32, the row of each word.
         plain, masked: (num_words,) uint64; in `masked` all numbers are equal.
@@ -271,7 +272,7 @@ class _Texts:
 
 
 def _num_distinct(which: np.ndarray, row: np.ndarray, num_rows: int) -> np.ndarray:
-    """In how many different rows each n-gram (a number from 0) occurs."""
+    """The number of different rows in which each n-gram (a number from 0) occurs."""
     return np.bincount(np.unique(which.astype(np.int64) * num_rows + row) // num_rows)
 
 
@@ -282,7 +283,7 @@ def _mark(marks: np.ndarray, positions: np.ndarray, length: int, value: bool = T
 
 # --- the search -------------------------------------------------------------------------------------------------------------
 
-_FILTER_BITS = 24  # a table of 16 MiB sorts out n-grams that no item holds, ten times as fast as a search would
+_FILTER_BITS = 24  # a table of 16 MiB rules out n-grams that no item has, ten times as fast as a search
 MAX_JOINED = 4_000_000  # (n-gram of an item, row) pairs at a time: about 300 MB
 
 
@@ -382,7 +383,7 @@ class TrainingIndex:
 
 
 def _parts(item: np.ndarray, num_joined: np.ndarray) -> Iterator[slice]:
-    """Cut n-grams, which are ordered by item, between items into parts that join to `MAX_JOINED` pairs or one item."""
+    """Divide n-grams, which are ordered by item, between items into parts of at most `MAX_JOINED` pairs or one item."""
     total = np.cumsum(num_joined)
     begin = 0
     while begin < len(item):
@@ -397,7 +398,7 @@ def _parts(item: np.ndarray, num_joined: np.ndarray) -> Iterator[slice]:
 
 
 def _rank(match: Match) -> tuple[bool, float, int]:
-    """Of several near rows, one with the item's numbers goes first, then the nearest, then the first."""
+    """Of several near rows prefer one with the item's numbers, then the nearest, then the first."""
     return match.kind == OTHER_NUMBERS, -match.share, match.row
 
 

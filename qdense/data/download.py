@@ -1,4 +1,4 @@
-"""Download of one file whose bytes are known: with progress, resume, a timeout, and verification by git blob id."""
+"""Download one file of known content, with progress, resume, a timeout, and verification by git blob id."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def download(
 ) -> None:
     """Fetch `url` to `target`, which appears only once its blob id is right.
 
-    A connection that breaks or stays silent for `timeout_seconds` is tried again from where it stopped (HTTP Range), after
-    a pause that doubles each time. A complete file with the wrong blob id is thrown away and fetched once more from the
-    start.
+    If a connection breaks or stays silent for `timeout_seconds`, the download continues from where it stopped (HTTP
+    Range), after a pause that doubles each time. A complete file with the wrong blob id is discarded and fetched
+    once more.
 
     Raises:
-        DataError: with the address, what happened, and how to do without the download.
+        DataError: with the address, what happened, and how to proceed without the download.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".part")
@@ -58,10 +58,10 @@ def download(
             _fetch(url, partial, progress, timeout_seconds)
         except urllib.error.HTTPError as error:
             failure = f"HTTP status {error.code} ({error.reason})"
-            if error.code == 416:  # the part on disk is no beginning of this file
+            if error.code == 416:  # the part on disk is not the beginning of this file
                 partial.unlink(missing_ok=True)
             elif error.code < 500 and error.code not in (408, 429):
-                break  # asking again will not help
+                break  # a retry will not help
             continue
         except TimeoutError:
             failure = f"no data for {timeout_seconds:g} s"
@@ -92,14 +92,14 @@ def _fetch(url: str, partial: Path, progress: Progress | None, timeout_seconds: 
     if have:
         request.add_header("Range", f"bytes={have}-")
     with urllib.request.urlopen(request, timeout=timeout_seconds) as response:
-        if response.status != 206:  # the server sends the whole file, asked for a part or not
+        if response.status != 206:  # the server sends the whole file although a part was requested
             have = 0
         length = response.headers.get("Content-Length")
         total = have + int(length) if length is not None and length.isdigit() else None
         if total is not None:
             require_free_space(partial.parent, total - have, f"the download of {url}")
         with partial.open("ab" if have else "wb") as stream:
-            while block := response.read1(1 << 16):  # what has come is kept, should the rest not come
+            while block := response.read1(1 << 16):  # keep what has arrived, in case the rest does not
                 stream.write(block)
                 have += len(block)
                 if progress:

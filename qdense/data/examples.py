@@ -30,8 +30,9 @@ class Split(NamedTuple):
 def split_rows(num_rows: int, *, validation_rows: int, fraction: float, seed: int) -> Split:
     """Choose validation rows first, from all rows; then the fraction of the rest.
 
-    Rows are ordered by a hash of seed and number, and taken from the front: so a smaller fraction is part of a larger one
-    with the same seed, the validation rows are the same for every fraction, and no library's generator matters.
+    Rows are ordered by a hash of seed and number, and taken from the front. So a smaller fraction is part of a larger one
+    with the same seed, the validation rows are the same for every fraction, and no library's random generator
+    matters.
 
     Raises:
         DataError: too few rows for either part.
@@ -63,7 +64,7 @@ class Example:
 
     Attributes:
         row: its number in the data set.
-        input_ids, labels: int32 arrays of one length; labels that the loss leaves out are -100.
+        input_ids, labels: int32 arrays of equal length; labels that do not count in the loss are -100.
     """
 
     row: int
@@ -72,18 +73,18 @@ class Example:
 
     @property
     def num_labels(self) -> int:
-        """Tokens that the loss counts; never the first, which no token precedes."""
+        """Tokens that count in the loss; never the first, which no token precedes."""
         return int((self.labels[1:] != IGNORED).sum())
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenized rows, with what truncation did to them.
+    """Tokenized rows, with counts of truncation.
 
     Attributes:
         num_truncated: rows longer than `max_length`; these have no EOS either.
         num_without_answer: of these, rows whose whole response was cut off.
-        num_dropped: of these, rows left out because no label remained (only with train_on = "response").
+        num_dropped: of these, rows dropped because no label remained (only with train_on = "response").
     """
 
     examples: list[Example]
@@ -93,11 +94,11 @@ class Encoded:
 
 
 def encode_rows(rows: Sequence[Row], numbers: Sequence[int], tokenizer: Any, data: DataRecipe) -> Encoded:
-    """Tokenize `rows[n]` for each n of `numbers` as the authors do: prompt and response in one text, cut off on the right
-    at `max_length` tokens, EOS appended where it still fits (PAPER: LLM-Adapters' finetune.py).
+    """Tokenize `rows[n]` for each n of `numbers` as the authors do: prompt and response in one text, truncated on the right
+    to `max_length` tokens, with EOS appended if it fits (upstream's finetune.py).
 
-    With train_on = "response", a label counts if its token ends behind the prompt, by the tokenizer's own offsets:
-    tokenizing the prompt alone, as upstream does, can split the boundary differently.
+    With train_on = "response", a label counts if its token ends after the prompt, by the tokenizer's offsets.
+    Tokenizing the prompt alone, as upstream does, can split the boundary differently.
     """
     template = TEMPLATES[data.template]
     examples: list[Example] = []
@@ -133,9 +134,9 @@ def encode_rows(rows: Sequence[Row], numbers: Sequence[int], tokenizer: Any, dat
 
 
 def pack(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
-    """Spread examples over as few micro-batches as first-fit decreasing finds, none of more than `max_tokens` tokens.
+    """Divide examples into micro-batches of at most `max_tokens` tokens by first-fit decreasing.
 
-    An example that is longer has one of its own. Depends on the examples and their order alone: a resumed run packs alike.
+    A longer example gets its own. The result depends only on the examples and their order, so a resumed run packs alike.
     """
     packs: list[list[Example]] = []
     room: list[int] = []
@@ -152,10 +153,10 @@ def pack(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
 
 
 def join(examples: Sequence[Example]) -> dict[str, Any]:
-    """Examples one behind the other in one row, as `qdense.modeling.packing` takes them.
+    """Join examples end to end in one row, as `qdense.modeling.packing` expects.
 
     Returns:
-        input_ids, position_ids, labels: (1, tokens), int64, the first label of each example ignored, for no token precedes it;
+        input_ids, position_ids, labels: (1, tokens), int64, the first label of each example ignored (no token precedes it);
         cu_seq_lens_q: (examples + 1,), int32, where each begins; plain values: lengths, max_length_q, rows, num_tokens.
     """
     lengths = [len(example.input_ids) for example in examples]
@@ -179,11 +180,11 @@ def join(examples: Sequence[Example]) -> dict[str, Any]:
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
     """Pad on the right to the longest example.
 
-    Padding is known by position, never by token: where pad and EOS are one token (SmolLM2), EOS still counts in the loss.
+    Padding is identified by position, not by token: where pad and EOS are the same token (SmolLM2), EOS still counts in the loss.
 
     Returns:
-        input_ids, attention_mask, labels: (batch, longest), int64; and two plain values, which no device need be asked for:
-        rows, the rows' numbers, and num_tokens, without padding.
+        input_ids, attention_mask, labels: (batch, longest), int64; and two plain Python values: rows, the rows' numbers,
+        and num_tokens, without padding.
     """
     longest = max(len(example.input_ids) for example in examples)
     input_ids = torch.full((len(examples), longest), pad_token_id, dtype=torch.int64)

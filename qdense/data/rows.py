@@ -38,7 +38,7 @@ class Columns(NamedTuple):
 
 STANDARD_COLUMNS = Columns()
 
-# Names by which columns are recognised where a recipe names none. `input` is an instruction only where there is no other.
+# Names by which columns are recognised if a recipe names none. `input` is the instruction only if there is no other.
 _INSTRUCTION_NAMES = ("instruction", "prompt", "question", "query", "problem")
 _INPUT_NAMES = ("input", "context")
 _OUTPUT_NAMES = ("output", "completion", "response", "answer", "solution")
@@ -52,8 +52,8 @@ class Rows(NamedTuple):
     """What was read.
 
     Attributes:
-        columns: those given, or those recognised by their names.
-        skipped: what was wrong with each row that was left out, with its place.
+        columns: the given ones, or those recognised by their names.
+        skipped: what was wrong with each dropped row, and where it is.
     """
 
     rows: list[Row]
@@ -63,7 +63,7 @@ class Rows(NamedTuple):
 
 def detect_columns(names: Collection[str], *, needs_output: bool = True) -> Columns | None:
     """Recognise the columns by their names: instruction, input and output, or for instance prompt and completion, question and
-    answer. None where no name is known, or where several could be meant."""
+    answer. None if no name is known, or if several could be meant."""
     if {"instruction", "output"} <= set(names):
         return Columns(input=next((name for name in _INPUT_NAMES if name in names), "input"))
     instructions = [name for name in _INSTRUCTION_NAMES if name in names]
@@ -91,8 +91,8 @@ def read_rows(
         path: the file; its ending tells the format.
         columns: the names of the columns; None recognises them (`detect_columns`). `input` may be missing, or null in a row:
             then it is empty.
-        gold: what each row must hold beside its instruction; None asks for nothing more.
-        skip_bad: leave out rows with a fault, and list them, instead of stopping at the first.
+        gold: what each row must have besides its instruction; None requires nothing more.
+        skip_bad: drop and list rows with a fault instead of stopping at the first.
 
     Raises:
         DataError: no such file, an unknown format, no row that can be used, or (unless `skip_bad`) a fault in a row, named by

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Rows with where they come from.
+    """Rows and their origin.
 
     Attributes:
-        origin: a path, a hub id, or the generator, for a person to read.
+        origin: a path, a hub id, or the generator, to show.
         columns: the columns they were read from.
-        skipped: what was wrong with each row that was left out, with its place.
+        skipped: what was wrong with each dropped row, and where it is.
         checksum: SHA-256 of the rows' content, in order, so equal rows have equal checksums wherever they are stored.
     """
 
@@ -57,14 +57,14 @@ def load_training_set(
     """The training rows that the recipe names. Rows with a fault are treated as `data.bad_rows` says. Raises DataError.
 
     Args:
-        needs_output: False also accepts rows without an output, for a comparison of questions.
+        needs_output: False also accepts rows without an output, for comparing questions.
     """
     columns = Columns(**data.columns.model_dump()) if data.columns is not None else None
     options: dict[str, Any] = {"gold": "output" if needs_output else None, "skip_bad": data.bad_rows == "skip"}
     try:
         if data.path is not None:
             return _data_set(read_rows(data.path, columns, **options), data.path)
-        assert data.name is not None  # the recipe has one of the two
+        assert data.name is not None  # a recipe has one of the two
         if data.name == "wordproblems":
             return DataSet(wordproblems.training_rows(), origin="qdense.data.wordproblems")
         upstream = TRAINING_SETS.get(data.name)
@@ -160,7 +160,7 @@ def _load_hub_set(name: str, data: DataRecipe, columns: Columns | None, options:
     place = f"{name}{f', {data.config}' if data.config else ''} ({data.split}{f' at {data.revision}' if data.revision else ''})"
     try:
         loaded = datasets.load_dataset(name, data.config, split=data.split, revision=data.revision)
-    except Exception as error:  # `datasets` raises whatever its many readers and the network raise
+    except Exception as error:  # `datasets` raises anything that its readers and the network raise
         raise DataError(
             f'data.name = "{name}": the hub data set cannot be loaded: {type(error).__name__}: {error}. Check the name, '
             "data.config and data.split, log in with `hf auth login` if it is private, or download it and give data.path."

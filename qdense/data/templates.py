@@ -1,8 +1,8 @@
 """Prompt templates: what the model reads before its response.
 
 `alpaca`: the plain text of Stanford Alpaca, the same in training and evaluation; surrounding white space of a row is
-removed. `llm-adapters`: what the authors' code really sends, to the byte. There training and evaluation differ (an
-indented f-string, trailing spaces, an indented or an empty separator line), and nothing of a row is stripped: sources are
+removed. `llm-adapters`: exactly what the authors' code sends. There training and evaluation differ (an indented
+f-string, trailing spaces, an indented or an empty separator line), and rows are not stripped. The sources are
 finetune.py and commonsense_evaluate.py of mulin-ahu/DenseLoRA@864e39b, as in LLM-Adapters@8166572.
 """
 
@@ -27,7 +27,7 @@ class Template:
     Attributes:
         training_prompt, evaluation_prompt: Row -> the text that ends where the response begins.
         response: Row -> the text that a training example adds to its prompt.
-        stop: headings of the prompt: a model that writes one has ended its response.
+        stop: headings of the prompt; a model that writes one has ended its response.
     """
 
     name: str
@@ -77,7 +77,7 @@ TEMPLATES = {
 
 
 def template_named(name: str) -> Template:
-    """The template an adapter recorded. Raises DataError for one that this version does not know."""
+    """The template of this name. Raises DataError for an unknown one."""
     if name not in TEMPLATES:
         raise DataError(f'unknown template "{name}"; known: {", ".join(TEMPLATES)}')
     return TEMPLATES[name]

@@ -1,7 +1,7 @@
-"""Word problems of one addition or subtraction, made here: the demo's data, there without a network.
+"""Generated word problems of one addition or subtraction: the demo's data, which need no network.
 
 Training and test problems share neither a sentence pattern nor a pair of numbers, so a model that scores on the test set
-has learnt to read such problems, not to repeat them. Names and things are common to both.
+has learnt to read such problems and not to repeat them. Both use the same names and things.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""AdaLoRA (arXiv:2303.10512), PEFT's own: starts with more rank than it ends with, and keeps it where it matters.
+"""AdaLoRA (arXiv:2303.10512), PEFT's own: starts with a higher rank than it ends with, and keeps rank where it matters.
 
-PEFT's schedule is in steps; here it is in shares of the run, so that it fits any length. PEFT leaves it to the training loop
-to run it: `RankSchedule.step` does.
+PEFT's schedule is in steps; here it is in shares of the run, so that it fits any length. PEFT expects the training loop to
+run it, which `RankSchedule.step` does.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _build_config(adapter: AdapterSettings, num_steps: int) -> Any:
 
 
 def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> dict[str, int]:
-    """(d_in + d_out + 1) r_initial for each layer: what is trained at first; fewer are left at the end."""
+    """(d_in + d_out + 1) r_initial for each layer: the initial count; fewer remain at the end."""
     r = _initial_r(adapter)
     return {kind: (d_in + d_out + 1) * r * num_layers for kind, (d_in, d_out) in shapes.items()}
 
@@ -97,7 +97,7 @@ def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 
 
 class _Schedule:
-    """PEFT's rank allocator, driven and saved."""
+    """Runs PEFT's rank allocator and saves its state."""
 
     @contextmanager
     def auxiliary_loss(self, model: Any, share: float) -> Iterator[None]:
@@ -111,7 +111,7 @@ class _Schedule:
     def step(self, model: Any, step: int) -> None:
         config = model.peft_config["default"]
         last_cut = config.total_step - config.tfinal
-        # The last cut is made at one step alone. If that was left out, for numbers that were not finite, at the next one.
+        # The last cut happens at one step. If that step was skipped, for values that were not finite, it happens at the next.
         is_late = step > last_cut and not self.has_settled(model, step)
         model.base_model.update_and_allocate(last_cut if is_late else step)
 
@@ -133,7 +133,7 @@ class _Schedule:
 
     def has_settled(self, model: Any, step: int) -> bool:
         config = model.peft_config["default"]
-        # PEFT forgets its averages with the last cut.
+        # PEFT drops its averages with the last cut.
         return bool(step >= config.total_step - config.tfinal and not rank_averages(model)["ipt"])
 
 
@@ -145,7 +145,7 @@ def final_ranks(model: Any) -> list[int]:
 
 
 def _comparable_initial(config: Mapping[str, Any], name: str, initial: Any) -> Any:
-    """PEFT saves only the ranks that are left."""
+    """PEFT saves only the remaining ranks."""
     for pattern, kept in (config["rank_pattern"] or {}).items():
         if name.startswith(f"base_model.model.{pattern.rpartition('.lora_E')[0]}."):
             return initial[:, list(map(bool, kept))] if name.endswith("lora_B") else initial[list(map(bool, kept))]
@@ -153,7 +153,7 @@ def _comparable_initial(config: Mapping[str, Any], name: str, initial: Any) -> A
 
 
 def _freeze_counters(model: Any) -> None:
-    """PEFT lets each layer's rank, a number that is only read, count as trainable."""
+    """PEFT counts each layer's rank, a constant, as trainable."""
     for name, parameter in model.named_parameters():
         if ".ranknum." in name:
             parameter.requires_grad_(False)

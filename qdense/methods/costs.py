@@ -1,7 +1,7 @@
-"""What a method costs a training step: the interface that the planner asks, and what LoRA-like methods share.
+"""What a method adds to a training step: the planner's interface, and what LoRA-like methods share.
 
-Each figure is a count of what the method's own code does, written beside its configuration in the method's file. Memory is
-held to the tensors of real steps by tests/planning/test_memory.py; time is an estimate.
+Each figure counts what the method's code does, and is written beside its configuration in the method's file.
+tests/planning/test_memory.py compares memory with the tensors of real steps; time is an estimate.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LinearShapes = Mapping[str, tuple[int, int]]
 
 
 class AdapterSettings(Protocol):
-    """What a method may read of a recipe's [adapter] table; `method_settings` is its own table."""
+    """The part of a recipe's [adapter] table that a method may read; `method_settings` is its own table."""
 
     @property
     def r(self) -> int: ...
@@ -41,7 +41,7 @@ class AdapterSettings(Protocol):
 
 @dataclass(frozen=True)
 class Computation:
-    """How a step computes: what costs depend on beside a module's shape.
+    """How a step computes: what costs depend on besides a module's shape.
 
     Attributes:
         adapter: the recipe's [adapter] table.
@@ -64,23 +64,23 @@ class Computation:
 
     @property
     def is_input_copied(self) -> bool:
-        """Whether each adapter reads a copy of its own: cast to its dtype, or with other elements dropped."""
+        """Whether each adapter reads its own copy of the input: cast to its dtype, or with dropout."""
         return self.mask_width > 0 or self.width != self.base_width
 
     @property
     def unpacked_width(self) -> int:
-        """Bytes of an element of a weight that a method asks for: a copy of a quantized one, else the base's own."""
+        """Bytes of an element of a weight that a method reads: a copy of a quantized weight; 0 for the base's own."""
         return self.base_width if self.quantization != "none" else 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightCosts:
-    """What an adapted module costs however many tokens there are: copies of its weight, and matrices as large.
+    """Costs of an adapted module that do not depend on tokens: copies of its weight, and matrices as large.
 
     Attributes:
         kept: bytes that autograd keeps until the backward pass.
-        in_forward, in_backward: bytes that exist beside these only while the module itself computes; in backward in place of
-            the gradients that run through a layer at their most.
+        in_forward, in_backward: further bytes that exist only while the module computes; in backward they replace the peak
+            of a layer's gradients.
         products: multiplications in forward; twice that in backward.
         moved: bytes read and written in forward; about twice that in backward.
     """
@@ -97,14 +97,14 @@ NO_COPIES = WeightCosts(kept=0, in_forward=0, in_backward=0, products=0, moved=0
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleCosts:
-    """What a token costs in one adapted module (d_in to d_out), beside what the frozen module costs.
+    """Costs of a token in one adapted module (d_in to d_out), in addition to the frozen module's.
 
     Attributes:
-        kept: bytes that autograd keeps until the backward pass, beside the module's input.
+        kept: bytes that autograd keeps until the backward pass, besides the module's input.
         in_backward: bytes that exist only while backward runs through the module, beyond a gradient for each output and input.
         products, backward_products: weights that the token is multiplied by.
-        moved: bytes read and written beside the products' own operands, in forward; about twice that in backward.
-        weights: what does not depend on the number of tokens; `NO_COPIES` of a method that makes no matrix as large as a weight.
+        moved: bytes read and written besides the products' operands, in forward; about twice that in backward.
+        weights: costs that do not depend on tokens; `NO_COPIES` for a method that makes no matrix as large as a weight.
     """
 
     kept: float
@@ -117,7 +117,7 @@ class ModuleCosts:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What a method must tell the planner. What a step keeps and computes has no default: a method that is silent is no LoRA.
+    """What a method must tell the planner. Nothing that a step keeps or computes has a default.
 
     Attributes:
         of_input: (how it computes, d_in, number of adapted modules that read it) -> bytes of a token that autograd keeps of
@@ -126,7 +126,7 @@ class Costs:
         frozen_parameters: ([adapter] table, shapes of one layer's target modules, number of layers) -> elements that the
             adapter holds and does not train.
         has_fused_kernels: whether it has Triton kernels of its own, which keep no masks.
-        has_weight_penalty: whether a term of the loss is of the trained tensors alone: its gradients wait for the others.
+        has_weight_penalty: whether a term of the loss depends on the trained tensors alone; its gradients wait for the others.
     """
 
     of_input: Callable[[Computation, int, int], float]
@@ -141,12 +141,12 @@ def no_frozen_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_lay
 
 
 def input_bytes_if_trained(at: Computation, d_in: int, num_modules: int) -> float:
-    """Trained matrices read the input: it is kept, or what a cast or dropout has left of it, for each, and the masks."""
+    """For trained matrices that read the input: the input is kept, or its cast or dropped copy for each, and the masks."""
     return d_in * (at.width + at.mask_width) * (num_modules if at.is_input_copied else 1)
 
 
 def input_bytes_if_frozen(at: Computation, d_in: int, num_modules: int) -> float:
-    """Frozen matrices read the input: only the masks are kept."""
+    """For frozen matrices that read the input: only the masks are kept."""
     return d_in * at.mask_width * num_modules
 
 
@@ -174,5 +174,5 @@ def added_output(at: Computation, d_out: int) -> float:
 
 
 def dropped_input(at: Computation, d_in: int) -> float:
-    """Bytes moved to drop elements of an input: it is read; what is left, and the mask, are written."""
+    """Bytes moved by dropout of an input: the input is read; the result and the mask are written."""
     return d_in * (2 * at.width + at.mask_width) if at.mask_width else 0

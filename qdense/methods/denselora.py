@@ -68,7 +68,7 @@ def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers
 
 
 def _input(at: Computation, d_in: int, num_modules: int) -> float:
-    """All modules that read it share one copy and one mask of it; the fused kernels keep no masks."""
+    """All modules that read the input share one copy and one mask. The fused kernels keep no masks."""
     return d_in * (at.width + (0 if at.is_fused else at.mask_width))
 
 
@@ -77,7 +77,7 @@ def _input_of_frozen(at: Computation, d_in: int, num_modules: int) -> float:
 
 
 def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
-    """The encoding before s, after it, and mixed by M; what s after the decoder has read; masks."""
+    """Kept are the encoding before and after the activation and after M, the input of the second activation, and masks."""
     adapter, width, mask = at.adapter, at.width, 0 if at.is_fused else at.mask_width
     output = 0 if at.is_fused else (width if adapter.activation != "none" else 0) + mask
     products = adapter.r * (d_in + d_out + adapter.r)
@@ -103,7 +103,7 @@ def _module_of_frozen(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 
 
 def _module_of_matrix(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
-    """No s reads the encoding, or the decoder's output."""
+    """As for DenseLoRA, without the inputs of the activations."""
     module, r, mask = _module(at, d_in, d_out), at.adapter.r, 0 if at.is_fused else at.mask_width
     return dataclasses.replace(module, kept=r * (2 * at.width + mask) + d_out * mask)
 
@@ -138,7 +138,7 @@ METHOD = Method(
 
 
 def _freeze_config(adapter: AdapterSettings) -> Any:
-    # Behind a frozen decoder of zeros nothing would ever learn, so M takes the place of what starts at zero.
+    # With a frozen decoder of zeros nothing could learn, so M starts at zero instead.
     zero_init = "m" if adapter.zero_init == "decoder" else adapter.zero_init
     return _config(adapter, freeze_shared=True, zero_init=zero_init, init="paper")
 

@@ -1,4 +1,4 @@
-"""Full fine-tuning, and no training at all: the two ends between which every adapter lies. PEFT has no part in either."""
+"""Full fine-tuning, and no training at all. Neither uses PEFT."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _input(at: Computation, d_in: int, num_modules: int) -> float:
 
 
 def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
-    """The weight's gradient: the products of the weight itself are the base's."""
+    """The weight's gradient; the other products are the base's."""
     weight = d_in * d_out
     gradient = (at.base_width + 4) * weight  # as computed, and cast to fp32
     return ModuleCosts(

@@ -1,6 +1,6 @@
 """HiRA (ICLR 2025, openreview.net/pdf?id=TwJrTz9cRS), PEFT's own: the weight times a low-rank matrix, element by element.
 
-delta(x) = (W o B A) x        with the base's weight W, unpacked in each forward where it is quantized
+delta(x) = (W o B A) x        with the base's weight W, which is unpacked in each forward pass if quantized
 """
 
 from __future__ import annotations

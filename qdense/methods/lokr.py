@@ -1,7 +1,7 @@
 """LoKr (arXiv:2212.10650; LyCORIS, arXiv:2309.14859), PEFT's own: the update is a Kronecker product of two small matrices.
 
 PEFT's layer reshapes the product to the shape of the base's weight, which for a 4-bit weight is that of its packed bytes
-(peft 0.21), so that it fails on NF4; `prepare` gives each layer the product in the shape that it has by itself.
+(peft 0.21), so that it fails on NF4; `prepare` replaces it by one that keeps the product's own shape.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _build_config(adapter: AdapterSettings, num_steps: int) -> Any:
 
 
 def _factors(dimension: int, limit: int) -> tuple[int, int]:
-    """(m, n) with m n = dimension as PEFT's `factorization` finds them: m = limit if it divides, else as even as can be."""
+    """(m, n) with m n = dimension as PEFT's `factorization` finds them: m = limit if it divides, else as even as possible."""
     if limit > 0 and dimension % limit == 0:
         return limit, dimension // limit
     most = dimension if limit < 0 else limit
@@ -62,7 +62,7 @@ def _factors(dimension: int, limit: int) -> tuple[int, int]:
 
 
 def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> dict[str, int]:
-    """Two factors for each layer, each whole or, where that is smaller, of rank r."""
+    """Two factors for each layer, each in full or, if smaller, of rank r."""
     r, settings = adapter.r, adapter.method_settings
     counts = {}
     for kind, (d_in, d_out) in shapes.items():
@@ -103,7 +103,7 @@ def _delta_weight(layer: Any, adapter_name: str, *, apply_rank_dropout: bool = F
 
 
 def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
-    """The product is made whole, d_out x d_in, and kept for the input's gradient."""
+    """The full product, d_out x d_in, is computed and kept for the input's gradient."""
     weight = d_in * d_out
     return ModuleCosts(
         kept=0,
@@ -131,7 +131,7 @@ METHOD = Method(
     costs=Costs(of_input=input_bytes_if_trained, of_module=_module, frozen_parameters=no_frozen_parameters),
     quantizations=("nf4", "int8", "none"),
     peft_type="LOKR",
-    size_keys=(),  # a rank beyond the matrix means the whole matrix
+    size_keys=(),  # a rank as large as the matrix means the full matrix
     reads_base_weights=False,
     factors={
         name: name.removeprefix("lokr_")

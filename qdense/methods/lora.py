@@ -1,4 +1,4 @@
-"""LoRA (arXiv:2106.09685), the baseline of every comparison, and DoRA (arXiv:2402.09353); both are PEFT's own."""
+"""LoRA (arXiv:2106.09685), the baseline of every comparison, and DoRA (arXiv:2402.09353), both PEFT's own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 
 
 def _module_of_dora(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
-    """LoRA's, and the norm of each row of W + scaling B A, for which both are made anew in each forward.
+    """LoRA's, and the norm of each row of W + scaling B A, for which both are computed in each forward pass.
 
     B A is B(A(I)) with an identity of d_in x d_in. Where elements of x are dropped, the base's output is computed a second
     time from what is left, so that autograd keeps the unpacked weight.

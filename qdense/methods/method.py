@@ -1,4 +1,4 @@
-"""What qdense must know of an adaptation method."""
+"""What qdense must know about an adaptation method."""
 
 from __future__ import annotations
 
@@ -26,55 +26,55 @@ class MethodSettings(BaseModel):
 
 
 class RankSchedule(Protocol):
-    """What a method does to its weights beside the optimizer, after each of its steps; for bit-exact resumes with a state."""
+    """What a method does to its weights after each optimizer step; its state makes resumes bit-exact."""
 
     def auxiliary_loss(self, model: Any, share: float) -> AbstractContextManager[None]:
-        """Within it, the model adds this share of the method's own term to the loss of the text: of a step's n micro-batches
-        each 1 / n, for their losses are summed; 0 in validation."""
+        """Within it, the model adds this share of the method's own loss term to the text's loss: 1 / n for each of a step's
+        n micro-batches, whose losses are summed; 0 in validation."""
 
     def step(self, model: Any, step: int) -> None:
-        """After the optimizer's step number `step` (1, 2, ...), gradients still there."""
+        """Called after optimizer step `step` (1, 2, ...), before gradients are cleared."""
 
     def state(self, model: Any) -> tuple[dict[str, Tensor], Any]:
-        """What a resumed run needs beside the weights: tensors by name, and whatever JSON can hold."""
+        """What a resumed run needs besides the weights: tensors by name, and any JSON value."""
 
     def restore(self, model: Any, tensors: Mapping[str, Tensor], values: Any) -> None:
-        """Take the state back."""
+        """Restore the state."""
 
     def has_settled(self, model: Any, step: int) -> bool:
-        """Whether the ranks will stay as they are: only such weights may be kept as the best."""
+        """Whether the ranks are final; only then may weights be kept as the best."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """An adaptation method: all that the rest of qdense knows of it.
+    """An adaptation method: everything that the rest of qdense knows about it.
 
-    What planning, loading and analysis decide by has no default: a method that does not state it fails when it is made.
+    Fields that planning, loading and analysis use have no default, so that a method cannot forget one.
 
     Attributes:
         name: the value of `adapter.method`.
-        summary: what it is, in a line.
+        summary: what it is, in one line.
         adapter_keys: the keys of [adapter] that it reads; others are noted, not refused, so that one recipe serves all methods.
-        build_config: ([adapter] table, number of optimizer steps) -> PEFT configuration; None where PEFT has no part in it.
+        build_config: ([adapter] table, number of optimizer steps) -> PEFT configuration; None if PEFT is not used.
         count_parameters: ([adapter] table, shapes of one layer's target modules, number of layers) -> trainable parameters by
             module kind.
-        costs: what it costs a training step.
-        quantizations: those of a base that it works on.
-        peft_type: the `peft_type` of its adapter_config.json; None where PEFT has no part in it.
+        costs: what it adds to a training step.
+        quantizations: of the bases that it works on.
+        peft_type: the `peft_type` of its adapter_config.json; None if PEFT is not used.
         size_keys: the keys of that file that are sizes of tensors: one larger than every saved tensor is refused on loading.
-        reads_base_weights: whether its forward reads the base's weights, which must then lie in memory as they were loaded.
+        reads_base_weights: whether its forward reads the base's weights, which must then stay in memory as they were loaded.
         factors: the last part of a trained tensor's name (but for PEFT's adapter name and ".weight") -> what analysis calls it.
-        identifying_config: what its configuration says that those of other methods of the same PEFT type do not.
+        identifying_config: entries of its configuration that tell it from other methods of the same PEFT type.
         learning_rate: ([adapter] table) -> the best of a grid of half decades on SmolLM2-135M; see `default_learning_rate`.
-        has_gradient_at_start: whether the parameter of this name must have a gradient at step 1. The others are behind a
-            matrix that starts at zero: they get theirs once it has moved, at step 3 at the latest, since linear warm-up
-            makes the first update's learning rate 0.
+        has_gradient_at_start: whether the parameter of this name must have a gradient at step 1. The others come before a
+            matrix that starts at zero and get a gradient once it has moved: by step 3, since linear warm-up makes the first
+            update's learning rate 0.
         targets: the module kinds that it adapts.
-        settings: the type of its own table [adapter.<name>], if it has one.
-        why_not_quantized: the reason for those that are missing.
-        num_calibration_rows, calibrate: how many training rows it looks at first, and what it does with them: ([adapter] table,
+        settings: the type of its table [adapter.<name>], if it has one.
+        why_not_quantized: the reason for missing quantizations.
+        num_calibration_rows, calibrate: how many training rows it reads first, and what it does with them: ([adapter] table,
             PEFT configuration, base's model, batches of `input_ids` and `attention_mask`).
-        prepare: is given the PeftModel after it was made or loaded, to mend what PEFT leaves broken.
+        prepare: mends what PEFT leaves broken in a new or loaded PeftModel.
         schedule: see `RankSchedule`.
         comparable_initial: (adapter_config.json, saved tensor's name, its initial value) -> the part of the initial value that
             the saved tensor can be compared with, for a method that drops ranks.
@@ -110,10 +110,10 @@ class Method:
             raise TypeError(f"method {self.name}: build_config and peft_type are both PEFT's, or both None")
 
     def default_learning_rate(self, adapter: AdapterSettings, hidden_size: int) -> float:
-        """The learning rate where a recipe names none, to two digits.
+        """The learning rate if a recipe names none, to two digits.
 
-        Measured on a model of hidden size 576 (tools/results/methods.md says how). A wider model wants a lower one: it is scaled
-        as "LoRA Without Regret" (Thinking Machines, 2025) found for LoRA on Llama models. Not measured here on wider ones.
+        Measured on a model of hidden size 576 (tools/results/methods.md says how). A wider model needs a lower rate, so it is
+        scaled as "LoRA Without Regret" (Thinking Machines, 2025) found for LoRA on Llama models. Not measured here on wider ones.
         """
         rate = self.learning_rate(adapter) * (_MEASURED_HIDDEN_SIZE / hidden_size) ** _WIDTH_EXPONENT
         return float(f"{rate:.1e}")
@@ -125,5 +125,5 @@ class Method:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it adds tensors of its own, by PEFT, rather than training the base's."""
+        """Whether it adds tensors by PEFT, rather than training the base's."""
         return self.build_config is not None

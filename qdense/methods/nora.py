@@ -22,7 +22,7 @@ from qdense.methods.method import Method, MethodSettings
 
 
 class NoraSettings(MethodSettings):
-    """[adapter.nora]; adapter.r is the rank of the frozen pair. No setting for LLaMA is published: these are ours."""
+    """[adapter.nora]; adapter.r is the rank of the frozen pair. No settings for LLaMA are published; these are ours."""
 
     r_inner: int | None = Field(
         None,
@@ -48,7 +48,7 @@ def _build_config(adapter: AdapterSettings, num_steps: int) -> Any:
     return NoraConfig(
         r=adapter.r,
         r_inner=_r_inner(adapter),
-        # The recipe's alpha is meant for alpha / r.
+        # The recipe's alpha is for alpha / r.
         alpha=adapter.scaling_alpha * _r_inner(adapter) / adapter.r,
         split=adapter.method_settings.split,
         dropout=adapter.dropout,

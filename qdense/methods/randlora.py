@@ -2,7 +2,7 @@
 
     dW = scaling * sum over j of B_j diag(lambda_j) A diag(gamma_j)        j = 1 ... n, n = min(d_in, d_out) / r, rounded up
 
-The random A (r, min) and B_j (max, r) are one set for all layers; the vectors lambda_j (r,) and gamma_j (min,) are trained.
+All layers share the random A (r, min) and B_j (max, r); the vectors lambda_j (r,) and gamma_j (min,) are trained.
 A and B_j are drawn again from their seed when an adapter is loaded: PEFT would save them with every layer (66 GB on LLaMA-3-8B).
 """
 
@@ -40,7 +40,7 @@ def _num_bases(r: int, d_in: int, d_out: int) -> int:
 def _build_config(adapter: AdapterSettings, num_steps: int) -> Any:
     from peft import RandLoraConfig
 
-    with warnings.catch_warnings(action="ignore"):  # that A and B_j are not saved
+    with warnings.catch_warnings(action="ignore"):  # A and B_j are not saved
         return RandLoraConfig(
             r=adapter.r,
             randlora_alpha=adapter.method_settings.scaling * adapter.r,
@@ -58,16 +58,16 @@ def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers
 
 
 def _count_frozen(adapter: AdapterSettings, shapes: LinearShapes, num_layers: int) -> int:
-    """A, and all B_j as one: as large as the largest modules need."""
+    """A, and all B_j as one tensor, as large as the largest modules need."""
     d_in, d_out = (max(sizes) for sizes in zip(*shapes.values(), strict=True))
     smaller, larger = sorted((d_in, d_out))
     return adapter.r * (smaller + larger * _num_bases(adapter.r, d_in, d_out))
 
 
 def _prepare(model: Any) -> None:
-    """Hold A and B_j in the adapter's dtype: PEFT draws them in fp32.
+    """Store A and B_j in the adapter's dtype: PEFT draws them in fp32.
 
-    On a CPU, its layers on a quantized base return the fp32 that they compute in (peft 0.21): make that the input's dtype.
+    On a CPU, its layers on a quantized base return fp32, in which they compute (peft 0.21); cast that to the input's dtype.
     """
     from peft.tuners.randlora.layer import RandLoraLayer
     from torch import nn
@@ -87,7 +87,7 @@ def _input(at: Computation, d_in: int, num_modules: int) -> float:
 
 
 def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
-    """All A diag(gamma_j) as one matrix, (n r, min), are made and kept, and what it reads.
+    """All A diag(gamma_j) as one matrix, (n r, min), are computed and kept, with their input.
 
     On a CPU PEFT computes in fp32, for which each module casts the whole shared B.
     """

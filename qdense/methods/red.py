@@ -30,7 +30,7 @@ def _count_parameters(adapter: AdapterSettings, shapes: LinearShapes, num_layers
 
 
 def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
-    """The output that is scaled is kept."""
+    """The module's output is kept."""
     return ModuleCosts(
         kept=at.width * d_out,
         in_backward=0,

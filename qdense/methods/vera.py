@@ -51,7 +51,7 @@ def _count_frozen(adapter: AdapterSettings, shapes: LinearShapes, num_layers: in
 
 
 def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
-    """What the vectors multiply is kept: a product of length r, and one of d_out."""
+    """The inputs of both vectors are kept: one of length r, and one of d_out."""
     r = at.adapter.method_settings.r
     products = r * (d_in + d_out)
     return ModuleCosts(
@@ -68,7 +68,7 @@ METHOD = Method(
     name="vera",
     summary="VeRA, PEFT's: two vectors for each layer, on one frozen random pair",
     learning_rate=lambda adapter: 1e-1,
-    # adapter.r is not read: VeRA's ranks are another order of magnitude (PEFT's default and the paper's: 256).
+    # adapter.r is not read: VeRA's ranks are of another order of magnitude (PEFT's default and the paper's: 256).
     adapter_keys=frozenset({"dropout", "target_modules"}),
     build_config=_build_config,
     count_parameters=_count_parameters,

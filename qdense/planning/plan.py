@@ -192,9 +192,7 @@ def _choose(recipe: Recipe, shape: CatalogModel, machine: Machine) -> StepLayout
     settings = recipe.training
     batch, layers = settings.batch_size, shape.num_layers
     if settings.micro_batch_size == "auto" and settings.packing:
-        sizes = list(
-            range(batch, 0, -1)
-        )  # most rows are shorter than the maximum: each further token may save a pass
+        sizes = list(range(batch, 0, -1))  # most rows are shorter than the maximum: each further token may save a pass
     elif settings.micro_batch_size == "auto":
         # Sizes that divide the batch into 1, 2, 3, ... passes; others need as many passes and more memory.
         sizes = sorted({-(-batch // passes) for passes in range(1, batch + 1)}, reverse=True)

@@ -9,8 +9,9 @@ A run's checkpoints/ holds `checkpoint-<step>` folders, each with the same files
     state.json             the best step and its loss, the layout of steps, scalars of the optimizer and the schedule
     manifest.json          the format, and the size and SHA-256 of every other file
 
-There is no random state, because a step's random numbers follow from the seed and the step's number (`qdense/training/batches.py`). While a
-checkpoint is being written it is in a hidden folder, which a killed run may leave behind.
+There is no random state, because a step's random numbers follow from the seed and the step's number
+(`qdense/training/batches.py`). While a checkpoint is being written it is in a hidden folder, which a killed run may
+leave behind.
 """
 
 from __future__ import annotations
@@ -144,7 +145,9 @@ def fault_of(checkpoint: Path) -> str | None:
     try:
         manifest: dict[str, Any] = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
         files: dict[str, Any] = manifest["files"]
-        found = manifest.get("format", 1 if "qdense.json" in files else None)  # the first version did not write its format
+        found = manifest.get(
+            "format", 1 if "qdense.json" in files else None
+        )  # the first version did not write its format
         if isinstance(found, int) and found != FORMAT:
             raise RunError(
                 f"{checkpoint}: another version of qdense wrote it (format {found}, not {FORMAT}). Continue with that version, "

@@ -109,7 +109,9 @@ class TrainingLoop:
             num_warmup_steps=job.num_warmup_steps,
             num_training_steps=job.num_steps,
         )
-        self.share_of_rate = scheduler.lr_lambdas[0]  # a function of the number of completed steps, so it has no state to save
+        self.share_of_rate = scheduler.lr_lambdas[
+            0
+        ]  # a function of the number of completed steps, so it has no state to save
         self.watch = Watch(
             self.parameters,
             job.method.has_gradient_at_start,

@@ -97,7 +97,9 @@ class Watch:
     def _tell_of_explosion(self, step: int, loss: float) -> None:
         self.mean_loss = loss if math.isnan(self.mean_loss) else 0.9 * self.mean_loss + 0.1 * loss
         self.lowest_mean = min(self.lowest_mean, self.mean_loss)
-        if self.mean_loss > 2 * self.lowest_mean + 0.5 and not self.has_exploded:  # single rows cannot raise the mean so much
+        if (
+            self.mean_loss > 2 * self.lowest_mean + 0.5 and not self.has_exploded
+        ):  # single rows cannot raise the mean so much
             self.has_exploded = True
             self.emit(
                 Notice(

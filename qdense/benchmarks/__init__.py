@@ -1,1 +1,1 @@
-"""What a model is scored on: the tasks, the rules that read an answer, generation, intervals."""
+"""Scoring a model: tasks, rules for reading answers, generation, intervals."""

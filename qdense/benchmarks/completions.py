@@ -1,7 +1,7 @@
-"""Completions of an evaluation: what gives them, and how they are kept.
+"""Completions of an evaluation: their source, and how they are stored.
 
-Each completion is on file before the next one is counted, so an evaluation that was killed continues where it stopped and
-asks nothing twice.
+Each completion is written before the next is counted, so an evaluation that was killed continues where it stopped and
+completes nothing twice.
 """
 
 from __future__ import annotations

@@ -330,12 +330,12 @@ class _Endings:
 
 # --- the searches -----------------------------------------------------------------------------------------------------------
 
-# What a search makes of logits (rows, vocabulary): which rows continue, each with its next token; and what has ended.
+# What a search decides from logits (rows, vocabulary): the rows that continue, with their next tokens, and what has ended.
 Advance = tuple[list[int], torch.Tensor, list[Completion]]
 
 
 class _Tokens:
-    """One token at a time for each sequence: the most likely, or a drawn one."""
+    """One token at a time for each sequence: the most likely one, or a sampled one."""
 
     width = 1
 
@@ -348,7 +348,7 @@ class _Tokens:
     def take(self, prompts: Sequence[Prompt]) -> None:
         self.prompts += prompts
         self.tokens += [[] for _ in prompts]
-        # A generator for each sequence: what it draws depends on nothing else, not on the batch nor on what was done before.
+        # A generator for each sequence, so that its samples do not depend on the batch or on earlier work.
         self.generators += [random.Random(f"{self.decoding.seed}:{p.index}:{p.sample}") for p in prompts]
 
     def advance(self, logits: torch.Tensor) -> Advance:
@@ -362,7 +362,7 @@ class _Tokens:
             else:
                 completions.append(self.endings.completion(self.prompts[row], self.tokens[row], finish))
         if completions:
-            chosen = chosen[rows]  # before any sequence is let go: this may run out of memory
+            chosen = chosen[rows]  # before any sequence is removed, because this may run out of memory
             self.prompts = [self.prompts[row] for row in rows]
             self.tokens = [self.tokens[row] for row in rows]
             self.generators = [self.generators[row] for row in rows]
@@ -374,26 +374,26 @@ class _Tokens:
         probabilities = torch.softmax(logits / self.decoding.temperature, dim=-1)
         probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
         reached = probabilities.cumsum(dim=-1)
-        # A token is kept while those before it hold less than top_p; the first always is.
+        # A token is kept while those before it sum to less than top_p; the first always is.
         is_kept = reached - probabilities < self.decoding.top_p
         kept = torch.where(is_kept, probabilities, 0.0).cumsum(dim=-1)
         drawn = torch.tensor([generator.random() for generator in self.generators], device=logits.device)
         place = torch.searchsorted(kept, (drawn * kept[:, -1])[:, None], right=True)
-        # In float32 a draw may round to 1, which is beyond all that is kept.
+        # In float32 a draw may round to 1, beyond all kept tokens.
         return order.gather(1, place.minimum(is_kept.sum(dim=-1, keepdim=True) - 1))[:, 0]
 
 
 class _Beams:
-    """Beam search, step for step that of transformers (`GenerationMixin._beam_search`, early_stopping False, length penalty
-    1), which is the authors'; but each item ends on its own.
+    """Beam search, step by step as in transformers (`GenerationMixin._beam_search`, early_stopping False, length penalty
+    1), like the authors', except that each item ends independently.
 
-    An item has `width` running beams and as many places for finished ones. It ends when all places are taken and the best
-    running beam, its score divided by its length, is no better than the worst finished one.
+    An item has `width` running beams and as many places for finished ones. It ends when all places are taken and the
+    score per token of its best running beam is no better than that of the worst finished one.
     """
 
     def __init__(self, decoding: Decoding, endings: _Endings) -> None:
         self.width, self.endings = decoding.num_beams, endings
-        # Enough candidates that `width` are left to continue even if all others end.
+        # Enough candidates for `width` to continue even if all others end.
         self.num_candidates = max(2, 1 + len(endings.eos)) * self.width
         self.prompts: list[Prompt] = []
         self.tokens: list[list[list[int]]] = []  # of each item's running beams
@@ -404,7 +404,7 @@ class _Beams:
         self.prompts += prompts
         self.tokens += [[[] for _ in range(self.width)] for _ in prompts]
         self.finished += [[] for _ in prompts]
-        # All beams of an item begin alike: only the first may propose.
+        # All beams of an item start equal, so only the first may propose.
         fresh = torch.full((len(prompts), self.width), -1e9)
         fresh[:, 0] = 0.0
         self.scores = torch.cat([self.scores, fresh.to(self.scores)])
@@ -431,7 +431,9 @@ class _Beams:
             self.tokens[item] = [sequence for _, _, sequence in running]
             rows += [item * self.width + beam for _, beam, _ in running]
             tokens += [sequence[-1] for _, _, sequence in running]
-        chosen = torch.tensor(tokens, device=logits.device)  # before any item is let go: this may run out of memory
+        chosen = torch.tensor(
+            tokens, device=logits.device
+        )  # before any item is removed, because this may run out of memory
         self.prompts = [self.prompts[item] for item in kept]
         self.tokens = [self.tokens[item] for item in kept]
         self.finished = [self.finished[item] for item in kept]
@@ -441,7 +443,7 @@ class _Beams:
     def _advance_item(
         self, item: int, scores: list[float], beams: list[int], tokens: list[int]
     ) -> list[tuple[float, int, list[int]]]:
-        """File what has ended among the candidates; returns (score, beam, tokens) of those that continue, the best first."""
+        """Record the candidates that have ended; returns (score, beam, tokens) of those that continue, best first."""
         running: list[tuple[float, int, list[int]]] = []
         for rank, (score, beam, token) in enumerate(zip(scores, beams, tokens, strict=True)):
             sequence = [*self.tokens[item][beam], token]
@@ -449,11 +451,11 @@ class _Beams:
             if finish is None:
                 if len(running) < self.width:
                     running.append((score, beam, sequence))
-            elif rank < self.width:  # the others are there only to keep the search going
+            elif rank < self.width:  # the others only keep the search going
                 self.finished[item].append((score / len(sequence), sequence, finish))
-        while 0 < len(running) < self.width:  # so many ended that a place stays free: a copy that can propose nothing
+        while 0 < len(running) < self.width:  # so many ended that a place stays free: a copy that proposes nothing
             running.append((-1e9, *running[-1][1:]))
-        # Stable: of equal scores the earlier is kept, as topk over (finished, new) does.
+        # Stable: of equal scores the earlier is kept, as by topk over (finished, new).
         self.finished[item].sort(key=lambda ended: -ended[0])
         del self.finished[item][self.width :]
         return running

@@ -1,6 +1,6 @@
-"""Our tasks as task files of EleutherAI's lm-evaluation-harness: a second opinion on every score.
+"""Our tasks as task files for EleutherAI's lm-evaluation-harness: a second opinion on every score.
 
-The exported folder imports nothing of qdense. The harness renders the prompt (Jinja), generates, reads the answer (its own
+The exported folder does not import qdense. The harness renders the prompt (Jinja), generates, reads the answer (its own
 filters) and compares it (its own exact_match), all by the authors' rule, `paper`. It shares with qdense the
 test files, the texts of the prompts, and the regular expressions, which are the authors'.
 
@@ -43,10 +43,10 @@ def export(
     decoding: Decoding,
     emit: Emit = ignore,
 ) -> list[str]:
-    """Write the tasks, and each group that they make complete, into `folder`.
+    """Write the tasks, and each group that is complete, into `folder`.
 
     Returns:
-        the fewest names by which the harness runs all of them, groups before single tasks.
+        the fewest names with which the harness runs all of them, groups before single tasks.
 
     Raises:
         QDenseError: a test file is missing or faulty, or `folder` is not a folder.
@@ -56,7 +56,7 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
     for task in tasks:
-        data = load_items(task, data_dir, emit)  # a fault in a row is better found here than by the harness
+        data = load_items(task, data_dir, emit)  # find faults in rows here, before the harness does
         if isinstance(task.file, UpstreamFile):
             path = locate(task.file, data_dir, emit).resolve()
         else:
@@ -78,7 +78,7 @@ def export(
 
 
 def _write(folder: Path, content: dict[str, Any]) -> None:
-    """Write one YAML file: a line for each key, its value as JSON, which YAML includes."""
+    """Write one YAML file: one line for each key, with its value as JSON, a subset of YAML."""
     lines = [f"# Written by qdense {__version__}: qdense tasks --export lm-eval"]
     for key, value in content.items():
         text = json.dumps(value, ensure_ascii=False)
@@ -97,7 +97,7 @@ def _task_file(task: Task, path: Path, template: Template, decoding: Decoding) -
         "num_fewshot": 0,
         "doc_to_text": _prompt(template),
         "doc_to_target": "answer",  # the column
-        # All that decides is set: transformers fills unset fields from the checkpoint's own generation_config.
+        # Set everything that matters: transformers fills unset fields from the checkpoint's generation_config.
         "generation_kwargs": {
             "until": list(template.stop),
             "max_gen_toks": task.max_new_tokens,
@@ -125,18 +125,18 @@ def _group_file(name: str, members: Sequence[str]) -> dict[str, Any]:
 
 
 def _prompt(template: Template) -> str:
-    """The evaluation prompt as a Jinja template, made by asking for the prompt of a row of placeholders."""
+    """The evaluation prompt as a Jinja template, made from the prompt of a row of placeholders."""
     prompt = template.evaluation_prompt
     strip = ".strip()" if prompt(Row(" x ", "", "")) == prompt(Row("x", "", "")) else ""
     instruction = f"{{{{ instruction{strip} }}}}"
     with_input, without = prompt(Row(instruction, "{{ context }}", "")), prompt(Row(instruction, "", ""))
-    # A file may lack the column, or hold null.
+    # A file may lack the column, or have null in it.
     context = f"{{% set context = (input | default('', true)){strip} %}}"
     return f"{context}{{% if context %}}{with_input}{{% else %}}{without}{{% endif %}}"
 
 
 def _filters(answers: AnswerKind) -> list[dict[str, Any]]:
-    """`AnswerKind.paper`, in the harness's filters."""
+    """`AnswerKind.paper` as filters of the harness."""
     heading = "### Response:"
     response = rf"(?s)\A(?:.*{heading})?(.*)\Z" if answers.reads_last_response else rf"(?s)\A.*?(?={heading}|\Z)"
     find = {"function": "regex", "regex_pattern": answers.pattern, "group_select": -1 if answers.takes_last else 0}

@@ -1,4 +1,4 @@
-"""A model that is loaded here, asked for completions: a base, with an adapter or without."""
+"""Completions from a model that is loaded here: a base, with or without an adapter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LoadedModel:
 
     Attributes:
         recipe: how the base was loaded.
-        model: the PeftModel; without an adapter, or where a whole model was fine-tuned, the base's own.
+        model: the PeftModel; the base's own without an adapter, or for a fully fine-tuned model.
         adapter: the adapter's folder; None for a bare base.
         template: the one that the adapter was trained with; None for a bare base.
     """
@@ -47,7 +47,7 @@ def load_model(request: EvaluationRequest, adapter: Path | None, emit: Emit) -> 
     """Load the base that `request` names, or that the adapter in this folder was made for, and the adapter.
 
     Raises:
-        QDenseError: one of them cannot be loaded, they do not belong together, or `with_base` asks for what cannot be had.
+        QDenseError: one of them cannot be loaded, they do not belong together, or `with_base` is impossible.
     """
     card = read_card(adapter) if adapter is not None else None
     if card is not None and request.template is None:
@@ -74,10 +74,10 @@ def load_model(request: EvaluationRequest, adapter: Path | None, emit: Emit) -> 
 
 
 def _model_recipe(asked: dict[str, str], card: AdapterCard | None, source: str) -> ModelRecipe:
-    """How to load the base: what is asked for, on top of what the adapter recorded; `source` names it in errors."""
+    """How to load the base: as requested, else as the adapter recorded; `source` names it in errors."""
     recorded = dict(card.model) if card else {}
     if "name" in asked:
-        recorded.pop("revision", None)  # another place, another history
+        recorded.pop("revision", None)  # a different folder may have a different history
     tables = {"model": {**recorded, **asked}, "data": {"name": "wordproblems"}}
     return recipe_from_tables(tables, source=source).model
 
@@ -112,7 +112,7 @@ class LocalModel:
             "batch_size": self.batch_size,
             "device": device_name(base.device),
         }
-        # How the weights are stored changes no bit of a result, and depends on the memory that is free.
+        # How the weights are stored depends on free memory and does not change results.
         self.session: dict[str, Any] = {
             "adapter": str(adapter) if adapter else None,
             "stored_as": base.stored_as,
@@ -142,7 +142,7 @@ class LocalModel:
             )
 
     def _planned_batch_size(self, recipe: ModelRecipe) -> int:
-        """As many as the decoding takes at a time, or as fit this device."""
+        """As many as the decoding processes at a time, or as fit this device."""
         is_cuda = self.base.device.type == "cuda"
         most = self.decoding.batch_size_cuda if is_cuda else self.decoding.batch_size_cpu
         sequences = sequences_that_fit(

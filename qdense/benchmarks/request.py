@@ -1,4 +1,4 @@
-"""What an evaluation is asked for."""
+"""The request for an evaluation."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from qdense.benchmarks.tasks import Task
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What `qdense evaluate` is asked for.
+    """What `qdense evaluate` should do.
 
     Attributes:
         adapter: a run or an adapter's folder; None scores the bare base, or the endpoint's model.
-        model: `name`, `quantization` and `dtype` of the base, where they should differ from what the adapter recorded; for a
+        model: `name`, `quantization` and `dtype` of the base, if they should differ from what the adapter recorded; for a
             bare base, at least its name.
         with_base: score the base too, before the adapter.
         limit: the first N items of each task; None is all.
         max_new_tokens: None is each task's own limit.
         batch_size: sequences (with beams: items) at a time; None for the decoding's own, or as many as fit the device.
         template: None is the adapter's, and for a bare base each task's own.
-        clean: also score, separately, the items that the training set does not hold.
+        clean: also score, separately, the items that are not in the training set.
         trained_on: that training set, a known name or a file; None is the run's own.
         endpoint: the model to ask instead of one that is loaded here.
     """

@@ -1,4 +1,4 @@
-"""From completions to a task's result: counts, accuracies by both rules, intervals. No model is needed for it."""
+"""From completions to a task's result: counts, accuracies by both rules, intervals. Needs no model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qdense.errors import EvaluationError
 
 # Completions by item: one text each, or as many as were sampled.
 Completions = Mapping[int, Sequence[str]]
-# Whether each item is right by each rule: rule -> index -> is_correct. What `qdense compare` pairs runs by.
+# Whether each item is right by each rule: rule -> index -> is_correct. `qdense compare` pairs runs by it.
 Outcomes = dict[str, dict[int, bool]]
 
 
@@ -24,13 +24,13 @@ def score_task(
 ) -> tuple[dict[str, Any], Outcomes]:
     """Accuracy by each rule, with its 95% Wilson interval.
 
-    Of several samples an item's answer is that of the majority; `pass_at` is added: the chance that one of k samples is
-    right.
+    With several samples an item's answer is the majority's, and `pass_at` is added: the probability that one of k
+    samples is right.
 
     Args:
-        labels: of the test set, or of as much of it as was asked for.
+        labels: of the test set, or of the requested part.
         completions: by index into `labels`.
-        clean: indices of items that the training set does not hold; they are also scored separately.
+        clean: indices of items that are not in the training set; they are also scored separately.
 
     Returns:
         the result as in summary.json, and each item's outcome.
@@ -85,7 +85,7 @@ def _accuracy(outcomes: Any) -> dict[str, Any]:
 
 
 def average(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The mean of the tasks' accuracies by each rule, each task counting alike: the paper's "avg"."""
+    """The unweighted mean of the tasks' accuracies by each rule: the paper's "avg"."""
     return {rule: math.fsum(result[rule]["accuracy"] for result in results.values()) / len(results) for rule in RULES}
 
 
@@ -95,7 +95,7 @@ def read_completions(path: Path, num_items: int) -> dict[int, list[str]]:
     Lines with the same index are samples if each has its own "sample" number.
 
     Raises:
-        EvaluationError: naming the line of what is not a completion, appears twice or is out of range; or what is missing.
+        EvaluationError: naming the line of an entry that is not a completion, appears twice or is out of range; or missing ones.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -140,7 +140,7 @@ def read_completions(path: Path, num_items: int) -> dict[int, list[str]]:
 def parse_completion(place: str, line: str) -> tuple[int, int, str]:
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also a whole number of thousands of digits
+    except (ValueError, RecursionError) as error:  # also for a whole number with thousands of digits
         raise EvaluationError(f"{place}: not valid JSON: {error}") from None
     if not isinstance(record, dict):
         raise EvaluationError(f'{place}: must be an object {{"index": i, "completion": "..."}}')

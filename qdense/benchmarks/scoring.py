@@ -1,8 +1,8 @@
 r"""Reading an answer from a completion, by two rules side by side.
 
-`paper` is the authors' rule to the letter, faults included, so that a number can stand beside a published one: commas
+`paper` is exactly the authors' rule, faults included, so that a number can be compared with a published one: commas
 deleted from numbers, one regular expression, the last match for numbers and the first for choices, wherever it occurs.
-`strict` is a sound reading, rule by rule:
+`strict` is a reliable reading:
 
     numbers   the last well-formed number; thousands separators, .5, 1e-3, 5*10^3, 3/4, 1 1/2 and \frac{3}{4} understood; a
               minus after a digit subtracts
@@ -26,9 +26,9 @@ They differ, for instance, in:
     "It is untrue"                                                 true        no answer
     "The correct answer is True"                                   no answer   true
 
-Both read the response only: a model that runs on and writes the template's next "### Response:" has ended its response
-there (the authors split at it, and take what follows the first heading in arithmetic, the last in commonsense); `strict`
-takes any such heading ("### Instruction:") as the end. A response without an answer is wrong.
+Both read the response only. A model that continues with the template's next "### Response:" has ended its response
+there (the authors split at it, and use the text after the first heading in arithmetic, the last in
+commonsense); for `strict` any such heading ("### Instruction:") ends it. A response without an answer is wrong.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class AnswerKind:
         pattern: the authors' regular expression; a match is an answer.
         takes_last: whether the authors take the last match (numbers) or the first.
         reads_last_response: whether the authors read what follows the last "### Response:" or the first.
-        strict: response -> answer by the sound rule, or None.
-        is_label: whether a text of a test file can be a label at all.
+        strict: response -> answer by the strict rule, or None.
+        is_label: whether a text of a test file can be a label.
     """
 
     name: str
@@ -74,7 +74,7 @@ class AnswerKind:
         return float(answer) if self.name == "number" else answer
 
     def answers(self, completion: str) -> dict[str, Answer | None]:
-        """The answer by each rule, None where there is none."""
+        """The answer by each rule, or None."""
         responses = completion.split("### Response:")
         paper = responses[-1 if self.reads_last_response else 0].strip()
         strict = re.split(r"###\s+\w+:", completion)[0].strip()
@@ -88,8 +88,8 @@ class AnswerKind:
         return answer == label
 
     def majority(self, answers: Sequence[Answer | None]) -> Answer | None:
-        """The answer that most samples give: numbers within the tolerance count as one; the first of equals; None only if all
-        are."""
+        """The answer that most samples give. Numbers within the tolerance count as equal; ties go to the first; None only if
+        all are."""
         votes: dict[Answer, int] = {}
         for answer in answers:
             if answer is None:
@@ -164,7 +164,7 @@ _LETTERS = [
 def strict_letter(response: str) -> str | None:
     """The letter of the last "answer is X", else of the last "option X", else the last letter on its own.
 
-    A letter is a capital; "A" before a word is taken for the article, not for a choice. One after "not" does not count.
+    A letter is a capital; "A" before a word is the article and not a choice. A letter after "not" does not count.
     """
     for pattern in _LETTERS:
         if found := pattern.findall(response):
@@ -172,7 +172,7 @@ def strict_letter(response: str) -> str | None:
     return None
 
 
-# The authors' first match counts inside words too: the A of "Assume". Always "A" scores 24.8% on AQuA.
+# The authors' first match may be inside a word: the A of "Assume". Always answering "A" scores 24.8% on AQuA.
 LETTER = AnswerKind("letter", "A|B|C|D|E", False, False, strict_letter, lambda label: label in tuple("ABCDE"))
 
 
@@ -180,11 +180,11 @@ LETTER = AnswerKind("letter", "A|B|C|D|E", False, False, strict_letter, lambda l
 
 
 def normalised(text: str) -> str:
-    """Without what two equal answers may differ in: case, the amount of white space, a full stop at the end."""
+    """The text without differences that do not matter: case, amounts of white space, a final full stop."""
     return " ".join(text.casefold().split()).removesuffix(".")
 
 
-# For a person's own rows; upstream has no such task, so both rules read alike: the whole response.
+# For a user's own rows; upstream has no such task, so both rules read the whole response.
 TEXT = AnswerKind(
     "text", r"(?s)\A.+\Z", False, False, lambda response: response or None, lambda label: bool(label.strip())
 )

@@ -1,10 +1,10 @@
 """The benchmarks, one readable definition each, headed by a sample problem.
 
-A test file's `output` is an old model's answer (or empty, or the label in words) and no gold; `answer` is. Files are those
+A test file's `output` is an old model's answer (or empty, or the label in words); the gold is `answer`. Files are those
 of LLM-Adapters at a fixed commit (`qdense.catalogs.datasets`). Raise `version` whenever a change could change a score.
 
-A model is asked in the prompt template that its adapter was trained with, a bare base in the task's own; it answers until
-EOS, until one of the template's headings, or until `max_new_tokens`.
+The prompt uses the template that the adapter was trained with, or for a bare base the task's own. A response ends at EOS,
+at one of the template's headings, or at `max_new_tokens`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Task:
         name: as typed; upstream's spelling ("social_i_qa", "ARC-Easy") is accepted too, whatever its case.
         sample: a problem as the model reads it (between the template's headings), and its label.
         num_items: in the test set.
-        file: the test file: upstream's, or a person's own; None for the problems that qdense makes itself.
+        file: the test file: upstream's, or a user's own; None for problems that qdense generates.
         answers: how an answer is read from a completion and compared with the label.
         max_new_tokens: the longest completion, as the authors' code sets it: 256 for arithmetic, 32 for commonsense.
         source: where the problems come from.
         template: the prompt template for a model that was not trained with one.
-        columns: those of a person's own file.
+        columns: of a user's own file.
     """
 
     name: str
@@ -310,12 +310,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def own_task(path: Path, columns: Columns | None = None) -> Task:
-    """A person's own rows as a task: each prompt is an item, its output the label.
+    """A user's own rows as a task: each prompt is an item, its output the label.
 
-    Where all outputs are numbers, answers are read as numbers; else the whole response is compared (`scoring.TEXT`).
+    If all outputs are numbers, answers are read as numbers; otherwise the whole response is compared (`scoring.TEXT`).
 
     Args:
-        columns: those to use where the file's are not recognised by their names.
+        columns: used if the file's columns are not recognised by their names.
 
     Raises:
         DataError: the file cannot be read, a row is broken, or its columns are not known.
@@ -340,7 +340,7 @@ def own_task(path: Path, columns: Columns | None = None) -> Task:
 
 
 def tasks_named(text: str, columns: Columns | None = None) -> list[Task]:
-    """The tasks of a comma-separated list of task names, group names and files of one's own, each once, in the order given.
+    """The tasks of a comma-separated list of task names, group names and files, each once, in the given order.
 
     Raises EvaluationError naming every unknown one; DataError for a file that cannot be read (see `own_task`).
     """

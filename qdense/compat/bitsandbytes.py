@@ -1,4 +1,4 @@
-"""What is relied on in bitsandbytes beyond its documented interface. Written against 0.50."""
+"""What qdense uses of bitsandbytes beyond its documented interface. Written for 0.50."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def never_repack(model: Any) -> None:
-    """Have the weights of 4-bit layers in `model` (or that are it) stay as they were loaded. Call it before the first forward.
+    """Keep the weights of 4-bit layers in `model` (or of `model` itself) as they were loaded. Call it before the first forward.
 
     On CPUs with AVX512-BF16 an eval forward repacks 4-bit weights in place, for a kernel without autograd. Without this, a
-    training step after a validation would have wrong gradients, with no more than a warning; saving would lose bits; and a
-    method that unpacks the base's weights itself would read others.
+    training step after a validation would have wrong gradients, with only a warning; saving would lose bits; and a method
+    that unpacks the base's weights itself would read wrong values.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -23,7 +23,7 @@ def never_repack(model: Any) -> None:
 def unpacked_weight(layer: Any) -> Tensor:
     """The values of a 4-bit layer's weight: (d_out, d_in).
 
-    Their scales are in `weight.quant_state`, which no documented function hands out. Without it, `qdense doctor` could not
+    Their scales are in `weight.quant_state`, which no documented function returns. Without it, `qdense doctor` could not
     check a 4-bit layer against the product with its own weight.
     """
     from bitsandbytes.functional import dequantize_4bit
@@ -33,7 +33,7 @@ def unpacked_weight(layer: Any) -> Tensor:
 
 
 def native_library() -> str | None:
-    """The path of bitsandbytes' native library for this machine; None if none fits: then only its first call would fail.
+    """The path of bitsandbytes' native library for this machine; None if none fits, when only its first call would fail.
 
     The loaded library is `cextension.lib._lib`; where loading failed, `lib` is an object that raises when it is called.
     Without this, `qdense doctor` could not tell a missing library from one that computes wrong.

@@ -1,6 +1,6 @@
-"""What is relied on in PEFT beyond its documented interface. Written against 0.21.
+"""What qdense uses of PEFT beyond its documented interface. Written for 0.21.
 
-Relied on elsewhere, without a private name, and held by tests/compat/test_peft.py: `TUNER_OVERRIDES` and `LAYER_OVERRIDES`
+Used elsewhere, without a private name, and tested by tests/compat/test_peft.py: `TUNER_OVERRIDES` and `LAYER_OVERRIDES`
 below, and that PEFT's LoKr layers keep their factors in `lokr_w1`, `lokr_w2` or their low-rank `_a` and `_b`
 (qdense/methods/lokr.py, or LoKr fails on a 4-bit base).
 """
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor
 
-# What our tuners (qdense/tuners) override of PEFT's BaseTuner, and what breaks if PEFT no longer asks for it.
+# What our tuners (qdense/tuners) override of PEFT's BaseTuner, and what breaks if PEFT no longer calls it.
 TUNER_OVERRIDES = {
     "prefix": "no tensor of an adapter is recognised, saved or loaded",
     "tuner_layer_cls": "adapters cannot be switched or deleted",
@@ -42,7 +42,7 @@ LAYER_OVERRIDES = {
 
 
 class PeftTypeName(str):
-    """A PEFT type that is not in PEFT's own enum: PEFT asks for `.value`, hashes and compares it as the string."""
+    """A PEFT type that is not in PEFT's own enum. PEFT reads `.value`, and hashes and compares it as a string."""
 
     __slots__ = ()
 
@@ -54,8 +54,8 @@ class PeftTypeName(str):
 def register(peft_type: PeftTypeName, config: type[PeftConfig], tuner: Any) -> None:
     """Let PEFT create, save and load adapters of this type. Safe to call twice.
 
-    Not `peft.utils.register_peft_method`: it refuses names that are missing from PEFT's own enum. A name of type str with
-    `.value` in the same dictionaries is all that the rest of PEFT asks for. Without them, PEFT knows none of our methods.
+    `peft.utils.register_peft_method` refuses names that are missing from PEFT's own enum. The rest of PEFT only needs a
+    str with `.value` in the same dictionaries. Without them, PEFT does not know our methods.
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -88,7 +88,8 @@ def holds_tensors_by_adapter(container: Any) -> bool:
 
 
 def quantization_backend(linear: Any) -> Any:
-    """What PEFT's layers read and write a quantized weight with; None for a float one. Its `backend_name` is for messages.
+    """The object with which PEFT's layers read and write a quantized weight; None for a float one. `backend_name` is for
+    messages.
 
     Without it, `get_base_weight` would give the packed bytes, and a quantized base could not be told from a float one.
     """
@@ -98,16 +99,16 @@ def quantization_backend(linear: Any) -> Any:
 
 
 def cast_input(layer: Any, x: Tensor, dtype: Any) -> Tensor:
-    """`x` in `dtype`, unless PEFT's `disable_input_dtype_casting` is in force around the layer; then as it is.
+    """`x` in `dtype`, unless PEFT's `disable_input_dtype_casting` is active around the layer; then unchanged.
 
-    Every layer of PEFT asks for this. Without it, ours would not obey that documented context manager.
+    Every layer of PEFT calls this. Without it, ours would not obey that documented context manager.
     """
     cast: Tensor = layer._cast_input_dtype(x, dtype)
     return cast
 
 
 def adapters_to_merge(layer: Any, names: list[str] | None) -> list[str]:
-    """Those of the adapters `names` (None: the active ones) that the layer has not merged yet; PEFT warns of the others."""
+    """Those of the adapters `names` (None: the active ones) that the layer has not merged yet; PEFT warns about the others."""
     from peft.tuners.tuners_utils import check_adapters_to_merge
 
     return check_adapters_to_merge(layer, names)
@@ -126,15 +127,15 @@ def is_targeted(config: PeftConfig, name: str) -> bool:
 def refuse_unmergeable(model: Any) -> None:
     """PEFT's check before a merge: ValueError, or a warning where tied embeddings are adapted.
 
-    Without it, the merge that measures what rounding costs, layer by layer, would pass over what PEFT's own merge refuses.
+    Without it, our merge, which measures rounding layer by layer, would accept what PEFT's own merge refuses.
     """
     model.base_model._check_merge_allowed()
 
 
 def rank_averages(model: Any) -> dict[str, dict[str, Tensor]]:
-    """What AdaLoRA's rank allocator has averaged over the steps so far: the live dictionaries, by their names there.
+    """The averages of AdaLoRA's rank allocator so far: the live dictionaries, by their names there.
 
-    PEFT saves none of it. Without it, a resumed AdaLoRA run would cut other ranks than one that was never stopped.
+    PEFT does not save them. Without them, a resumed AdaLoRA run would cut other ranks than an uninterrupted one.
     """
     allocator = model.base_model.rankallocator
     return {name: getattr(allocator, name) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")}

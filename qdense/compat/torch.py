@@ -1,9 +1,9 @@
-"""What is relied on in torch beyond its documented interface. Written against 2.11 to 2.13.
+"""What qdense uses of torch beyond its documented interface. Written for 2.11 to 2.13.
 
-Relied on elsewhere, without a private name, and held by tests/compat/test_torch.py:
+Used elsewhere, without a private name, and tested by tests/compat/test_torch.py:
 
 - A non-reentrant checkpoint runs no further than the last saved tensor when it recomputes, and a custom function can read
-  what another one saved, by its `grad_fn`: qdense/modeling/recompute.py, or a tiled MLP runs once more in vain.
+  what another one saved, by its `grad_fn`: qdense/modeling/recompute.py, or a tiled MLP runs once more for nothing.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 def is_seen_by_others(gradient: Tensor) -> bool:
-    """Whether a gradient that a custom function is given, or the tensor of which it is a view, has another holder.
+    """Whether a gradient that a custom function receives, or the tensor of which it is a view, is referenced elsewhere.
 
-    The counts are torch's own; no documented function tells. Without them, a gradient of the input could be written over
-    while someone else still reads it, or would always have to be copied: the size of a hidden state for each adapted block.
+    The counts are torch's; no documented function returns them. Without them, a gradient of the input could be
+    overwritten while other code still reads it, or would always have to be copied: a hidden state for each
+    adapted block.
     """
-    base = gradient._base  # of a 3-D product: it is held by its view and by this variable
+    base = gradient._base  # of a 3-D product: referenced by its view and by this variable
     unseen = _use_count_of_an_unseen_gradient()
     return gradient._use_count() > unseen or (base is not None and base._use_count() > 2)  # type: ignore[attr-defined]
 
@@ -61,7 +62,7 @@ def is_view(tensor: Tensor) -> bool:
 def checkpointed_inputs(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Any]) -> saved_tensors_hooks:
     """Within it, a non-reentrant checkpoint keeps its positional inputs as `pack` returns them until its backward.
 
-    That the checkpoint saves them through the innermost hooks around it is documented nowhere. Without it, the inputs of
+    That the checkpoint saves them through the innermost hooks around it is not documented. Without it, the inputs of
     recomputed layers could not wait in host memory.
     """
     return saved_tensors_hooks(pack, unpack)
@@ -69,11 +70,11 @@ def checkpointed_inputs(pack: Callable[[Tensor], Any], unpack: Callable[[Any], A
 
 @contextmanager
 def watched_operations(watch: Callable[[Any, list[Tensor], list[Tensor]], None]) -> Iterator[None]:
-    """Within it, `watch` is given each operation (an OpOverload), the tensors that it took, and those that it returned; the
-    operations of the backward pass too.
+    """Within it, `watch` receives each operation (an OpOverload), its input tensors and its output tensors, in the backward
+    pass too.
 
-    torch has a documented mode for calls of its functions, which does not see the backward pass. Without this, no test on a
-    CPU could hold a step's memory to its prediction.
+    torch's documented mode for function calls does not see the backward pass. Without this, no test on a CPU could compare
+    a step's memory with its prediction.
     """
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves

@@ -1,8 +1,8 @@
-"""An adapter's files: saved in PEFT's format, loaded again, refused where they do not belong.
+"""An adapter's files: saved in PEFT's format, loaded again, and refused on another base.
 
-Full fine-tuning goes the same way; what it saves is a whole model in Transformers' format. Beside the files of either is
-qdense.json: the base's fingerprint, the prompt template, and what made the adapter. Adapters made by PEFT alone load too; then
-nothing vouches for their base.
+Full fine-tuning is handled alike; it saves a whole model in Transformers' format. Beside the files of either is
+qdense.json: the base's fingerprint, the prompt template, and the method. Adapters made by PEFT alone load
+too, but their base cannot be verified.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from qdense.modeling.fingerprint import Fingerprint
 from qdense.modeling.load import BaseModel
 from qdense.runs import CARD_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 
-_LARGEST = 1e6  # value of a trained tensor; a flipped bit makes 1e38, whose products overflow
+_LARGEST = 1e6  # value of a trained tensor; a flipped bit can give 1e38, whose products overflow
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class AdapterCard:
-    """What qdense notes beside an adapter.
+    """What qdense records beside an adapter.
 
     Attributes:
         model: the recipe's model table, as `model.name` etc.: how to load the base.
-        fingerprint: the base's; None for an adapter made without qdense.
-        template: name of the prompt template it was trained with.
+        fingerprint: of the base; None for an adapter made without qdense.
+        template: the prompt template it was trained with.
         method: its method's name.
     """
 
@@ -50,11 +50,11 @@ class AdapterCard:
 
 
 def save_adapter(model: Any, folder: Path, card: AdapterCard | None) -> None:
-    """Write the adapter (PEFT's format, safetensors), or the whole model where there is none, and its card if given."""
+    """Write the adapter (PEFT's format, safetensors), or the whole model if there is none, and its card if given."""
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
-        # "auto" would ask the hub for the base's vocabulary size; the embeddings are never touched here.
+        # "auto" would ask the hub for the base's vocabulary size; embeddings are never trained here.
         model.save_pretrained(str(folder), save_embedding_layers=False)
     else:
         model.save_pretrained(folder)
@@ -63,14 +63,14 @@ def save_adapter(model: Any, folder: Path, card: AdapterCard | None) -> None:
 
 
 def save_trainable(model: Any, path: Path) -> None:
-    """Write the trainable tensors as they are, by their names in the model."""
+    """Write the current trainable tensors, by their names in the model."""
     temporary = path.with_name(f".{path.name}")
     save_file({name: parameter.detach().contiguous() for name, parameter in trainable_parameters(model)}, temporary)
     temporary.replace(path)
 
 
 def _read_weights(model: Any, folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors saved in `folder`; AdapterError unless they are exactly those of the model's adapter. (PEFT only warns.)"""
+    """The tensors saved in `folder`; AdapterError unless they are exactly those of the model's adapter (PEFT only warns)."""
     from peft import get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
@@ -92,7 +92,7 @@ def _read_weights(model: Any, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _refuse_odd_values(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """AdapterError for what no trained tensor is: not floating point, NaN, infinite or near it."""
+    """AdapterError for values that training does not produce: not floating point, NaN, infinite or nearly so."""
     for name, tensor in weights.items():
         if tensor.dtype not in _DTYPES:
             raise AdapterError(
@@ -107,7 +107,7 @@ def _refuse_odd_values(folder: Path, weights: Mapping[str, torch.Tensor]) -> Non
 
 
 def read_card(folder: Path) -> AdapterCard:
-    """The adapter's card; for one without, what PEFT's configuration says. Raises AdapterError."""
+    """The adapter's card; without one, what PEFT's configuration says. Raises AdapterError."""
     path = folder / CARD_FILE
     if path.is_file():
         try:
@@ -141,7 +141,7 @@ def read_card(folder: Path) -> AdapterCard:
 
 
 def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
-    """Put a saved adapter on the base, for inference, in the dtype it was saved in.
+    """Add a saved adapter to the base for inference, in the dtype it was saved in.
 
     Returns:
         A PeftModel; for a fully fine-tuned model the base's own, with the saved weights.
@@ -161,9 +161,9 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
     if method is not None and not method.is_adapter:
         return _load_whole_model(base, folder)
     if not (folder / PEFT_WEIGHTS_FILE).is_file():
-        # PEFT would take the folder's name for a hub id and ask there
+        # PEFT would treat the folder's name as a hub id
         raise AdapterError(f"{folder}: has no {PEFT_WEIGHTS_FILE}")
-    # What mends PEFT goes by what is loaded, and not by the name that a card gives it.
+    # What mends PEFT depends on what is loaded, not on the name in the card.
     loaded = method_of(_checked_configuration(folder, base))
     if loaded is None or loaded.reads_base_weights:
         never_repack(base.model)
@@ -171,7 +171,7 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
         model = PeftModel.from_pretrained(base.model, folder, autocast_adapter_dtype=False)
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # PEFT raises whatever a wrong value in its configuration leads it to
+    except Exception as error:  # PEFT raises anything for a wrong value in its configuration
         raise AdapterError(f"{folder}: the adapter does not fit {base.name}: {error}") from error
     weights = _read_weights(model, folder)
     config = model.peft_config["default"]
@@ -180,7 +180,7 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
     for key, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise AdapterError(f"{folder / PEFT_CONFIG_FILE}: {key} = {value}: must be a finite number")
-    # PEFT makes the tensors in the base's dtype; take the saved one, and the saved values again, which were rounded.
+    # PEFT creates the tensors in the base's dtype, which rounds them; restore the saved dtype and values.
     for name, tensor in adapter_tensors(model):
         tensor.data = weights[name].to(tensor.device)
     if loaded is not None:
@@ -193,7 +193,7 @@ def _checked_configuration(folder: Path, base: BaseModel) -> dict[str, Any]:
 
     Raises:
         AdapterError: PEFT would read other files for this type (X-LoRA, prompts), or does not know it; or no tensor has the
-            rank: PEFT would make tensors of it, of any size, before it compares them with the file's.
+            rank, for which PEFT would create tensors of any size before it compares them with the file's.
     """
     path = folder / PEFT_CONFIG_FILE
     try:

@@ -1,4 +1,4 @@
-"""A fresh adapter on a base, as a recipe describes it, and the tensors that it trains."""
+"""A new adapter on a base, as a recipe describes it, and the tensors that it trains."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from qdense.recipe import AdapterRecipe
 def attach_adapter(
     base: BaseModel, recipe: AdapterRecipe, num_steps: int, calibration: Sequence[Mapping[str, torch.Tensor]] = ()
 ) -> Any:
-    """Put a fresh adapter on the base. Its initial values come from torch's generator: seed it first.
+    """Add a new adapter to the base. Its initial values come from torch's generator: seed it first.
 
     Args:
-        num_steps: of the whole run, for a method with a schedule.
-        calibration: batches of training rows, for a method that looks at them.
+        num_steps: of the whole run, for methods with a schedule.
+        calibration: batches of training rows, for methods that need them.
 
     Returns:
-        A PeftModel whose adapter has `recipe.dtype`; of full fine-tuning the base's own model, partly trainable.
+        A PeftModel whose adapter has `recipe.dtype`; for full fine-tuning the base's model, partly trainable.
 
     Raises:
         AdapterError: no module of the base has one of the target names, the method does not work on this base, or PEFT
@@ -46,7 +46,7 @@ def attach_adapter(
         config = method.build_config(recipe, num_steps)
         if calibration:
             method.calibrate(recipe, config, base.model, calibration)
-        # PEFT's autocast would make bf16 adapters fp32.
+        # PEFT's autocast would turn bf16 adapters into fp32.
         model = get_peft_model(base.model, config, autocast_adapter_dtype=False)
     except (ValueError, TypeError) as error:
         raise AdapterError(f"adapter: {error}") from error
@@ -57,7 +57,7 @@ def attach_adapter(
 
 
 def _trainable_base(base: BaseModel, recipe: AdapterRecipe) -> Any:
-    """The base's own model, the method's target modules trainable."""
+    """The base's model with the method's target modules trainable."""
     targets = METHODS[recipe.method].targets(recipe)
     if not targets:
         raise AdapterError(
@@ -75,13 +75,13 @@ def _trainable_base(base: BaseModel, recipe: AdapterRecipe) -> Any:
 
 
 def adapter_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name in the saved file, and tensor in the model, of all that PEFT saves of the adapter: frozen parts too."""
+    """Name in the saved file and tensor in the model of everything that PEFT saves of the adapter, frozen parts included."""
     from peft import get_peft_model_state_dict
 
     names = {
         tensor.data_ptr(): name
         for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-        if tensor.numel()  # a layer whose rank was cut to 0 has no memory to be recognised by
+        if tensor.numel()  # a layer whose rank was cut to 0 has no memory to identify it
     }
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.data_ptr() in names:
@@ -94,7 +94,7 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 
 
 def run_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """By name in the model, all that a run must save of it to continue: what it trains, and the adapter's frozen parts."""
+    """The tensors that a run must save to continue, by name in the model: trained ones, and the adapter's frozen parts."""
     from peft import PeftModel
 
     kept = {tensor.data_ptr() for _, tensor in adapter_tensors(model)} if isinstance(model, PeftModel) else set()

@@ -1,4 +1,4 @@
-"""A base model recognised by what it is, not by where it lies."""
+"""Recognise a base model by its content, not by its location."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qdense.errors import ModelError
 Fingerprint = dict[str, str]  # "config", "tokenizer", "weights" -> SHA-256
 
 
-# What of config.json decides the computation, by names that every version of transformers writes.
+# The keys of config.json that decide the computation, with names that every version of transformers writes.
 _CONFIG_KEYS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "hidden_act", "tie_word_embeddings",
@@ -23,10 +23,10 @@ _CONFIG_KEYS = (
 
 
 def fingerprint_of(folder: Path, tokenizer: Any) -> Fingerprint:
-    """Recognise a model by what it is, not by where it lies.
+    """Compute a model's fingerprint from its content.
 
     The weights are sampled: first, middle and last row of every tensor, in bf16, with its name and shape: about 7 MB of
-    LLaMA-3-8B, read in a second. Raises ModelError where there are no safetensors files (pickles are not read).
+    LLaMA-3-8B, read in a second. Raises ModelError if there are no safetensors files (pickles are not read).
     """
     from transformers import AutoConfig
 

@@ -1,4 +1,4 @@
-"""Liger's kernels for what of the base is not a linear layer: norms, rotary embeddings, SwiGLU."""
+"""Liger's kernels for the parts of the base that are not linear layers: norms, rotary embeddings, SwiGLU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def use_liger(model: Any) -> None:
-    """Give a loaded model (on CUDA, before its adapter) Liger's kernels, if `qdense.ops.kernels.why_no_liger` has no objection.
+    """Give a loaded model (on CUDA, before its adapter) Liger's kernels, if `qdense.ops.kernels.why_no_liger` allows it.
 
     Liger's rotary embedding replaces Transformers' for all models of this type in this process. The loss stays ours
     (qdense/modeling/loss.py).

@@ -29,10 +29,10 @@ class BaseModel:
 
     Attributes:
         name: as the recipe has it.
-        reference: a name that means the same from any working directory: a folder's is absolute.
-        fingerprint: of the unquantized model, so equal for every quantization of it, wherever it lies.
-        pad_token_id: what padding is filled with; EOS where the tokenizer has no padding token.
-        stored_as: how the weights of the linear layers lie in memory: "nf4", "int8", or a dtype.
+        reference: a name that is valid from any working directory; a folder's is absolute.
+        fingerprint: of the unquantized model, so it is equal for every quantization and location.
+        pad_token_id: fills padding; EOS if the tokenizer has no padding token.
+        stored_as: how the weights of the linear layers are stored in memory: "nf4", "int8", or a dtype.
     """
 
     name: str
@@ -48,15 +48,15 @@ class BaseModel:
 def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_training: bool = True) -> BaseModel:
     """Load the base model, frozen.
 
-    NF4 is with double quantization; everything else (norms, embeddings, head) stays in `model.dtype`, nothing is cast to
+    NF4 uses double quantization. Everything else (norms, embeddings, head) stays in `model.dtype`; nothing is cast to
     fp32. A quantized base is cached after its first load.
 
     Args:
-        notice: is told what takes long.
-        for_training: False, on a CPU with the memory for it, unpacks NF4 weights once instead of in every forward pass.
+        notice: receives a text before anything that takes long.
+        for_training: False, on a CPU with enough memory, unpacks NF4 weights once instead of in every forward pass.
 
     Raises:
-        ModelError: the model cannot be found, reached or read, or the device is not there.
+        ModelError: the model cannot be found, reached or read, or the device does not exist.
     """
     from transformers import AutoTokenizer
 
@@ -83,7 +83,7 @@ def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_trai
     if for_training:
         never_repack(model)
     elif recipe.quantization == "nf4" and device.type == "cpu" and _has_memory_to_unpack(model, recipe, notice):
-        # Bit for bit the logits of NF4 weights that are unpacked at each use; reading a prompt takes 0.4 times as long.
+        # The logits are bit for bit those of NF4 weights unpacked at each use; reading a prompt takes 0.4 times as long.
         model = model.dequantize(dtype=getattr(torch, recipe.dtype))
         stored_as = f"{recipe.dtype}, with NF4's values"
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -92,7 +92,7 @@ def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_trai
 
 
 def _reason(error: Exception) -> str:
-    """Why Transformers could not load a model. It would have its user allow the model's own code; that is not to be had here."""
+    """Why Transformers could not load a model. Its advice to allow the model's own code does not apply here."""
     if "trust_remote_code" in str(error):
         return "it needs custom code, which qdense does not run. Use a model whose architecture Transformers has"
     return str(error)
@@ -121,14 +121,14 @@ def _load_quantized(
     model = _from_pretrained(folder, recipe, device, quantization=_quantization_config(recipe))
     size_bytes = model.get_memory_footprint()
     require_free_space(cached, int(1.1 * size_bytes), f"the quantized {recipe.name}")
-    # Saved before any forward pass: after one, a CPU with AVX512-BF16 has repacked the weights, and saving loses bits.
+    # Save before any forward pass: after one, a CPU with AVX512-BF16 has repacked the weights, and saving would lose bits.
     with appearing_folder(cached) as building:
         model.save_pretrained(building)
     return model
 
 
 def quantize_folder(folder: Path, recipe: ModelRecipe, device: torch.device) -> None:
-    """Replace the model in a folder by itself, quantized as `recipe` says."""
+    """Quantize the model in a folder as `recipe` says, in place."""
     model = _from_pretrained(folder, recipe, device, quantization=_quantization_config(recipe))
     for path in folder.glob("*.safetensors*"):
         path.unlink()

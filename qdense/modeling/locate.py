@@ -1,4 +1,4 @@
-"""The base model's files: found by name, fetched from the hub, refused where they would run code."""
+"""The base model's files: found by name, fetched from the hub, and refused if they would run code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Tell = Callable[[str], None]
 
 
 def locate_model(name: str, revision: str | None, notice: Tell) -> tuple[Path, str]:
-    """The local folder of a model, fetched if need be, and a text that changes when its files do."""
+    """The local folder of a model, fetched if necessary, and a text that changes when its files do."""
     if os.path.isdir(name):
         folder = Path(name)
         if not (folder / "config.json").is_file():
@@ -36,7 +36,7 @@ def locate_model(name: str, revision: str | None, notice: Tell) -> tuple[Path, s
 
 
 def fetched_shape(recipe: ModelRecipe) -> CatalogModel:
-    """The model's shapes, its files fetched if that is the only way to know them. Raises ModelError."""
+    """The model's shapes. Its files are fetched if there is no other way to know them. Raises ModelError."""
     try:
         return model_shape(recipe.name)
     except ModelError:
@@ -62,7 +62,7 @@ def _fetch_from_hub(hub_id: str, revision: str | None, notice: Tell) -> Path:
             snapshot_download(
                 hub_id,
                 revision=revision,
-                # Only what is loaded: no pickles, no adapter, and not the second copy that Meta's repositories keep in original/.
+                # Only files that are loaded: no pickles, no adapter, and not the second copy in original/ of Meta's repositories.
                 allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"],
                 ignore_patterns=["original/*", "adapter_*"],
             )
@@ -83,14 +83,14 @@ def _fetch_from_hub(hub_id: str, revision: str | None, notice: Tell) -> Path:
         raise ModelError(
             f"{hub_id}{at} is not in the hub's cache, and the hub cannot be reached. Connect once, {or_local}."
         ) from None
-    except Exception as error:  # the hub's client lets errors of its HTTP library through, which differs by version
+    except Exception as error:  # the hub's client passes on errors of its HTTP library, which differs by version
         raise ModelError(f"{hub_id}{at} cannot be fetched: {error}. Try again, {or_local}.") from None
 
 
 def require_data_only(name: str, folder: Path) -> None:
-    """Refuse a model whose files would have Transformers fetch code, or take weights that its fingerprint does not know.
+    """Refuse a model whose files would make Transformers fetch code, or use weights that its fingerprint does not cover.
 
-    Code of its own (auto_map) needs no check: it is never run, for `trust_remote_code=False` is said wherever it is asked.
+    Custom code (auto_map) needs no check: it never runs, because `trust_remote_code=False` is passed everywhere.
 
     Raises:
         ModelError: with what to do about it.
@@ -126,7 +126,7 @@ def require_data_only(name: str, folder: Path) -> None:
 
 
 def folder_name_for_peft(name: str, folder: Path) -> str:
-    """What an adapter's `base_model_name_or_path` says: the hub id, or the folder of a model that is on no hub."""
+    """The value of an adapter's `base_model_name_or_path`: the hub id, or the folder of a model that is not on the hub."""
     if os.path.isdir(name):
         return os.path.abspath(name)
     if name == "smollm2-135m":

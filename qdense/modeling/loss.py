@@ -1,4 +1,4 @@
-"""The language-model loss without the logits of all tokens: see qdense/ops/cross_entropy.py for how, and why."""
+"""The language-model loss without the logits of all tokens; qdense/ops/cross_entropy.py says how and why."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from qdense.ops.cross_entropy import linear_cross_entropy
 
 @contextmanager
 def without_logits(model: Any) -> Iterator[None]:
-    """Within, a call of the model with labels gives its loss without making all logits; what it returns as `logits` is of no use.
+    """Within it, a call of the model with labels returns its loss without computing all logits; its `logits` are meaningless.
 
-    The model's own forward, and PEFT's around it, run as ever: only the output layer hands its input through, and the loss
-    function that Transformers lets a model have does that layer's work. A model whose logits are more than one linear map of the
-    last hidden states (soft-capped ones, an output layer with a bias or in 4 bits) keeps its own loss.
+    The forward passes of the model and of PEFT run unchanged, except that the output layer returns its input, and the loss
+    function, which Transformers allows to be set, does that layer's work. A model whose logits are not one linear
+    map of the last hidden states (soft-capped ones, an output layer with a bias or in 4 bits) keeps its own loss.
     """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = core.get_output_embeddings()

@@ -1,7 +1,7 @@
-"""An adapter that is a matrix, added to its base's weights: a model like any other, at the price of rounding.
+"""An adapter that is a matrix, added to its base's weights. The result is an ordinary model, with a rounding error.
 
-W + dW is computed in fp32 and rounded once. What that costs is measured for each layer, against the exact sum, and for the
-whole model, against the base with the adapter still separate.
+W + dW is computed in fp32 and rounded once. The error is measured for each layer against the exact sum, and for the whole
+model against the base with a separate adapter.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _NUM_PROMPTS = 8
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging cost.
+    """The cost of merging.
 
     Attributes:
         folder: of the merged model.
-        onto: which weights the adapter was added to: "original", or the values of "nf4".
-        rounded_to: what the sum was rounded to: "bfloat16" or "nf4".
+        onto: the weights that the adapter was added to: "original", or the values of "nf4".
+        rounded_to: the format of the sum: "bfloat16" or "nf4".
         lost_median, lost_worst: || rounded - exact || / || dW || over the adapted layers: 0 loses nothing; at 1 the rounding is
             as large as the adapter itself. `worst_layer` names the layer that lost most.
         divergence: mean Kullback-Leibler divergence (nats a token) of the merged model from the base with a separate adapter.
-        num_tokens, num_same: tokens it was measured on, and for how many both find the same next token most likely.
+        num_tokens, num_same: tokens it was measured on, and those for which both find the same next token most likely.
     """
 
     folder: str
@@ -66,7 +66,7 @@ def merge(run: Path, output: Path, *, onto: str, into_nf4: bool, notice: Tell) -
         into_nf4: quantize the sum to NF4 again, which rounds most of a small adapter away.
 
     Raises:
-        AdapterError: the adapter is not a matrix, or does not fit; or `output` is in use.
+        AdapterError: the adapter is not a matrix, or does not fit, or `output` is in use.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise AdapterError(f"{output}: already exists and is not an empty folder; name another folder")
@@ -92,7 +92,7 @@ def merge(run: Path, output: Path, *, onto: str, into_nf4: bool, notice: Tell) -
     report = _report(output, onto, "nf4" if into_nf4 else recipe.dtype, lost, separate, together)
     require_free_space(output, int(1.1 * merged.get_memory_footprint()), "the merged model")
     with appearing_folder(output) as building:
-        # Not in the "original format": going back to a base that was read in 4 bits is not implemented (transformers 5.23).
+        # Not in the "original format": Transformers 5.23 cannot convert a base that was read in 4 bits back.
         merged.save_pretrained(building, save_original_format=False)
         base.tokenizer.save_pretrained(building)
         if into_nf4:
@@ -103,7 +103,7 @@ def merge(run: Path, output: Path, *, onto: str, into_nf4: bool, notice: Tell) -
 
 
 def _base_recipe(folder: Path, card: AdapterCard, onto: str) -> ModelRecipe:
-    """How to load the base that the adapter in `folder` is added to."""
+    """How to load the base for the adapter in `folder`."""
     model = {**card.model, "quantization": "none" if onto == "original" else "nf4"}
     tables = {"model": model, "data": {"name": "wordproblems"}}
     return recipe_from_tables(tables, source=str(folder / CARD_FILE)).model
@@ -130,7 +130,7 @@ def _report(
 
 
 def _merge_layers(model: Any, into_nf4: bool) -> dict[str, float]:
-    """Merge each adapted layer in fp32 and round; returns the share of each layer's update that the rounding cost."""
+    """Merge each adapted layer in fp32 and round; returns the share of each layer's update that rounding lost."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     refuse_unmergeable(model)

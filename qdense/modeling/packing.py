@@ -1,7 +1,8 @@
-"""Attention among packed examples: several rows one behind the other, without padding, none of which sees another.
+"""Attention for packed examples: several rows end to end, without padding, none of which sees another.
 
-A block-diagonal mask would be dense, tokens x tokens, and would cost sdpa its fast kernels. So there is no mask: the model is
-told where each row begins (`cu_seq_lens_q`), and each row is attended to by itself, in one kernel on CUDA, in turn elsewhere.
+A block-diagonal mask would be dense, tokens x tokens, and sdpa could not use its fast kernels. So there is no mask: the model
+receives where each row begins (`cu_seq_lens_q`), and each row is attended to separately, in one kernel on
+CUDA, in turn elsewhere.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _NAME = "qdense_packed"
 
 
 def why_not_packed(model: Any) -> str | None:
-    """The reason that this model's rows cannot be packed; None if they can."""
+    """Why rows cannot be packed for this model; None if they can."""
     config = model.config
     if config.model_type not in CAUSAL_ONLY:
         return f"packing is tested for {', '.join(CAUSAL_ONLY)}, not for {config.model_type}"
@@ -34,8 +35,8 @@ def why_not_packed(model: Any) -> str | None:
 
 @contextmanager
 def packed_attention(model: Any) -> Iterator[None]:
-    """Within, forward and backward take packed rows only: `input_ids` (1, tokens), `position_ids` that start at 0 with each row,
-    `cu_seq_lens_q` (rows + 1,), int32, `max_length_q`, and neither attention mask nor cache."""
+    """Within it, forward and backward accept packed rows only: `input_ids` (1, tokens), `position_ids` that start at 0 with
+    each row, `cu_seq_lens_q` (rows + 1,), int32, `max_length_q`, and neither attention mask nor cache."""
     with attention_set_to(model, _NAME):
         yield
 
@@ -67,7 +68,7 @@ def _attend(
 
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, d)
         bounds, longest = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
-        # torch 2.11 takes fewer heads of k and v without being told.
+        # torch 2.11 accepts fewer heads of k and v without a flag.
         grouped: dict[str, Any] = (
             {"enable_gqa": is_grouped} if "enable_gqa" in signature(varlen_attn).parameters else {}
         )

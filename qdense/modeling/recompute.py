@@ -1,7 +1,8 @@
 """What a training step keeps of each decoder layer until its backward pass, and what it computes again there.
 
-A recomputed layer keeps its input only, which may wait in host memory; its MLP may run in tiles of the sequence, so that
-its wide activations exist for one tile at a time, in forward and in backward. Losses and gradients stay what they were.
+A recomputed layer keeps only its input, which may wait in host memory. Its MLP may run in tiles of the sequence, so that
+its wide activations exist for one tile at a time, in forward and in backward. Losses and gradients do not
+change.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ class Recompute:
     """Which decoder layers are recomputed in the backward pass, and how.
 
     Attributes:
-        num_layers: the first so many are. The last ones keep their activations: backward frees these first, so they never
-            coincide with what a recomputed layer makes for its own backward.
+        num_layers: how many are, from the first. The last ones keep their activations, which backward frees first, so
+            they never coexist with those of a recomputed layer.
         offload: the inputs of recomputed layers wait in host memory. On CUDA the copies overlap the computation, and the
-            host gives each such layer a pinned buffer of its input's bytes, rounded up to a power of two (as torch itself
-            rounds them), which later steps use again.
-        mlp_tile_tokens: the MLP of recomputed layers runs on so many tokens at a time; None: on all at once.
+            host gives each such layer a pinned buffer of its input's size, rounded up to a power of two (as torch does),
+            which later steps reuse.
+        mlp_tile_tokens: how many tokens at a time the MLP of recomputed layers runs on; None: all at once.
     """
 
     num_layers: int
@@ -44,17 +45,19 @@ class Recompute:
 
 
 def apply_recompute(model: Any, recompute: Recompute, host: HostMemory | None = None) -> None:
-    """Make the model's training steps follow `recompute`, in place of what an earlier call said.
+    """Make the model's training steps follow `recompute`. Replaces an earlier call.
 
-    Call it between steps, with the adapter in place. The embeddings' output is not made to require a gradient, as
-    Transformers would have it: without reentrant checkpoints that serves nothing, and costs a hidden state and its gradient.
+    Call it between steps, with the adapter in place. Unlike in Transformers, the embeddings' output does not
+    require a gradient: non-reentrant checkpoints do not need it, and it would cost a hidden state and its
+    gradient.
 
-    A tiled MLP accumulates the gradients of its parameters itself, during backward: they are in `.grad` after
-    `loss.backward()`, but `torch.autograd.grad` does not see them, and DDP, whose hooks then run once for each tile, is wrong.
+    A tiled MLP accumulates the gradients of its parameters itself during backward. They are in `.grad` after
+    `loss.backward()`, but `torch.autograd.grad` does not see them, and DDP, whose hooks run once for each tile,
+    would be wrong.
 
     Args:
         model: a LLaMA-like model of Transformers, bare or in a PeftModel, on one device.
-        host: where offloaded inputs wait; None for memory of this call's own.
+        host: where offloaded inputs wait; None creates new host memory.
 
     Raises:
         ValueError: the model has no decoder layers that Transformers can recompute, or a setting is out of range.
@@ -71,7 +74,7 @@ def apply_recompute(model: Any, recompute: Recompute, host: HostMemory | None = 
     if tile_tokens is not None and not all(isinstance(getattr(layer, "mlp", None), nn.Module) for layer in layers):
         raise ValueError(f"Recompute.mlp_tile_tokens = {tile_tokens}: {type(layers[0]).__name__} has no module `mlp`.")
 
-    # Either call also puts Transformers' own checkpoint function back in place of ours.
+    # Either call also restores Transformers' own checkpoint function.
     if num_layers:
         core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     else:
@@ -104,7 +107,8 @@ class _Offloaded:
     """A layer's checkpoint function whose saved input waits in host memory.
 
     torch's non-reentrant checkpoint saves the positional arguments, of which there is one, through the innermost hooks
-    around it. What the layers share (position embeddings, masks, bounds of packed rows) comes by name and is not saved.
+    around it. Inputs that layers share (position embeddings, masks, bounds of packed rows) are keyword arguments and are not
+    saved.
     """
 
     def __init__(self, checkpoint: Callable[..., Any], host: HostMemory, index: int) -> None:
@@ -113,7 +117,7 @@ class _Offloaded:
     def __call__(self, function: Callable[..., Any], hidden: Tensor, *others: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.checkpoint(function, hidden, *others)
-        # autograd keeps `pack` as long as what it packed: it must not hold `hidden` itself.
+        # autograd keeps `pack` as long as what it packed, so it must not hold `hidden`.
         source, parked = weakref.ref(hidden), list[weakref.ref[_Parked]]()
 
         def pack(saved: Tensor) -> Any:
@@ -127,7 +131,7 @@ class _Offloaded:
             with checkpointed_inputs(pack, _fetch):
                 output = self.checkpoint(function, hidden, *others)
         finally:
-            # The copy has had the layer's computation to finish in. Its source may be freed, and overwritten, from here on.
+            # The copy finished during the layer's computation. Its source may be freed and overwritten from here on.
             for reference in parked:
                 if (waiting := reference()) is not None:
                     waiting.wait_until_copied()
@@ -140,10 +144,10 @@ def _fetch(packed: Any) -> Any:
 
 
 class HostMemory:
-    """Buffers for tensors that leave the device for a while: pinned ones for CUDA, used again as they come free.
+    """Buffers for tensors that leave the device for a while, pinned for CUDA and reused.
 
     Attributes:
-        free: the buffers that hold nothing now: uint8, (capacity,) each.
+        free: the unused buffers: uint8, (capacity,) each.
     """
 
     def __init__(self) -> None:
@@ -172,16 +176,16 @@ class HostMemory:
         return torch.empty(capacity, dtype=torch.uint8, pin_memory=is_pinned)
 
     def start_copy(self, target: Tensor, source: Tensor, device: torch.device) -> Callable[[], None]:
-        """Copy between the host and `device`; the outcome makes the computation there wait for the copy's end.
+        """Copy between the host and `device`; calling the result makes computation there wait for the copy.
 
-        On CUDA all copies go through one stream of their own, in order: so a buffer is never written before it was read.
+        On CUDA all copies use one separate stream in order, so a buffer is never written before it was read.
         """
         if device.type != "cuda":
             target.copy_(source)
             return lambda: None
         computing = torch.cuda.current_stream(device)
         self._stream = self._stream or torch.cuda.Stream(device)
-        # The source is computed by then, and whatever last used the target's memory has finished.
+        # By then the source is computed, and earlier uses of the target's memory have finished.
         self._stream.wait_stream(computing)
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
@@ -189,7 +193,7 @@ class HostMemory:
 
 
 class _Parked:
-    """One layer's input in host memory. In backward its copy to the device starts one layer ahead of the need."""
+    """One layer's input in host memory. In backward its copy to the device starts one layer before it is needed."""
 
     def __init__(self, host: HostMemory, buffer: Tensor, num_bytes: int, source: Tensor, index: int) -> None:
         self.host, self.buffer, self.device, self.index = host, buffer, source.device, index
@@ -205,7 +209,7 @@ class _Parked:
         return self.returning
 
     def fetch(self) -> Tensor:
-        """The tensor, on its device again."""
+        """The tensor, back on its device."""
         target, wait = self.start_return()
         self.returning = None
         wait()
@@ -214,7 +218,9 @@ class _Parked:
         return target
 
     def __del__(self) -> None:
-        if self.returning is not None:  # backward broke off: the memory must not be used anew while it is being written
+        if (
+            self.returning is not None
+        ):  # backward was interrupted: the memory must not be reused while it is being written
             self.returning[1]()
         self.host.free.append(self.buffer)
 
@@ -223,7 +229,7 @@ class _Parked:
 
 
 class _TiledForward:
-    """Stands in for an MLP's forward: (batch, tokens, d) -> (batch, tokens, d), so many tokens at a time."""
+    """Replaces an MLP's forward: (batch, tokens, d) -> (batch, tokens, d), a tile of tokens at a time."""
 
     def __init__(self, mlp: nn.Module, tile_tokens: int) -> None:
         self.forward, self.tile_tokens = mlp.forward, tile_tokens

@@ -1,1 +1,1 @@
-"""The adapter's mathematics, apart from any model: tensors in, tensors out."""
+"""The adapter's mathematics, independent of any model: tensors in, tensors out."""

@@ -1,11 +1,12 @@
-"""Cross entropy of an output layer, without its logits: they are made, used and thrown away a slice of tokens at a time.
+"""Cross entropy of an output layer without all its logits: they are computed, used and freed a slice of tokens at a time.
 
-A vocabulary is wide: for LLaMA-3, the logits of one token are 0.5 MiB in fp32, and a training step would keep several copies of
-them for every token, also for those that have no label. Here only tokens with a label reach the output layer, and the gradient of
-a slice is computed while its logits are at hand, as Liger's fused_linear_cross_entropy does (arXiv:2410.10989, section 3.2).
+Vocabularies are large: for LLaMA-3 the logits of one token take 0.5 MiB in fp32, and a training step would keep several copies
+for every token, even those without a label. Here only tokens with a label reach the output layer, and the
+gradient of a slice is computed while its logits exist, as Liger's fused_linear_cross_entropy does (arXiv:2410.10989, section
+3.2).
 
-Not torch's own (`F.linear_cross_entropy` with options, from 2.13 on): it adds up a bf16 loss in bf16, which put it 0.4 % off
-where this is off by 0.001 %, and on a CPU it took twice as long (1,024 tokens, hidden size 576, vocabulary 49,152).
+torch's own (`F.linear_cross_entropy` with options, from 2.13 on) is not used: it sums a bf16 loss in bf16, with an error of
+0.4% where this has 0.001%, and on a CPU it took twice as long (1,024 tokens, hidden size 576, vocabulary 49,152).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from qdense.ops.slices import logits_slice_tokens
 
-IGNORED = -100  # such targets have no part in the loss
+IGNORED = -100  # such targets do not count in the loss
 
 
 def linear_cross_entropy(
@@ -29,11 +30,11 @@ def linear_cross_entropy(
     Args:
         hidden: (tokens, d), bf16, fp16 or fp32.
         weight: (vocabulary, d), dtype of hidden; its gradient is computed if it requires one.
-        targets: (tokens,), integers; `IGNORED` where a token has no part in the loss.
-        divisor: None for the number of targets that are not ignored: a mean, as PyTorch's cross_entropy gives.
+        targets: (tokens,), integers; `IGNORED` for tokens that do not count in the loss.
+        divisor: None for the number of targets that are not ignored, which gives a mean like PyTorch's cross_entropy.
 
     Returns:
-        A scalar, fp32. NaN where there is no target at all and no divisor, like PyTorch's.
+        A scalar, fp32. NaN without targets and divisor, like PyTorch's.
     """
     has_target = targets != IGNORED
     hidden, targets = hidden[has_target], targets[has_target]
@@ -45,7 +46,7 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """All targets count here."""
+    """Here all targets count."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, divisor: Tensor) -> Tensor:
@@ -61,11 +62,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             normalizer = logits.logsumexp(dim=1, keepdim=True)
             total += (normalizer - logits.gather(1, target)).sum()
             if not (needs_hidden or needs_weight):
-                del logits  # here as below, not to be held while the next slice is made
+                del logits  # freed here and below before the next slice is computed
                 continue
             gradient = logits.sub_(normalizer).exp_()  # the probabilities
             gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
-            # Divided before it is rounded, as it would be in a graph of single operations.
+            # Divided before rounding, as in a graph of single operations.
             rounded = gradient.div_(divisor).to(hidden.dtype)
             if hidden_gradient is not None:
                 torch.mm(rounded, weight, out=hidden_gradient[part])

@@ -6,9 +6,9 @@ E (the encoder) and D (the decoder) are shared by all layers of one module kind;
 D transposed, which does not fit the shape it states, and shows neither alpha / r nor dropout: both are the authors'
 released code (mulin-ahu/DenseLoRA@864e39b). s is exact GELU, after the encoder and after the decoder.
 
-A departure: modules that read the same x (q, k and v of a layer) are encoded together, and so share one dropout mask of x.
+One departure: modules that read the same x (q, k and v of a layer) are encoded together, so they share one dropout mask of x.
 
-`encode` and `decode` have fused twins for CUDA, of the same signatures: qdense/ops/denselora_triton.py.
+`encode` and `decode` have fused counterparts for CUDA with the same signatures: qdense/ops/denselora_triton.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "silu": F.silu,
     "tanh": torch.tanh,
-    "relu": F.relu,  # zero slope at 0: learns only where no factor starts at zero
+    "relu": F.relu,  # zero slope at 0: learns only if no factor starts at zero
     "none": lambda x: x,  # the paper's "only matrix" ablation: linear, so it can be merged
 }
 
@@ -43,7 +43,7 @@ def encode(
         dropout: probability of dropping an element; pass 0 outside training.
 
     Returns:
-        x again, which the frozen projections are to read (the fused twin adds the adapter's gradient to theirs there), and
+        x again, for the frozen projections (the fused version adds the adapter's gradient to theirs there), and
         (..., r) for each encoder, dtype of x.
     """
     stacked = encoders[0] if len(encoders) == 1 else torch.cat(tuple(encoders))
@@ -60,12 +60,12 @@ def decode(
     activation: str = "gelu",
     dropout: float = 0.0,
 ) -> Tensor:
-    """output + scaling * drop(s(D mixed)), where `mixed` is M times the encoding. The fused twin writes into `output`.
+    """output + scaling * drop(s(D mixed)), where `mixed` is M times the encoding. The fused version writes into `output`.
 
     Args:
         output: (..., d_out): the frozen projection W0 x.
         mixed: (..., r).
-        decoder: D, (d_out, r), dtype of mixed; shared like E, zeros at first.
+        decoder: D, (d_out, r), dtype of mixed; shared like E, initially zero.
         scaling: alpha / r.
 
     Returns:
@@ -93,7 +93,7 @@ def denselora_delta(
     activation: str = "gelu",
     masks: DropoutMasks | None = None,
 ) -> Tensor:
-    """The equation as it is written above, with given masks: what `encode` and `decode`, plain or fused, are held to.
+    """The equation as written above, with given masks; tests compare `encode` and `decode`, plain and fused, with it.
 
     Args:
         x: (..., d_in), bf16 or fp32: the projection's input.
@@ -112,5 +112,5 @@ def denselora_delta(
 
 
 def denselora_delta_weight(encoder: Tensor, m: Tensor, decoder: Tensor, *, scaling: float) -> Tensor:
-    """The weight (d_out, d_in), fp32, to which the adapter amounts when its activation is "none"."""
+    """The adapter's weight (d_out, d_in), fp32, if its activation is "none"."""
     return scaling * (decoder.float() @ m.float() @ encoder.float())

@@ -1,16 +1,18 @@
 """`encode` and `decode` of qdense/ops/denselora.py as fused Triton kernels, for CUDA.
 
-The adapter does little arithmetic; its cost is to move tensors as wide as the model. Written in single operations, masks and
-activations included, a pass of the equation reads or writes about ten of them. Here it is these, of (T, d_in) or (T, d_out):
+The adapter does little arithmetic; its cost is moving tensors as wide as the model. In single operations, with masks and
+activations, a pass of the equation reads or writes about ten of them. Here it is only these, (T, d_in) or (T,
+d_out):
 
     encode    forward: x is read                              backward: x is read; the gradient of x is read and written
     decode    forward: output is read and written in place    backward: the gradient of output is read
 
-For the backward pass only x, which is there anyway, and tensors (T, r) are kept. Masks are not kept: they are a function of a
-seed and of an element's row and column, so that each kernel computes them again. A large r ("wide" below) does not fit the
-registers of the backward kernels: then cuBLAS multiplies, between small kernels, with a tensor as wide as the model in memory.
+For the backward pass only x, which exists anyway, and tensors (T, r) are kept. Masks are not kept: they are a function of a
+seed and of an element's row and column, and each kernel recomputes them. A large r ("wide" below) does not
+fit the registers of the backward kernels; then cuBLAS multiplies, between small kernels, with a tensor as
+wide as the model in memory.
 
-Sums over tokens are taken in a fixed order, without atomics: the same inputs give the same gradients, bit for bit.
+Sums over tokens have a fixed order, without atomics, so the same inputs give the same gradients bit for bit.
 """
 
 # ruff: noqa: N803 (compile-time constants are written in capitals, as everywhere in Triton)
@@ -31,24 +33,24 @@ from qdense.ops.interpreter import is_interpreted
 
 # BLOCK SIZES
 
-_MAX_NARROW_ENCODER = 256  # rank, of all encoders of a group together: then dE fills the registers
-_MAX_NARROW_DECODER = 64  # above, the shares of `_decode_backward_blocks` are more to move than what cuBLAS needs
-_NUM_PROGRAMS = 256  # tokens are split until a backward kernel has so many: two or three for each multiprocessor
+_MAX_NARROW_ENCODER = 256  # rank of all encoders of a group together, at which dE fills the registers
+_MAX_NARROW_DECODER = 64  # above, the shares of `_decode_backward_blocks` move more bytes than cuBLAS needs
+_NUM_PROGRAMS = 256  # tokens are split until a backward kernel has this many: two or three for each multiprocessor
 
 
 def _blocks(rows: int, width: int, rank: int, *, num_warps: int, num_stages: int = 2) -> dict[str, int]:
     """Not tuned on a GPU yet. Compiled for sm_80, 86 and 90: in bf16, 64 KiB of shared memory at most (a 3090 or 4090 has 99 for
-    a program), and registers suffice, but for a few bytes. In fp32 the backward kernel of `encode` spills: right, but slow.
+    a program), and registers suffice, except for a few bytes. In fp32 the backward kernel of `encode` spills: correct, but slow.
 
-    Few rows, so that a micro-batch of 2,000 tokens gives most multiprocessors a program. No size depends on T: it changes with
-    every micro-batch, and each new value would be compiled. Blocks of fp32 are half as wide, since they take twice the space.
+    Few rows, so that a micro-batch of 2,000 tokens gives most multiprocessors a program. No size depends on T, which changes with
+    every micro-batch; each new value would be compiled. Blocks of fp32 are half as wide, since they take twice the space.
     """
     blocks = {"BLOCK_ROWS": rows, "BLOCK_WIDTH": width, "BLOCK_RANK": rank}
     return blocks | {"num_warps": num_warps, "num_stages": num_stages}
 
 
 def _rank_block(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))  # tl.dot takes no less than 16
+    return max(16, triton.next_power_of_2(rank))  # tl.dot needs at least 16
 
 
 def _encode_blocks(rank: int, itemsize: int) -> dict[str, int]:
@@ -97,9 +99,9 @@ def _elementwise_grid(num_rows: int, width: int) -> tuple[int, int]:
 
 # DROPOUT
 
-# Element (row, column) of a mask is dropped if a hash of (seed, row, column) is below p * 2**32. Nothing else enters, no block
-# size: all kernels see the same mask. Rows and columns are hashed before they meet each other, so that no row has the mask of
-# another one, shifted, and no product of sizes can overflow.
+# Element (row, column) of a mask is dropped if a hash of (seed, row, column) is below p * 2**32. Nothing else matters, such
+# as block sizes, so all kernels see the same mask. Rows and columns are hashed before they are combined, so that no row has
+# another row's mask, shifted, and no product of sizes can overflow.
 
 
 @triton.jit
@@ -124,7 +126,7 @@ def keep_tile(seed: tl.tensor, rows: tl.tensor, columns: tl.tensor, THRESHOLD: t
 def keep_mask(seed: int, num_rows: int, num_columns: int, dropout: float, device: torch.device | str = "cpu") -> Tensor:
     """The mask that the kernels compute, (num_rows, num_columns), bool, in plain PyTorch: for tests."""
 
-    def mix(h: Tensor) -> Tensor:  # in int64: it wraps, and the low 32 bits are right
+    def mix(h: Tensor) -> Tensor:  # in int64, which wraps; the low 32 bits are correct
         h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
         h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
         return h ^ (h >> 16)
@@ -138,7 +140,7 @@ def _threshold(dropout: float) -> int:
 
 
 def _draw_seeds(num_seeds: int, dropout: float) -> list[int]:
-    """From the generator of the CPU: the GPU need not be waited for, and checkpointing restores it before it recomputes."""
+    """From the CPU's generator, which needs no wait for the GPU, and which checkpointing restores before it recomputes."""
     return torch.randint(2**31, (num_seeds,), device="cpu").tolist() if dropout else [0] * num_seeds
 
 
@@ -149,7 +151,7 @@ _IS_INTERPRETED = tl.constexpr(is_interpreted())
 
 @triton.jit
 def _round(tile: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    if _IS_INTERPRETED and dtype == tl.bfloat16:  # it truncates instead, as of Triton 3.9
+    if _IS_INTERPRETED and dtype == tl.bfloat16:  # which truncates, as of Triton 3.9
         bits = tile.to(tl.uint32, bitcast=True)
         tile = (bits + ((bits >> 16) & 1) + 0x7FFF).to(tl.float32, bitcast=True)
     return tile.to(dtype)
@@ -163,7 +165,7 @@ def _activate(u: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     elif ACTIVATION == "silu":
         s = u * tl.sigmoid(u)
     elif ACTIVATION == "tanh":
-        # From the sigmoid, whose exponential may overflow; near 0, where that cancels, the series.
+        # From the sigmoid, whose exponential may overflow; near 0, where it cancels, from the series.
         s = tl.where(tl.abs(u) < 0.1, u - u * u * u * (1 / 3 - u * u * (2 / 15)), 2.0 * tl.sigmoid(2.0 * u) - 1.0)
     elif ACTIVATION == "relu":
         s = tl.maximum(u, 0.0)
@@ -221,7 +223,7 @@ def _store(
 @triton.jit
 def _dot(a: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
     """total + a b, in fp32; factors in fp32 are not rounded to TF32 (for bf16 and fp16 that setting has no meaning)."""
-    if _IS_INTERPRETED:  # its tl.dot takes the bits of bf16 for integers (Triton 3.6 to 3.9)
+    if _IS_INTERPRETED:  # its tl.dot reads the bits of bf16 as integers (Triton 3.6 to 3.9)
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
 
@@ -233,7 +235,7 @@ def _drop(tile: tl.tensor, keep: tl.tensor) -> tl.tensor:
 
 
 # KERNELS
-# Seeds and sizes that change from step to step are exempt from specialization: 1, or a multiple of 16, would be compiled apart.
+# Seeds and sizes that change with each step are exempt from specialization, which would compile 1 and multiples of 16 separately.
 
 
 @triton.jit(do_not_specialize=["x_seed", "encoded_seed", "num_rows"])
@@ -265,7 +267,7 @@ def _encode_kernel(
         total = _dot(x_tile, tl.trans(encoder_tile), total)
     u_tile = _round(total * scale, u.dtype.element_ty)
     _store(u, rows, ranks, num_rows, rank, u_tile)
-    # s of the rounded u: the backward pass has no other.
+    # s of the rounded u, since the backward pass has no other.
     activated = _activate(u_tile.to(tl.float32), ACTIVATION) * scale
     _store(encoded, rows, ranks, num_rows, rank, _drop(activated, keep_tile(encoded_seed, rows, ranks, THRESHOLD)))
 
@@ -274,7 +276,7 @@ def _encode_kernel(
 def _encode_slope_kernel(
     encoded_gradient: tl.tensor,  # (num_rows, rank)
     u: tl.tensor,  # (num_rows, rank)
-    u_gradient: tl.tensor,  # (num_rows, rank), written: times 1 / (1 - p), which the next kernel owes to drop(x)
+    u_gradient: tl.tensor,  # (num_rows, rank), written: times the 1 / (1 - p) of drop(x) in the next kernel
     encoded_seed: tl.tensor,
     num_rows: tl.tensor,
     rank: tl.tensor,
@@ -460,13 +462,13 @@ def encode(
         dropout: probability of dropping an element; pass 0 outside training.
 
     Returns:
-        x again, which the frozen projections are to read (the adapter's gradient is added to theirs, in place), and
+        x again, for the frozen projections (the adapter's gradient is added to theirs, in place), and
         (..., r) for each encoder, dtype of x.
     """
     if not x.numel():
         return denselora.encode(x, encoders, activation=activation, dropout=dropout)
     x_again, encoded = _Encode.apply(x, activation, dropout, *encoders)
-    # An x without a gradient must not come back as one for which the projections compute it.
+    # An x without a gradient must not be returned as one for which the projections compute it.
     return x_again if x.requires_grad else x, encoded.split([len(encoder) for encoder in encoders], dim=-1)
 
 
@@ -527,11 +529,11 @@ def _stack(encoders: Sequence[Tensor]) -> Tensor:
 
 
 def _to_be_added_to(gradient: Tensor) -> Tensor:
-    """The incoming gradient itself if nobody else can see it, else a copy.
+    """The incoming gradient itself if no other code can see it, else a copy.
 
-    From frozen projections it comes as a fresh product, or autograd's fresh sum of such. Other readers of x may pass on what
-    is not theirs: the gradient of a sum is that of each term, and a caller of autograd.grad keeps what he passes. Then the
-    tensor, or the one of which it is a view, has another holder. (A hook that stores the gradient is not seen.)
+    From frozen projections it is a new product, or autograd's new sum of such. Other readers of x may pass on a shared
+    tensor: the gradient of a sum is that of each term, and a caller of autograd.grad keeps what it passes. Then
+    the tensor, or the one of which it is a view, is referenced elsewhere. (A hook that stores the gradient is not seen.)
     """
     if is_seen_by_others(gradient):
         return gradient.clone(memory_format=torch.contiguous_format)
@@ -547,7 +549,7 @@ def _encode_backward(
     x_seed: int,
     threshold: int,
 ) -> Tensor | None:
-    """Adds to the gradient of x, if there is one; returns the encoder's, if needed."""
+    """Add to the gradient of x, if there is one; return the encoder's, if needed."""
     (num_rows, width), rank = x.shape, len(encoder)
     blocks = _encode_backward_blocks(rank, x.itemsize)
     num_tiles = triton.cdiv(width, blocks["BLOCK_WIDTH"])
@@ -579,7 +581,7 @@ def _encode_backward_wide(
             dropped = torch.empty_like(x)
             drop_kernel[grid](x, dropped, x_seed, *x.shape, IS_ADDED=False, **constants)
         encoder_gradient = u_gradient.T @ dropped
-        del dropped  # before there is another of its size
+        del dropped  # before another of its size exists
     if x_gradient is not None:
         drop_kernel[grid](u_gradient @ encoder, x_gradient, x_seed, *x.shape, IS_ADDED=True, **constants)
     return encoder_gradient
@@ -599,8 +601,8 @@ def decode(
 ) -> Tensor:
     """output + scaling * drop(s(D mixed)), where `mixed` is M times the encoding.
 
-    It is written into `output`, unless autograd forbids that. Where the producer of `output` has saved it for its own backward
-    pass, which no linear layer does, PyTorch raises its usual error there.
+    The result is written into `output`, unless autograd forbids that. If the producer of `output` has saved it for its
+    backward pass, which no linear layer does, PyTorch raises its usual error.
 
     Args:
         output: (..., d_out): the frozen projection W0 x, bf16, fp16 or fp32.
@@ -626,7 +628,7 @@ class _Decode(torch.autograd.Function):
     def forward(
         ctx: Any, output: Tensor, mixed: Tensor, decoder: Tensor, scaling: float, activation: str, dropout: float
     ) -> Tensor:
-        # A view (nn.Linear with a bias returns one, of 3-D inputs) may be written too, but then autograd copies gradients.
+        # A view (nn.Linear with a bias returns one, of 3-D inputs) could be written too, but then autograd would copy gradients.
         if output.is_contiguous() and not is_view(output) and not (output.is_leaf and output.requires_grad):
             source = result = output
             ctx.mark_dirty(output)

@@ -1,4 +1,4 @@
-"""Dropout that is quick on a CPU, where drawing PyTorch's masks took almost half of a training step."""
+"""Fast dropout on a CPU, where drawing PyTorch's masks took almost half of a training step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def dropout(x: Tensor, p: float, scale: float = 1.0) -> Tensor:
     """`scale` times `torch.nn.functional.dropout` in training: an element is 0 with probability `p`, else divided by 1 - p.
 
-    Dtype and shape of x; the scale costs no pass of its own over the elements.
+    Same dtype and shape as x. The scale needs no further pass over the elements.
 
     On a CPU the bits come from SFC64, 16 for each element (so `p` is right to 1 / 65536), seeded from torch's generator: like
     PyTorch's own, the mask is fixed by `torch.manual_seed`, and checkpointing, which restores that generator, repeats it.

@@ -1,4 +1,4 @@
-"""Triton's interpreter, in which kernels run without a GPU, slowly: for tests."""
+"""Triton's interpreter, which runs kernels without a GPU, slowly: for tests."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def is_interpreted() -> bool:
-    """Whether Triton interprets its kernels in this process. It must be so before the first kernel is defined."""
+    """Whether Triton interprets its kernels in this process. This must be set before the first kernel is defined."""
     return os.environ.get("TRITON_INTERPRET") == "1"

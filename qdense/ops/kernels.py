@@ -1,4 +1,4 @@
-"""Which kernels compute the adapter, plain PyTorch or the fused ones, and which can be had for the base."""
+"""Which kernels compute the adapter, plain PyTorch or the fused ones, and which the base can use."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _choice = "auto"
 
 
 def use_kernels(choice: str) -> None:
-    """Set how adapters compute from now on, in this process.
+    """Set which kernels adapters use from now on in this process.
 
     Args:
-        choice: "auto" takes the fused kernels on CUDA and plain PyTorch elsewhere; "torch" and "triton" force either.
+        choice: "auto" uses the fused kernels on CUDA and plain PyTorch elsewhere; "torch" and "triton" force either.
 
     Raises:
-        ValueError: unknown, or "triton" where Triton is not installed.
+        ValueError: unknown, or "triton" if Triton is not installed.
     """
     global _choice
     if choice not in KERNELS:
@@ -38,7 +38,7 @@ def has_triton() -> bool:
 
 
 def why_not_triton(device_type: str) -> str | None:
-    """The reason that the fused kernels cannot run on a device of this type ("cuda", "cpu"); None if they can."""
+    """Why the fused kernels cannot run on a device of this type ("cuda", "cpu"); None if they can."""
     if not has_triton():
         return "Triton is not installed (pip install triton; on Windows: triton-windows)"
     if device_type != "cuda" and not is_interpreted():
@@ -47,7 +47,7 @@ def why_not_triton(device_type: str) -> str | None:
 
 
 def why_no_liger(model_type: str) -> str | None:
-    """The reason that a base of this type cannot have Liger's kernels; None if it can."""
+    """Why a base of this type cannot use Liger's kernels; None if it can."""
     if importlib.util.find_spec("liger_kernel") is None:
         return 'liger-kernel is not installed (pip install "qdense[cuda]")'
     if model_type not in LIGER_TESTED:
@@ -56,7 +56,7 @@ def why_no_liger(model_type: str) -> str | None:
 
 
 def adapter_ops(x: Tensor) -> ModuleType:
-    """The module whose `encode` and `decode` are to be used on `x`."""
+    """The module whose `encode` and `decode` to use for `x`."""
     is_fused = _choice == "triton" or (_choice == "auto" and x.device.type == "cuda" and has_triton())
     if not is_fused:
         return denselora

@@ -1,4 +1,4 @@
-"""How many tokens' logits exist at a time."""
+"""For how many tokens logits exist at a time."""
 
 # 64 MiB in fp32. On a GPU a slice reads the whole output layer, 1 GiB for LLaMA-3, so there it is larger.
 _ELEMENTS, _ELEMENTS_CUDA = 2**24, 2**26

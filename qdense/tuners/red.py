@@ -1,4 +1,4 @@
-"""RED, representation editing (arXiv:2402.15179), as a PEFT method: one scale and one bias on each adapted layer's output.
+"""RED, representation editing (arXiv:2402.15179), as a PEFT method: a scale and a bias on each adapted layer's output.
 
     h' = l_scale * h + l_bias        element by element; ones and zeros at first, so training starts from the base model
 
@@ -22,10 +22,10 @@ RED = PeftTypeName("RED")
 
 @dataclass
 class RedConfig(LinearTunerConfig):
-    """Configuration of RED (arXiv:2402.15179). `target_modules` is down_proj where nothing else is said.
+    """Configuration of RED (arXiv:2402.15179). `target_modules` defaults to down_proj.
 
-    Give the adapter fp32 (PEFT's autocast does): next to 1 the numbers of bf16 lie 0.004 apart, so a scale would not move
-    by updates of the usual size.
+    Give the adapter fp32 (PEFT's autocast does): near 1 the numbers of bf16 are 0.004 apart, so updates of the usual size
+    would not change a scale.
     """
 
     init_weights: bool = field(
@@ -42,7 +42,7 @@ def red_output(h: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """The edited representation.
 
     Args:
-        h: (..., d_out), dtype of `scale`: what the frozen projection gives.
+        h: (..., d_out), dtype of `scale`: the output of the frozen projection.
         scale: l_scale, (d_out,).
         bias: l_bias, (d_out,).
 

@@ -1,4 +1,4 @@
-"""One adapted linear layer, the encoder/decoder pair that the layers of its kind share, and who reads the same input."""
+"""One adapted linear layer, the encoder and decoder that the layers of its kind share, and the input that layers share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qdense.ops.kernels import adapter_ops
 from qdense.tuners.base import AdaptedLinear
 from qdense.tuners.denselora.config import DenseLoraConfig
 
-# An activation's slope at 0: what remains of a small signal that passes through it.
+# An activation's slope at 0, by which it scales a small signal.
 _SLOPES = {"gelu": 0.5, "silu": 0.5, "tanh": 1.0, "none": 1.0}
 
 
@@ -40,7 +40,7 @@ def reset_m(m: Tensor, config: DenseLoraConfig) -> None:
 class SharedPair(nn.Module):
     """Encoder (r, d_in) and decoder (d_out, r) of one module kind.
 
-    No leaf is called `weight`: PEFT's FSDP wrap policy takes such leaves for linear layers of their own.
+    No parameter is called `weight`, because PEFT's FSDP wrap policy treats modules with one as linear layers.
     """
 
     def __init__(self, r: int, d_in: int, d_out: int, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -49,8 +49,9 @@ class SharedPair(nn.Module):
         self.decoder = nn.Parameter(torch.empty(d_out, r, dtype=dtype, device=device))
 
     def reset_parameters(self, zero_init: str) -> None:
-        """Kaiming-uniform encoder (a = sqrt 5) and, the authors' way, zero decoder: the adapter adds nothing, and
-        GELU'(0) = 0.5 lets D learn. Else the decoder is drawn like the encoder."""
+        """Draw the encoder Kaiming uniform (a = sqrt 5). As in the authors' code the decoder is zero: the adapter
+        adds nothing, and since GELU'(0) = 0.5 it can learn. With another `zero_init` the decoder is drawn like the
+        encoder."""
         nn.init.kaiming_uniform_(self.encoder, a=math.sqrt(5))
         if zero_init == "decoder":
             nn.init.zeros_(self.decoder)
@@ -59,17 +60,17 @@ class SharedPair(nn.Module):
 
 
 class _EncodedInput(NamedTuple):
-    """One input, and its encodings for those layers that have not asked for theirs yet."""
+    """One input, and its encodings for the layers that have not fetched theirs yet."""
 
-    source: weakref.ref[Tensor]  # the input as the layers are given it
-    x: Tensor  # what the frozen layers are to read in its place
+    source: weakref.ref[Tensor]  # the input that the layers receive
+    x: Tensor  # what the frozen layers read in its place
     waiting: dict[int, Tensor]  # encodings by the id of their layer
 
 
 class SharedInput:
     """The adapted layers of one block that share an input: whichever runs first encodes it for all of them.
 
-    So x is read once and its dropout mask is drawn once. Nothing is kept after the last layer has asked.
+    So x is read once and its dropout mask is drawn once. Nothing is kept once the last layer has its encoding.
     """
 
     def __init__(self) -> None:
@@ -77,7 +78,7 @@ class SharedInput:
         self._encoded: dict[str, _EncodedInput] = {}  # by adapter
 
     def encode(self, layer: DenseLoraLinear, adapter: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The input that the frozen layer is to read, and its encoding (..., r) for `layer`."""
+        """The input for the frozen layer, and its encoding (..., r) for `layer`."""
         found = self._encoded.get(adapter)
         if found is None or found.source() is not x or id(layer) not in found.waiting:
             found = self._encoded[adapter] = self._read(layer, adapter, x)
@@ -99,8 +100,9 @@ class SharedInput:
 class DenseLoraLinear(AdaptedLinear):
     """A frozen linear layer (float, 4-bit or 8-bit) plus DenseLoRA's output for each active adapter.
 
-    M is this layer's own parameter. The shared pair is registered once, on `DenseLoraModel`; here it is only referred to,
-    by an unregistered dictionary of MODULES: a cached Parameter would go stale when PEFT replaces it on loading.
+    M is this layer's own parameter. The shared pair is registered once, on `DenseLoraModel`. Here an unregistered
+    dictionary refers to it as a MODULE, because a cached Parameter would become stale when PEFT replaces it on
+    loading.
     """
 
     adapter_layer_names = ("denselora_m",)
@@ -145,7 +147,7 @@ class DenseLoraLinear(AdaptedLinear):
         return adapter_ops(output).decode(
             output,
             F.linear(taken, self.denselora_m[adapter]),
-            # layers of one kind may lie on several devices; on one device this is no copy
+            # layers of one kind may be on several devices; on one device this does not copy
             self.shared[adapter].decoder.to(output.device),
             scaling=self.scaling[adapter],
             activation=self.activation[adapter],
@@ -153,7 +155,7 @@ class DenseLoraLinear(AdaptedLinear):
         )
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What merging adds to the weight: (d_out, d_in), fp32. Only with activation "none" is there such a matrix."""
+        """What merging adds to the weight: (d_out, d_in), fp32. Such a matrix exists only with activation "none"."""
         if self.activation[adapter] != "none":
             raise ValueError(f"A DenseLoRA adapter with activations cannot be merged ({adapter}): it is not a matrix.")
         pair = self.shared[adapter]

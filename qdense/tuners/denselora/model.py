@@ -1,8 +1,8 @@
-"""DenseLoRA's tuner: it adapts the layers, owns the shared pairs, and keeps PEFT's operations true for both.
+"""DenseLoRA's tuner: adapts the layers, owns the shared pairs, and makes PEFT's operations work for both.
 
 PEFT walks tuner LAYERS when it freezes, casts, switches or deletes adapters; the shared pairs live on the tuner itself, so
-that they are one object each and are saved once (PEFT's Lily, which registers them in every layer, saves them once per
-layer). Hence the overrides below: each does for the pairs what PEFT does for the layers.
+that each is one object and is saved once (PEFT's Lily registers them in every layer and saves them once per layer). Each
+override below does for the pairs what PEFT does for the layers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class DenseLoraModel(LinearTuner):
     prefix = "denselora_"
     method_name = "DenseLoRA"
     tuner_layer_cls = DenseLoraLinear
-    # transformers' own `model.load_adapter` injects layers without this class, and so without the pairs.
+    # transformers' `model.load_adapter` injects layers without this class, so without the pairs.
     uses_shared_state = True
 
     denselora_shared: nn.ModuleDict  # adapter name -> module kind -> SharedPair
@@ -42,7 +42,7 @@ class DenseLoraModel(LinearTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self._is_frozen(adapter_name):
             self.denselora_shared[adapter_name].requires_grad_(False)
-        for parameter, requires_grad in before:  # a further adapter leaves the trainability of the others alone
+        for parameter, requires_grad in before:  # a further adapter does not change whether the others are trainable
             parameter.requires_grad = requires_grad
 
     def update_layer(self, layer: Any, adapter_name: str, config: Any, kind: str, key: str) -> None:
@@ -58,13 +58,13 @@ class DenseLoraModel(LinearTuner):
     def _shared_pair(
         self, config: DenseLoraConfig, adapter_name: str, kind: str, key: str, base: DenseLoraLinear
     ) -> SharedPair:
-        """The pair that this layer shares, made when its first layer is met; later layers must have the same shape."""
+        """The pair that this layer shares, created for its first layer; later layers must have the same shape."""
         pairs = self.denselora_shared[adapter_name]
         assert isinstance(pairs, nn.ModuleDict)
         if config.sharing == "shape":
             kind = f"{base.in_features}_to_{base.out_features}"
         elif config.sharing == "none":
-            kind = key.replace(".", "__")  # names of submodules hold no dot
+            kind = key.replace(".", "__")  # names of submodules contain no dot
         if config.layer_groups > 1:
             kind = f"{kind}_group{self._layer_group(config, key)}"
         if kind not in pairs:
@@ -84,8 +84,8 @@ class DenseLoraModel(LinearTuner):
         return pair
 
     def _layer_group(self, config: DenseLoraConfig, key: str) -> int:
-        """The group (0, 1, ...) of neighbouring layers to which the module `key` ("...layers.12.mlp.up_proj") belongs. Groups
-        differ in size by one layer at most."""
+        """The group (0, 1, ...) of neighbouring layers to which the module `key` ("...layers.12.mlp.up_proj") belongs.
+        Groups differ in size by at most one layer."""
         num_layers = int(self.model.config.num_hidden_layers)
         if config.layer_groups > num_layers:
             raise ValueError(
@@ -101,7 +101,7 @@ class DenseLoraModel(LinearTuner):
     # --- what PEFT does to layers, done to the pairs --------------------------------------------------------------------
 
     def _train_pairs_of(self, adapter_names: str | Sequence[str]) -> None:
-        """Make encoders and decoders of these adapters trainable (unless they are to stay frozen), and freeze all others'."""
+        """Make encoders and decoders of these adapters trainable (unless they stay frozen), and freeze all others."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name, pairs in self.denselora_shared.items():
             pairs.requires_grad_(name in names and not self._is_frozen(name))
@@ -128,7 +128,7 @@ class DenseLoraModel(LinearTuner):
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         del self.denselora_shared[adapter_name]
-        if was_active:  # another adapter has taken its place, and PEFT has made its layers trainable
+        if was_active:  # another adapter is active now, and PEFT has made its layers trainable
             self._train_pairs_of(self.active_adapters)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:

@@ -106,7 +106,7 @@ def test_the_extras_of_pyproject_are_those_that_doctor_and_commands_name():
     assert [Requirement(text).name for text in extras["plots"]] == ["matplotlib"]
     assert [Requirement(text).name for text in extras["endpoint"]] == ["openai"]
     assert not {"matplotlib", "openai"} & {Requirement(text).name for text in project["dependencies"]}
-    assert "qdense[endpoint,plots,trackers]" in extras["dev"]
+    assert "qdense[docs,endpoint,plots,trackers]" in extras["dev"]
 
 
 @pytest.mark.parametrize("package", ["torch", "peft", "rich", "packaging"])

@@ -93,7 +93,7 @@ def refuse_other_inputs(
 def _refuse(run: RunFolder, what: str, differing: dict[str, str], accept_changes: bool, emit: Emit) -> None:
     if accept_changes:
         changes = "; ".join(line.strip() for line in differing.values())
-        emit(Notice(f"{run.path}: continuing with a different {what} than the run began with: {changes}", "warning"))
+        emit(Notice(f"{run.path}: continuing although the {what} changed since the run began: {changes}", "warning"))
         return
     lines = "\n".join(differing.values())
     raise RunError(

@@ -252,7 +252,7 @@ def test_mistakes_are_explained(runs, tmp_path, capsys):
     shutil.copytree(runs("lora"), tmp_path / "mixed")
     shutil.copy(runs("denselora") / "initial.safetensors", tmp_path / "mixed")
     assert main(["analyze", str(tmp_path / "mixed")]) == 2
-    assert "not of one run" in capsys.readouterr().err
+    assert "belong to different runs" in capsys.readouterr().err
     (tmp_path / "mixed" / "initial.safetensors").write_bytes(b"half")
     assert main(["analyze", str(tmp_path / "mixed")]) == 2
     assert "cannot be read" in capsys.readouterr().err

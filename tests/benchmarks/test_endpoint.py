@@ -149,8 +149,8 @@ def test_faults_that_stay_are_told_and_never_show_the_key(workplace, capsys, mon
         (["--endpoint", "localhost:8000", "--model", "m"], "must be an address such as http"),
         (["--endpoint", "ftp://host", "--model", "m"], "must be an address such as http"),
         (["--endpoint", "http://host:99999", "--model", "m"], "must be an address such as http"),
-        (["--endpoint", "http://me:secret@host/v1", "--model", "m"], "must hold no user, password or query"),
-        (["--endpoint", "http://host/v1?key=secret", "--model", "m"], "must hold no user, password or query"),
+        (["--endpoint", "http://me:secret@host/v1", "--model", "m"], "must not contain a user, password or query"),
+        (["--endpoint", "http://host/v1?key=secret", "--model", "m"], "must not contain a user, password or query"),
         (["--endpoint", "http://host/v1"], "name the server's model with --model"),
         (["--endpoint", "http://host", "--model", "m", "--decoding", "beam4"], "no beam search"),
         (

@@ -207,7 +207,7 @@ def test_each_start_is_told_by_itself(finished_run, tmp_path, monkeypatch):
     assert second["folder"] == first["folder"]
     assert [session["git_hash"] for session in second["sessions"]] == ["first", "second"]
     assert [session["stored_as"] for session in second["sessions"]] == ["bfloat16, with NF4's values", "nf4"]
-    assert sum("completions by qdense at first; continuing at second" in getattr(e, "text", "") for e in events) == 1
+    assert sum("completions made by qdense at first; continuing at second" in getattr(e, "text", "") for e in events) == 1
     assert lines_of(second) == lines_of(first)  # bit for bit the same, held in either way
     events.clear()
     assert evaluate(request, events.append)["sessions"] == second["sessions"]  # nothing was left to complete
@@ -218,7 +218,7 @@ def test_a_corrupted_completion_file_is_named(finished_run):
     folder = evaluate(request_for(finished_run, limit=3), ignore)["folder"]
     with open(f"{folder}/wordproblems.jsonl", "a") as stream:
         stream.write("oops\n")
-    with pytest.raises(EvaluationError, match="line 4: not a completion of ours"):
+    with pytest.raises(EvaluationError, match="line 4: not a completion as qdense writes them"):
         evaluate(request_for(finished_run, limit=3), ignore)
 
 
@@ -351,8 +351,8 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(tiny_model, tmp_path, 
     assert refused == [8, 4]
     assert summary["sessions"][0]["batch_sizes"] == [8, 4, 2]
     assert [e.text for e in events if isinstance(e, Notice) and e.level == "warning"] == [
-        "out of memory: continuing with 4 at a time; nothing that is finished is lost",
-        "out of memory: continuing with 2 at a time; nothing that is finished is lost",
+        "out of memory: continuing with 4 at a time; finished completions are kept",
+        "out of memory: continuing with 2 at a time; finished completions are kept",
     ]
 
 

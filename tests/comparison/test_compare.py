@@ -163,7 +163,7 @@ def test_only_common_items_and_tasks_are_compared(tmp_path):
     assert result["groups"][0]["tasks"]["gsm8k"]["accuracy"] == 1.0  # items 1 and 3
     assert result["groups"][1]["tasks"]["gsm8k"]["accuracy"] == 0.5
     notes = "\n".join(result["notes"])
-    assert "left out: aqua, boolq" in notes
+    assert "omitted: aqua, boolq" in notes
     assert "runs have different items of gsm8k" in notes
     assert "gsm8k 2 of 1,319" in notes
 
@@ -364,7 +364,7 @@ def test_published_averages_stand_beside_the_same_tasks_only(tmp_path):
     assert [row["average"] for row in result["published"]] == [None, None]
     assert "svamp" not in result["published"][0]["percents"]
     assert any("averages are over other tasks" in note for note in result["notes"])
-    assert any("nothing is published" in note for note in comparison_of(run, published="llama2-7b")["notes"])
+    assert any("no published rows" in note for note in comparison_of(run, published="llama2-7b")["notes"])
 
 
 # --- the command and its formats --------------------------------------------------------------------------------------

@@ -504,7 +504,7 @@ def warnings_of_training(monkeypatch, tmp_path, data_dir, **data):
 
 def test_training_on_a_known_set_warns(data_dir, tmp_path, monkeypatch, no_download):
     (warning,) = warnings_of_training(monkeypatch, tmp_path, data_dir, name="math10k")
-    assert "math10k holds test items of addsub (1 exact, 1 near of 3)" in warning
+    assert "math10k contains test items of addsub (1 exact, 1 near of 3)" in warning
     assert "qdense evaluate --clean" in warning
     assert "svamp" not in warning, "it is clean"
 

@@ -294,7 +294,7 @@ def test_too_few_rows_say_so():
     with pytest.raises(DataError, match=r"validation_rows = 120: the data set has 120 rows"):
         split_rows(120, validation_rows=120, fraction=1.0, seed=0)
     with pytest.raises(
-        DataError, match=r"fraction = 0.001: of 100 rows that is less than one. The smallest fraction here is 0.01"
+        DataError, match=r"fraction = 0.001: less than one of 100 rows. The smallest fraction here is 0.01"
     ):
         split_rows(100, validation_rows=0, fraction=0.001, seed=0)
 

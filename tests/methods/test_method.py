@@ -71,5 +71,5 @@ def test_adaloras_schedule_is_in_shares_of_the_run():
     recipe = AdapterRecipe(method="adalora", adalora={"warmup_share": 0.5, "final_share": 0.49})
     assert METHODS["adalora"].build_config(recipe, 100).tinit == 50
     recipe = AdapterRecipe(method="adalora", adalora={"warmup_share": 0.5, "final_share": 0.5})
-    with pytest.raises(ValueError, match="no step to cut ranks in"):
+    with pytest.raises(ValueError, match="no step in which to cut ranks"):
         METHODS["adalora"].build_config(recipe, 100)

@@ -227,7 +227,7 @@ def test_settings_of_a_method_are_checked_like_all_else(tiny_model, tmp_path):
     assert "must be a number from 1 to 8" in text
     assert 'unknown key; did you mean "cut_every"' in text
     assert "adapter.lokr.decompose_factor = 0" in text
-    assert "must be a whole number from 2 on" in text
+    assert "must be a whole number, 2 or more" in text
     assert 'adapter.vera.r = "many"' in text
 
 
@@ -259,7 +259,7 @@ def test_the_base_alone_is_not_trained(tiny_model, tmp_path):
 
 def test_a_schedule_without_a_step_to_cut_in_is_refused(tiny_model, tmp_path):
     own = {"warmup_share": 0.6, "final_share": 0.6}
-    with pytest.raises(QDenseError, match="AdaLoRA has no step to cut ranks in"):
+    with pytest.raises(QDenseError, match="AdaLoRA has no step in which to cut ranks"):
         run(method_recipe(tiny_model, tmp_path / "run", "adalora", "none", adapter__adalora=own))
 
 

@@ -101,7 +101,7 @@ def hub_error(name, status):
             401,
             ["https://huggingface.co/meta-llama/Meta-Llama-3-8B", "HF_TOKEN", "local folder", "licence"],
         ),
-        ("RepositoryNotFoundError", 404, ["knows no such model", "local folder"]),
+        ("RepositoryNotFoundError", 404, ["no such model on the hub", "local folder"]),
         ("RevisionNotFoundError", 404, ['model.revision = "v9"']),
     ],
 )

@@ -410,7 +410,7 @@ def test_a_folder_s_own_shape(tiny_model, tmp_path, capsys):
         ([MATH10K, "--memory", "plenty"], "24GiB"),
         ([MATH10K, "--memory=-3GiB"], "24GiB"),
         ([MATH10K, "--memory", "0GiB"], "24GiB"),
-        (["nowhere.toml"], "no such recipe"),
+        (["nowhere.toml"], "no such file, and no built-in recipe"),
         ([MATH10K, "--set", "model.name=nobody/nothing", "--memory", "24GiB"], "nobody/nothing"),
         ([MATH10K, "--set", "training.recompute=some", "--memory", "24GiB"], 'training.recompute = "some"'),
         ([MATH10K, "--set", "training.micro_batch_size=0", "--memory", "24GiB"], "training.micro_batch_size = 0"),

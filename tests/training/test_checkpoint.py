@@ -138,8 +138,8 @@ def change_manifest(path, change):
     ("change", "told"),
     [
         (lambda manifest: manifest.pop("files"), r"cannot be read: KeyError"),
-        (lambda manifest: manifest.pop("format"), r"names no format"),
-        (lambda manifest: manifest.update(format="2"), r"names no format"),
+        (lambda manifest: manifest.pop("format"), r"does not say its format"),
+        (lambda manifest: manifest.update(format="2"), r"does not say its format"),
         (lambda manifest: manifest.update(files=[]), r"cannot be read: (Attribute|Type)Error"),
         (lambda manifest: manifest["files"].update({"state.json": None}), r"cannot be read: TypeError"),
         (lambda manifest: manifest["files"]["state.json"].pop("sha256"), r"cannot be read: KeyError"),

@@ -89,7 +89,7 @@ def test_a_finished_run_is_not_resumed(begun):
     begun.run.card.touch()
     with pytest.raises(RunError, match=r"this run is finished .*another --output\.$"):
         begun.resume()
-    with pytest.raises(RunError, match=r"differ from its own: training.learning_rate, training.seed\.$"):
+    with pytest.raises(RunError, match=r"differ from the run's: training.learning_rate, training.seed\.$"):
         begun.resume(training__learning_rate=0.5, training__seed=7)
 
 
@@ -115,7 +115,7 @@ def test_changes_are_refused_with_old_and_new_or_taken_and_told(begun, changes, 
     (level, notice), _ = begun.notices
     assert (level, notice) == (
         "warning",
-        f"{begun.run.path}: continuing with another recipe than the run began with: {key}: was {old!r}, now {value!r}",
+        f"{begun.run.path}: continuing although the recipe changed since the run began: {key}: was {old!r}, now {value!r}",
     )
 
 
@@ -141,7 +141,7 @@ def test_other_versions_are_refused_or_told(tmp_path):
     ):
         begun.resume()
     assert begun.resume(accept_changes=True)
-    assert "continuing with another versions" in begun.notices[0][1]
+    assert "continuing although the versions changed" in begun.notices[0][1]
 
 
 def test_damaged_checkpoints_are_put_aside_until_a_whole_one_is_found(begun):
@@ -155,7 +155,7 @@ def test_damaged_checkpoints_are_put_aside_until_a_whole_one_is_found(begun):
         "checkpoint-4", "damaged-checkpoint-10", "damaged-checkpoint-11",
     ]  # fmt: skip
     told = [text for level, text in begun.notices if level == "warning"]
-    assert [f"checkpoint-{step}: state.json is missing. It is passed over" in text for step, text in zip(
+    assert [f"checkpoint-{step}: state.json is missing. It is skipped" in text for step, text in zip(
         (11, 10), told, strict=True)] == [True, True]  # fmt: skip
 
 
@@ -225,4 +225,4 @@ def test_other_rows_or_another_base_are_refused_or_told(begun):
     refuse_other_inputs(begun.run, **same | other, accept_changes=True, emit=begun.emit)
     ((level, text),) = begun.notices
     assert level == "warning"
-    assert text.endswith("another data and base than the run began with: the rows of rows.json; the base tiny")
+    assert text.endswith("although the data and base changed since the run began: the rows of rows.json; the base tiny")

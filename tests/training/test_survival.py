@@ -174,7 +174,7 @@ def test_changes_are_refused_with_a_list_or_accepted_by_a_flag(tiny_model, tmp_p
     events = []
     train(other, resume=True, data_dir=None, emit=events.append, accept_changes=True)
     assert [event.step for event in events if isinstance(event, StepDone)] == [3, 4, 5]
-    assert any("continuing with another recipe" in text and "now 0.02" in text for text in notices(events))
+    assert any("continuing although the recipe changed" in text and "now 0.02" in text for text in notices(events))
     assert load_recipe(tmp_path / "run" / "recipe.toml").training.learning_rate == 2e-2
 
 
@@ -226,7 +226,7 @@ def test_other_versions_are_refused(tiny_model, tmp_path, monkeypatch):
         run(recipe, resume=True)
     events = []
     train(recipe, resume=True, data_dir=None, emit=events.append, accept_changes=True)
-    assert any("another versions" in text for text in notices(events))
+    assert any("although the versions changed" in text for text in notices(events))
 
 
 def test_a_smaller_micro_batch_is_taken_on_resume(tiny_model, tmp_path):
@@ -285,7 +285,7 @@ def test_a_step_may_be_skipped(tiny_model, tmp_path, monkeypatch, method):
             weights[event.step] = list(load_file(Path(event.path) / "weights.safetensors").values())
 
     train(recipe, resume=False, data_dir=None, emit=emit)
-    (told,) = [text for text in notices(events) if "This step changes nothing" in text]
+    (told,) = [text for text in notices(events) if "This step is skipped" in text]
     assert told.startswith("step 3: the loss is not finite; data rows [")
     assert all(torch.equal(a, b) for a, b in zip(weights[2], weights[3], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(weights[3], weights[4], strict=True))
@@ -323,7 +323,7 @@ def test_a_gradient_whose_norm_overflows_stops_the_run(tiny_model, tmp_path, mon
 
 def test_steps_are_not_skipped_for_ever(tiny_model, tmp_path, monkeypatch):
     poisoned_at(monkeypatch, *range(3, 99))
-    with pytest.raises(RunError, match=r"step 13: .*11 steps in a row"):
+    with pytest.raises(RunError, match=r"step 13: .*11 skipped steps in a row"):
         run(recipe_for(tiny_model, tmp_path / "run", training__on_nonfinite="skip", training__max_steps=20))
 
 

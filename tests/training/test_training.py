@@ -450,7 +450,7 @@ def test_folders_that_are_not_empty(tiny_model, tmp_path):
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     with pytest.raises(RunError, match="is not empty"):
         run(recipe)
-    with pytest.raises(RunError, match="no run of qdense"):
+    with pytest.raises(RunError, match="not a run of qdense"):
         run(recipe, resume=True)
     (tmp_path / "run" / "thesis.txt").unlink()
     events = run(recipe, resume=True)
@@ -458,7 +458,7 @@ def test_folders_that_are_not_empty(tiny_model, tmp_path):
     with pytest.raises(RunError, match="is finished"):
         run(recipe, resume=True)
     other = recipe_for(tiny_model, tmp_path / "run", training__max_steps=3)
-    with pytest.raises(RunError, match=r"is finished.* differ from its own: training.max_steps"):
+    with pytest.raises(RunError, match=r"is finished.* differ from the run's: training.max_steps"):
         run(other, resume=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="is a file"):
@@ -564,7 +564,7 @@ def test_kernels_that_cannot_run_here_are_refused_before_anything_is_done(tiny_m
         pytest.skip("this machine has CUDA")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(
-        RunError, match=r'training.kernels = "triton": .*(needs a CUDA device|not installed).*Take "auto"'
+        RunError, match=r'training.kernels = "triton": .*(needs a CUDA device|not installed).*Use "auto"'
     ):
         run(recipe_for(tiny_model, tmp_path / "run", training__kernels="triton", data__path="none.json"))
     assert not (tmp_path / "run").exists()

@@ -63,7 +63,7 @@ def test_ten_steps_in_a_row_may_be_skipped_and_no_more():
     assert [run.step(step, a=math.nan) for step in range(2, 12)] == [False] * 10
     assert len(run.told()) == 10
     assert "step 11: a gradient is not finite" in run.told()[-1]
-    with pytest.raises(RunError, match=r"step 12: .* makes 11 steps in a row .*last good one is 8"):
+    with pytest.raises(RunError, match=r"step 12: .* makes 11 skipped steps in a row .*last good one is 8"):
         run.step(12, a=math.nan)
 
 
@@ -73,7 +73,7 @@ def test_a_good_step_ends_the_row_of_skipped_ones():
         assert not any(run.step(a=math.nan) for _ in range(10))
         assert run.step()
     assert not any(run.step(a=math.nan) for _ in range(10))
-    with pytest.raises(RunError, match="makes 11 steps in a row"):
+    with pytest.raises(RunError, match="makes 11 skipped steps in a row"):
         run.step(a=math.nan)
 
 

@@ -35,7 +35,7 @@ DENSELORA_REFUSED = [
     ({"zero_init": "encoder"}, "DenseLoraConfig.zero_init = 'encoder': must be one of decoder"),
     ({"activation": "relu"}, "ReLU has zero slope at 0"),
     ({"activation": "relu", "zero_init": "m"}, "ReLU has zero slope at 0"),
-    ({"freeze_shared": True}, "DenseLoraConfig.freeze_shared = True: must be with"),
+    ({"freeze_shared": True}, "DenseLoraConfig.freeze_shared = True: needs"),
 ]
 NORA_ACCEPTED = [
     {"r": 4, "r_inner": 4},
@@ -97,7 +97,7 @@ def test_a_safe_merge_refuses_what_is_not_finite(tiny_model, safe_merge):
         with torch.no_grad():
             layer.nora_inner_b["default"].fill_(value)
         if is_refused:
-            with pytest.raises(ValueError, match="NaN or infinity; the base was left as it was"):
+            with pytest.raises(ValueError, match="NaN or infinity; the base is unchanged"):
                 model.merge_adapter(safe_merge=safe_merge)
             assert torch.equal(layer.weight, before)
         else:

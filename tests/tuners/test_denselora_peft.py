@@ -205,14 +205,14 @@ def test_deepcopy_shares_within_itself_only(tiny_model):
 
 
 def test_merging_is_refused_with_activations(tiny_model):
-    with pytest.raises(ValueError, match=r"cannot be merged.*gelu.*no matrix"):
+    with pytest.raises(ValueError, match=r"cannot be merged.*gelu.*not a matrix"):
         adapted(tiny_model).merge_and_unload()
 
 
 @pytest.mark.parametrize("activation", ["gelu", "tanh", "silu"])
 def test_a_layer_with_an_activation_has_no_matrix(tiny_model, activation):
     layer = adapted(tiny_model, activation=activation).get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
-    with pytest.raises(ValueError, match=r"cannot be merged \(default\): it is no matrix"):
+    with pytest.raises(ValueError, match=r"cannot be merged \(default\): it is not a matrix"):
         layer.get_delta_weight("default")
 
 
@@ -367,7 +367,7 @@ def test_other_modules_than_linear_are_refused(tiny_model):
         ({"dropout": 1.0}, "dropout = 1.0: must be at least 0 and below 1"),
         ({"activation": "relu"}, "relu.*zero slope at 0"),
         ({"activation": "swish"}, "must be one of gelu, silu, tanh, relu, none"),
-        ({"layers_pattern": "layers"}, "without layers_to_transform"),
+        ({"layers_pattern": "layers"}, "needs layers_to_transform"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

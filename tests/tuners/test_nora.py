@@ -190,7 +190,7 @@ def test_statistics_are_not_saved_and_must_fit(tiny_model, tmp_path):
     config.save_pretrained(tmp_path)
     assert "statistics" not in json.loads((tmp_path / "adapter_config.json").read_text())
     del config.statistics["model.layers.1.mlp.up_proj"]
-    with pytest.raises(ValueError, match=r"has nothing on model.layers.1.mlp.up_proj"):
+    with pytest.raises(ValueError, match=r"does not include model.layers.1.mlp.up_proj"):
         get_peft_model(base, config)
 
 
@@ -433,7 +433,7 @@ def test_other_modules_than_linear_are_refused(tiny_model):
         ({"dropout": 1.0}, "dropout = 1.0: must be at least 0 and below 1"),
         ({"split": "middle"}, "split = 'middle': must be one of both, left, right"),
         ({"exponent": -0.5}, "exponent = -0.5: must be positive"),
-        ({"layers_pattern": "layers"}, "without layers_to_transform"),
+        ({"layers_pattern": "layers"}, "needs layers_to_transform"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

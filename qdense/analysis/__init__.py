@@ -1,4 +1,4 @@
-"""What training did to adapters: their updates as numbers (`updates`) and as pictures (`figures`); the paper's Fig. 1 and 5."""
+"""What training changed in adapters, as numbers (`updates`) and as pictures (`figures`); the paper's Fig. 1 and 5."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from qdense.cache import write_atomically
 from qdense.errors import QDenseError
 from qdense.runs import AnalysisFolder, RunFolder, find_adapter
 
-_LARGEST_SIDE = 64  # unless asked for: larger ones show no more
+_LARGEST_SIDE = 64  # by default: larger ones show no more
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What `qdense analyze` found.
+    """The result of `qdense analyze`.
 
     Attributes:
         folder, files: where everything was written.
         side, seed: of the slices.
-        near_zero: the bound below which `FactorSummary.near_zero` counts changes, in root mean squares.
-        summaries: a line for each run and kind of tensor, and one of independent normal numbers, for scale.
+        near_zero: the bound for changes counted in `FactorSummary.near_zero`, in root mean squares.
+        summaries: a line for each run and kind of tensor, and one for independent normal numbers, for comparison.
     """
 
     folder: str
@@ -37,15 +37,15 @@ class Analysis:
 def analyze(
     runs: Sequence[Path], output: Path | None, *, layers: Sequence[int] | None, side: int | None, seed: int
 ) -> Analysis:
-    """Compare the updates of finished runs; write a summary and, where there are matrices, three pictures.
+    """Compare the updates of finished runs; write a summary and, if there are matrices, three pictures.
 
     Args:
         output: the folder to write into; None for analysis/ in the first run.
         layers: those in the heat maps; None for the first, a middle one and the last.
-        side: of the slices; None for `common_side`, up to 64; smaller matrices are left out.
+        side: of the slices; None for `common_side`, up to 64; smaller matrices are omitted.
 
     Raises:
-        QDenseError: a run has no initial values, or not a layer of that number, or smaller matrices.
+        QDenseError: a run has no initial values, lacks a requested layer, or has smaller matrices.
     """
     from qdense.analysis import figures
 

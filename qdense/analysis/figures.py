@@ -1,4 +1,4 @@
-"""The pictures of `qdense analyze`, by matplotlib: PNG files, in colours that the colour-blind tell apart."""
+"""The pictures of `qdense analyze`, by matplotlib: PNG files, in colours that colour-blind people can tell apart."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DPI = 150
 
 
 class Series(NamedTuple):
-    """One factor of one run, as far as it has matrices: a slice for each layer and module."""
+    """The matrices of one factor of one run: a slice for each layer and module."""
 
     run: str
     factor: str
@@ -38,12 +38,12 @@ class Series(NamedTuple):
 
     @property
     def wrapped(self) -> str:
-        """For a narrow place."""
+        """A short label."""
         return f"{self.run[:20] + '...' if len(self.run) > 23 else self.run}\n{self.factor}"
 
 
 def series_of(runs: Sequence[RunUpdates], side: int, seed: int) -> list[Series]:
-    """What heat maps are drawn of: the matrices that each layer has of its own."""
+    """The series for heat maps: matrices that each layer has separately."""
 
     def is_drawn(update: Update) -> bool:
         return update.layer is not None and update.final.dim() == 2 and update.side >= side
@@ -95,7 +95,7 @@ def draw_heat_maps(series: Sequence[Series], layers: Sequence[int], path: Path) 
 
 
 def draw_layers(series: Sequence[Series], path: Path) -> None:
-    """Three figures of each slice, by layer and module: size of the change, near-zero share, effective rank."""
+    """Three figures for each slice, by layer and module: size of the change, near-zero share, effective rank."""
     plt = _pyplot()
     from matplotlib.colors import LogNorm, Normalize
 
@@ -121,7 +121,7 @@ def draw_layers(series: Sequence[Series], path: Path) -> None:
             for one in series
         ]
         known = torch.cat([table[~table.isnan()] for table in tables])
-        if not len(known):  # nothing has changed at all
+        if not len(known):  # nothing has changed
             known = torch.ones(1)
         for row, (one, table) in enumerate(zip(series, tables, strict=True)):
             axis = axes[row][column]
@@ -142,7 +142,7 @@ def draw_layers(series: Sequence[Series], path: Path) -> None:
 
 
 def draw_histograms(series: Sequence[Series], path: Path) -> None:
-    """How the relative changes of all slices' elements spread, on a logarithmic axis."""
+    """Histograms of the relative changes of all slices' elements, on a logarithmic axis."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     changes = [torch.cat([part.relative.flatten() for part in one.slices.values()]) for one in series]
@@ -173,7 +173,7 @@ def _measured(measure: Callable[[Slice], float], part: Slice | None) -> float:
 
 
 def _modules(series: Sequence[Series]) -> list[str]:
-    """In the order in which a layer computes them; names that are not LLaMA's last."""
+    """Modules in the order of computation; names that are not LLaMA's last."""
     order = list(MODULE_LETTERS.values())
     names = dict.fromkeys(module for one in series for _, module in one.slices)
     return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
@@ -182,7 +182,7 @@ def _modules(series: Sequence[Series]) -> list[str]:
 def _pyplot() -> Any:
     import matplotlib
 
-    matplotlib.use("Agg")  # no window, on no machine
+    matplotlib.use("Agg")  # never open a window
     import matplotlib.pyplot as plt
 
     return plt

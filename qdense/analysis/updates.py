@@ -1,7 +1,7 @@
 """The updates of a run's trained tensors, W_end - W_init, and statistics that compare them fairly.
 
-DenseLoRA's M is r x r, LoRA's A is r x d_in: statistics of the whole tensors would compare sizes. So each tensor is
-represented by a square slice of equal side, of rows and columns drawn at random (a tensor of that size is its own slice).
+DenseLoRA's M is r x r, LoRA's A is r x d_in: statistics of whole tensors would compare sizes. So each tensor is
+represented by a square slice of equal side, with rows and columns drawn at random.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qdense.methods import METHODS, Method
 from qdense.modeling.adapter_files import read_card
 from qdense.runs import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, RunFolder, find_adapter
 
-NEAR_ZERO = 0.1  # of the slice's own root mean square; 8.0% of a normal distribution lies within
+NEAR_ZERO = 0.1  # of the slice's root mean square; it contains 8.0% of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Update:
     """One trained tensor before and after.
 
     Attributes:
-        layer: its decoder layer; None for what all layers share.
+        layer: its decoder layer; None for a shared tensor.
         module: the module kind, for instance q_proj.
         factor: which of the method's tensors it is: M, encoder, decoder, lora_A, lora_B, ...
         initial, final: (rows, columns) or (n,), fp32.
@@ -48,11 +48,11 @@ class Update:
 
     @property
     def side(self) -> int:
-        """Of the largest square that it holds."""
+        """Side of the largest square in it."""
         return min(self.final.shape)
 
     def slice(self, side: int, seed: int) -> Slice:
-        """A square of `side` rows and columns, drawn at random; of a vector, `side` elements."""
+        """A square of `side` random rows and columns; for a vector, `side` elements."""
         generator = torch.Generator().manual_seed(seed)
         initial, final = self.initial, self.final
         for dim, size in enumerate(final.shape):
@@ -78,23 +78,23 @@ class Slice:
 
     @property
     def relative(self) -> Tensor:
-        """|change| of each element over the root mean square of the initial slice; of the final one where that is zero."""
+        """|change| of each element over the root mean square of the initial slice, or of the final one if that is zero."""
         initial = float(self.initial.square().mean().sqrt())
         return self.change.abs() / (initial or float(self.final.square().mean().sqrt()) or 1.0)
 
     @property
     def near_zero(self) -> float:
-        """Share of elements whose change is below NEAR_ZERO times the slice's own root mean square."""
+        """Share of elements whose change is below NEAR_ZERO times the root mean square of the slice's change."""
         return float((self.change.abs() <= NEAR_ZERO * self.rms).float().mean())
 
     @property
     def unmoved(self) -> float:
-        """Share of elements that are, as saved, bit by bit what they were."""
+        """Share of saved elements that are bit by bit unchanged."""
         return float((self.change == 0).float().mean())
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of the normalized singular values (Roy and Vetterli 2007); 0 of no change, NaN of a vector."""
+        """exp of the entropy of the normalized singular values (Roy and Vetterli 2007); 0 without change, NaN for a vector."""
         if self.change.dim() != 2:
             return math.nan
         values = torch.linalg.svdvals(self.change.double())
@@ -119,7 +119,7 @@ class RunUpdates:
     updates: list[Update]
 
     def factors(self) -> list[str]:
-        """Names of the kinds of its tensors, those of the layers first."""
+        """The kinds of its tensors, per-layer ones first."""
         ordered = sorted(self.updates, key=lambda update: (update.layer is None, update.final.dim() < 2))
         return list(dict.fromkeys(update.factor for update in ordered))
 
@@ -187,12 +187,12 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _named_alike(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By names without what PEFT leaves out of a saved file: the adapter's name, and here and there ".weight"."""
+    """By the names in a saved file, from which PEFT omits the adapter's name and some ".weight"."""
     return {name.replace(".default", "").removesuffix(".weight"): tensor for name, tensor in tensors.items()}
 
 
 def _whole_model(folder: Path, model: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights of the linear layers that full fine-tuning changed: before (the base's own, so none is saved), and after."""
+    """Weights of the linear layers that full fine-tuning changed, before (from the base) and after."""
     from qdense.modeling.load import load_base
     from qdense.recipe import ModelRecipe
 
@@ -205,7 +205,7 @@ def _whole_model(folder: Path, model: Mapping[str, Any]) -> tuple[dict[str, Tens
 
 
 def _place(name: str) -> tuple[int | None, str, str]:
-    """Layer, module kind and last part, of a tensor's name "...layers.3.mlp.up_proj.PART"."""
+    """Layer, module kind and last part of a tensor's name "...layers.3.mlp.up_proj.PART"."""
     layer = re.search(r"\.layers\.(\d+)\.", name)
     *_, module, factor = name.split(".")
     return (int(layer[1]) if layer else None), module, factor
@@ -216,10 +216,10 @@ class FactorSummary:
     """One kind of a run's tensors: medians over slices.
 
     Attributes:
-        num_tensors, num_elements: of the whole tensors.
-        num_slices: one of each tensor that is large enough.
+        num_tensors, num_elements: of whole tensors.
+        num_slices: one for each tensor that is large enough.
         relative_change: root mean square of the relative changes.
-        near_zero, unmoved, effective_rank: as of `Slice`; the last is None of vectors.
+        near_zero, unmoved, effective_rank: as in `Slice`; the last is None for vectors.
     """
 
     run: str
@@ -234,7 +234,7 @@ class FactorSummary:
 
 
 def summarize(runs: Sequence[RunUpdates], side: int, seed: int) -> list[FactorSummary]:
-    """A line for each run and factor; last, for scale, what an update of independent normal numbers would give."""
+    """A line for each run and factor; last, for comparison, an update of independent normal numbers."""
     summaries = []
     for run in runs:
         for factor in run.factors():
@@ -265,9 +265,9 @@ def _summary(run: str, factor: str, num_elements: Sequence[int], slices: Sequenc
 
 
 def common_side(runs: Sequence[RunUpdates]) -> int:
-    """The largest side that half of the matrices of each kind have; of runs that trained vectors only, the shortest's length.
+    """The largest side that half of the matrices of each kind have; for runs that only trained vectors, the length of the
 
-    Half, because a method that cuts ranks leaves some a rank or two.
+    shortest. Half, because a method that cuts ranks leaves some with a rank or two.
     """
     matrices = [[u.side for u in run.of(factor) if u.final.dim() == 2] for run in runs for factor in run.factors()]
     sides = [statistics.median_high(sides) for sides in matrices if sides]

@@ -32,12 +32,11 @@ class CompletionSource(Protocol):
     """A model that completes prompts: loaded here (`LocalModel`) or behind an endpoint (`EndpointModel`).
 
     Attributes:
-        title, facts: what it is, for a person; facts are (label, value).
-        column: what a table calls it: "base", "adapter" or the endpoint's model.
-        run: where its evaluations lie.
+        title, facts: a description to show; facts are (label, value).
+        column: its name in a table: "base", "adapter" or the endpoint's model.
+        run: the folder for its evaluations.
         settings: everything about it that could change a completion; decides the evaluation's folder.
-        session: what else is true since this start, and may change during it: batch sizes, retries, the server's own name for
-            its model.
+        session: facts of this session, which may change during it: batch sizes, retries, the server's name for its model.
     """
 
     title: str
@@ -60,7 +59,7 @@ class CompletionStore:
         self.sessions = SessionLog(folder.sessions, source, emit)
 
     def complete(self, task: Task, rows: Sequence[Row], num_samples: int) -> dict[tuple[int, int], Completion]:
-        """All completions of a task, by (index, sample): those on file, then the missing ones as they come.
+        """All completions of a task, by (index, sample): those on file, then the missing ones as they arrive.
 
         Raises:
             EvaluationError: the file is damaged, or the source fails; what is on file stays there.
@@ -93,7 +92,7 @@ class CompletionStore:
 
 
 class _Tally:
-    """How far a task is, how much of it is right, and how fast new completions come."""
+    """Progress of a task, correct answers so far, and the speed of new completions."""
 
     def __init__(self, task: Task, rows: Sequence[Row], column: str, num_items: int, emit: Emit) -> None:
         self.task, self.rows, self.column, self.num_items, self.emit = task, rows, column, num_items, emit
@@ -122,10 +121,10 @@ class _Tally:
 
 
 class SessionLog:
-    """A file that lists each start of an evaluation that completed something, with what was true of that start alone.
+    """A file that lists each session of an evaluation that completed something, with the facts of that session.
 
     Attributes:
-        sessions: the starts, this one last once it is listed.
+        sessions: with this one last, once it is listed.
 
     Raises:
         EvaluationError: the file is damaged.
@@ -147,7 +146,7 @@ class SessionLog:
         self.num_earlier = len(self.sessions)
 
     def update(self) -> None:
-        """Bring the file up to date; to be called before a completion is filed."""
+        """Update the file. Call it before a completion is written."""
         now = {"started": self.started, "git_hash": self.commit, **copy.deepcopy(self.source.session)}
         if self.sessions[self.num_earlier :] == [now]:
             return
@@ -164,12 +163,12 @@ class SessionLog:
 
 
 def completions_on_file(path: Path) -> dict[tuple[int, int], Completion]:
-    """The completions of earlier starts, by (index, sample).
+    """The completions of earlier sessions, by (index, sample).
 
     A last line that was cut short when the process was killed is removed from the file.
 
     Raises:
-        EvaluationError: anything else is wrong with it.
+        EvaluationError: the file is damaged otherwise.
     """
     if not path.exists():
         return {}
@@ -178,7 +177,7 @@ def completions_on_file(path: Path) -> dict[tuple[int, int], Completion]:
     if rest:
         os.truncate(path, len(whole + newline))
     done = {}
-    # Split at line feeds alone: str.splitlines would also split at U+2028, which JSON leaves as it is.
+    # Split only at line feeds: str.splitlines also splits at U+2028, which JSON does not escape.
     for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
         place = f"{path}, line {number}"
         try:

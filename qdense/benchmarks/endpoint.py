@@ -1,10 +1,10 @@
-"""A model behind an OpenAI-compatible server, asked with zero-shot chain of thought: how the paper's ChatGPT row is made.
+"""A model behind an OpenAI-compatible server, with zero-shot chain of thought, as in the paper's ChatGPT row.
 
 Each item is one chat message: the problem as in the test file, then "Let's think step by step." (Kojima et al. 2022,
-arXiv:2205.11916). The answer is read from the reply by the same two rules as from any completion; for reasoning, `strict` is
-the one to look at, since `paper` takes the first option that is mentioned. The published row's own prompts are not known.
+arXiv:2205.11916). The answer is read from the reply by the same two rules as from any completion; for reasoning, look at
+`strict`, since `paper` takes the first option mentioned. The prompts of the published row are not known.
 
-The key is taken from OPENAI_API_KEY, sent to the server, and written nowhere.
+The key comes from OPENAI_API_KEY, is sent to the server, and is not written anywhere.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHAIN_OF_THOUGHT = "Let's think step by step."
 # Reasoning is longer than the answers that a fine-tuned model writes.
 MAX_NEW_TOKENS = 512
 TIMEOUT_SECONDS = 120.0  # for one request
-NUM_RETRIES = 6  # after 0.5, 1, 2, 4, 8, 8 seconds, or what the server's Retry-After asks for
+NUM_RETRIES = 6  # after 0.5, 1, 2, 4, 8, 8 seconds, or as the server's Retry-After says
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Endpoint:
     Attributes:
         url: of its API, for instance http://localhost:8000/v1; a bare host gets /v1.
         model: the model's name there.
-        concurrency: requests under way at a time.
+        concurrency: simultaneous requests.
     """
 
     url: str
@@ -51,7 +51,7 @@ class EndpointModel:
     """The model of an endpoint. See `qdense.benchmarks.completions.CompletionSource`.
 
     Raises:
-        EvaluationError: the address is not one, or such servers do not have that decoding.
+        EvaluationError: the address is invalid, or these servers do not support the decoding.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class EndpointModel:
             raise EvaluationError("--endpoint: these servers have no beam search; use --decoding greedy or sample")
         self.endpoint, self.decoding = endpoint, decoding
         self.max_new_tokens = max_new_tokens or MAX_NEW_TOKENS
-        self.column = endpoint.model.rstrip("/").rpartition("/")[2] or endpoint.model  # of "owner/name" the name
+        self.column = endpoint.model.rstrip("/").rpartition("/")[2] or endpoint.model  # the name in "owner/name"
         self.run = RunFolder.of_endpoint(endpoint.model)
         self._key = _checked_key(os.environ.get(KEY_VARIABLE, ""))
         url = _checked_url(endpoint.url)
@@ -85,16 +85,16 @@ class EndpointModel:
         self._limit_name = "max_tokens"
 
     def complete(self, task: Task, rows: Sequence[Row], wanted: Sequence[tuple[int, int]]) -> Iterator[Completion]:
-        """The completions of the (index, sample) pairs, as they come.
+        """The completions of the (index, sample) pairs, as they arrive.
 
         Raises:
-            EvaluationError: a request failed for good. Those under way are awaited and yielded first.
+            EvaluationError: a request failed permanently. Completions in progress are awaited and yielded first.
         """
         from openai import AsyncOpenAI
 
         left = iter(wanted)
         failure: BaseException | None = None
-        # Leaving the runner, by Ctrl-C too, cancels what is under way.
+        # Leaving the runner, also by Ctrl-C, cancels requests in progress.
         with asyncio.Runner() as runner:
             loop = runner.get_loop()
             client = AsyncOpenAI(
@@ -140,7 +140,7 @@ class EndpointModel:
         return completion
 
     async def _create(self, create: Any, request: dict[str, Any]) -> Any:
-        """Send it. Servers differ in the name of the token limit: the old one is tried first, as more know it."""
+        """Send a request. Servers differ in the name of the token limit; the old name is tried first, since more know it."""
         from openai import BadRequestError
 
         name = self._limit_name
@@ -153,7 +153,7 @@ class EndpointModel:
         return await create(**request, **{self._limit_name: self.max_new_tokens})
 
     def _explained(self, error: BaseException) -> BaseException:
-        """What a user can do about it. A fault of ours comes back as it is."""
+        """An error that says what the user can do. Other exceptions are returned unchanged."""
         import openai
 
         text = self._without_key(error)
@@ -180,13 +180,13 @@ class EndpointModel:
 
 
 def _read_reply(reply: Any, index: int, sample: int) -> tuple[Completion, str | None]:
-    """The completion in a server's reply, and its own name of the model. Servers and proxies send all kinds of things."""
+    """The completion in a server's reply, and the server's name for the model. Replies may have any form."""
     try:
         choice = reply["choices"][0]
         content, reason = choice["message"].get("content"), choice.get("finish_reason")
         if isinstance(content, list):  # parts of several kinds
             content = "".join(part["text"] for part in content if part.get("type") == "text")
-        text = "" if content is None else str.encode(content, errors="replace").decode()  # half characters too
+        text = "" if content is None else str.encode(content, errors="replace").decode()  # half a surrogate pair, too
         usage = reply.get("usage") or {}
         counts = [usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
         model = reply.get("model") or None
@@ -204,9 +204,9 @@ def _read_reply(reply: Any, index: int, sample: int) -> tuple[Completion, str | 
 
 
 def _seed_of(seed: int, index: int, sample: int) -> int:
-    """A seed for each completion: no two share one, so that two seeds of an evaluation are independent of each other."""
+    """A different seed for each completion, so that two seeds of an evaluation are independent."""
     digest = hashlib.sha256(f"{seed}:{index}:{sample}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1  # 31 bits: what all servers take
+    return int.from_bytes(digest[:4], "big") >> 1  # 31 bits, which all servers accept
 
 
 def _checked_key(key: str) -> str:
@@ -225,7 +225,7 @@ def _checked_url(url: str) -> str:
     except ValueError:
         is_address = False
     if not is_address:
-        named = "" if set(url) & set("@?#") else f' "{url}"'  # what may hold a key is not repeated
+        named = "" if set(url) & set("@?#") else f' "{url}"'  # do not repeat what may contain a key
         raise EvaluationError(f"--endpoint{named}: must be an address such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise EvaluationError(

@@ -1,7 +1,7 @@
-"""Score a base model, an adapter, both, or a model behind an endpoint; keep every completion; continue where a killed run
-stopped.
+"""Score a base model, an adapter, both, or a model behind an endpoint; keep every completion, and continue where a killed
+evaluation stopped.
 
-Results lie beside what they are about: in the adapter's run, or in runs/base-MODEL/ or runs/endpoint-MODEL/. `qdense.runs` lists
+Results are stored in the adapter's run, or in runs/base-MODEL/ or runs/endpoint-MODEL/. `qdense.runs` lists
 the files.
 """
 
@@ -35,12 +35,12 @@ __all__ = ["EvaluationRequest", "evaluate"]
 
 
 def evaluate(request: EvaluationRequest, emit: Emit) -> dict[str, Any]:
-    """Run the evaluation; returns the summary of the adapter (or of the base or endpoint, where it alone is scored).
+    """Run the evaluation; returns the summary of the adapter, or of the base or endpoint if only that is scored.
 
     With `with_base`, the base's summary is its "base".
 
     Raises:
-        QDenseError: whatever keeps it from starting or finishing.
+        QDenseError: it cannot start or finish.
     """
     data = {task.name: load_items(task, request.data_dir, emit) for task in request.tasks}
     adapter = find_adapter(request.adapter) if request.adapter is not None else None
@@ -57,7 +57,7 @@ def evaluate(request: EvaluationRequest, emit: Emit) -> dict[str, Any]:
 
 
 def _completion_sources(request: EvaluationRequest, adapter: Path | None, emit: Emit) -> list[CompletionSource]:
-    """The models to score in order; the one that was asked for is the last."""
+    """The models to score, in order; the requested one is last."""
     if request.endpoint is not None:
         return [EndpointModel(request.endpoint, request.decoding, request.tasks, request.max_new_tokens)]
     loaded = load_model(request, adapter, emit)
@@ -70,7 +70,7 @@ def _completion_sources(request: EvaluationRequest, adapter: Path | None, emit: 
 def _clean_items(
     request: EvaluationRequest, adapter: Path | None, data: Mapping[str, DataSet], emit: Emit
 ) -> dict[str, list[int]]:
-    """For each task, the items that the training set does not hold."""
+    """For each task, the items that are not in the training set."""
     recipe_file = RunFolder.of_adapter(adapter).recipe if adapter is not None else None
     if request.trained_on is not None:
         training = load_named_or_file(request.trained_on, request.data_dir, emit)
@@ -92,7 +92,7 @@ def _evaluate_one(
     clean: Mapping[str, Collection[int]],
     emit: Emit,
 ) -> dict[str, Any]:
-    """Complete and score all tasks with one model; returns its summary. `clean` is empty where it was not asked for."""
+    """Complete and score all tasks with one model; returns its summary. `clean` is empty if not requested."""
     settings = {
         **source.settings,
         "limit": request.limit,

@@ -1,8 +1,8 @@
 """Completions for prompts: greedy, 4 beams as the authors', or sampled; always full batches, sorted by length.
 
 Sequences that end leave their batch at once and the next prompts take their places (continuous batching on one padded
-cache), so no step is spent on finished ones. Padding is on the left and masked. What a sequence becomes does not depend on
-the others beyond floating point: beams compete within their item only, and every sample draws from a generator of its own.
+cache), so no step is spent on finished ones. Padding is on the left and masked. A sequence depends on the others only
+through rounding: beams compete within their item only, and every sample has its own generator.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from qdense.modeling.load import BaseModel
 class Decoding:
     """How the next tokens are chosen.
 
-    The authors pass temperature, top_p and top_k too, but with do_sample unset these do nothing: theirs is a deterministic
+    The authors also pass temperature, top_p and top_k, which do nothing without do_sample: theirs is a deterministic
     search with 4 beams.
 
     Attributes:
-        num_samples: completions of each item, drawn at `temperature` from the most likely tokens that hold `top_p` of the
+        num_samples: completions of each item, sampled at `temperature` from the most likely tokens with `top_p` of the
             probability; `seed` fixes them. A temperature of 0 takes the most likely token.
         batch_size_cpu, batch_size_cuda: sequences (with beams: items) at a time, where memory allows (planning/generation.py).
     """
@@ -44,7 +44,7 @@ class Decoding:
     batch_size_cuda: int = 128
 
     def record(self) -> dict[str, Any]:
-        """What of it can change a completion."""
+        """The settings that can change a completion."""
         settings = asdict(self)
         for key in ("batch_size_cpu", "batch_size_cuda"):
             del settings[key]
@@ -79,8 +79,8 @@ class Completion:
     Attributes:
         index: the item's number in the test set.
         completion: the text, without the marker that ended it.
-        finish: "eos"; "stop" where it ran into one of the template's headings; "length" where the token limit cut it off.
-        num_tokens: generated, the ending ones included.
+        finish: "eos"; "stop" at one of the template's headings; "length" at the token limit.
+        num_tokens: generated, including those that ended it.
         sample: which of the item's samples it is.
     """
 
@@ -93,7 +93,8 @@ class Completion:
 
 
 def longest_first(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """In the order of generation: neighbours are of nearly equal length, and memory runs short at once or never."""
+    """Prompts in the order of generation: neighbours have nearly equal length, and the longest come first, so memory runs
+    out early or never."""
     return sorted(prompts, key=lambda prompt: (-len(prompt.input_ids), prompt.index, prompt.sample))
 
 
@@ -108,18 +109,18 @@ def generate(
     batch_size: int,
     smaller_batch: Callable[[int], None] = lambda batch_size: None,
 ) -> Iterator[Completion]:
-    """Complete the prompts; completions come as they end.
+    """Complete the prompts; yields completions as they end.
 
-    Where memory runs out, the unfinished sequences start again in batches of half the size.
+    If memory runs out, unfinished sequences start again in batches of half the size.
 
     Args:
-        model: the base's own model, or the PeftModel on it.
+        model: the base's model, or the PeftModel on it.
         stop: texts that end a completion.
         batch_size: sequences (with beams: items) at a time.
         smaller_batch: is called with each new batch size.
 
     Raises:
-        EvaluationError: not even one sequence fits the memory.
+        EvaluationError: not even one sequence fits in memory.
     """
     queue = longest_first(prompts)[::-1]
     endings = _Endings(base, stop, max_new_tokens)
@@ -150,12 +151,12 @@ def generate(
 def _batches(
     base: BaseModel, model: Any, queue: list[Prompt], search: _Tokens | _Beams, batch_size: int
 ) -> Iterator[Completion]:
-    """Work on `queue` from its end. At any moment, `search.prompts` are those taken and not finished."""
+    """Work on `queue` from its end. `search.prompts` are always those taken and not finished."""
     batch: _Batch | None = None
     logits = torch.empty(0)
     while queue or search.prompts:
         free = batch_size - len(search.prompts)
-        # A prefill stops all others for a while: let half the places come free first (tools/results/generation.md).
+        # A prefill pauses all others, so wait until half the places are free (tools/results/generation.md).
         if queue and free >= (batch_size + 1) // 2:
             new = [queue.pop() for _ in range(min(free, len(queue)))]
             search.take(new)
@@ -201,7 +202,7 @@ class _Layer(DynamicLayer):
         return self.keys, self.values
 
     def place(self, keys: torch.Tensor, values: torch.Tensor, *, room_tokens: int = room_tokens) -> None:
-        """Take over keys and values, with room to grow after them."""
+        """Store keys and values, with room to grow."""
         self._buffers = tuple(torch.nn.functional.pad(states, (0, 0, 0, room_tokens)) for states in (keys, values))
         self.keys, self.values = (buffer[:, :, : keys.shape[2]] for buffer in self._buffers)
 
@@ -213,7 +214,7 @@ class _Layer(DynamicLayer):
 
 
 class _Batch:
-    """The sequences under way: their cache, which of its columns are real, and each row's next position."""
+    """The sequences in progress: their cache, its mask, and each row's next position."""
 
     def __init__(self, cache: Cache, mask: torch.Tensor) -> None:
         self.cache, self.mask = cache, mask  # mask: (rows, columns), 1 where a token is
@@ -266,7 +267,7 @@ def _prefill(base: BaseModel, model: Any, prompts: Sequence[Prompt], width: int)
         position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
         past_key_values=cache,
         use_cache=True,
-        # Not 1: that slice is strided, and on a CPU torch.matmul then copies the whole output layer for each row.
+        # Not 1, whose slice is strided: on a CPU torch.matmul would then copy the whole output layer for each row.
         logits_to_keep=torch.tensor([longest - 1], device=base.device),
     )
     batch = _Batch(cache, mask)
@@ -302,7 +303,7 @@ class _Endings:
 
     def __init__(self, base: BaseModel, stop: Sequence[str], max_new_tokens: int) -> None:
         self.tokenizer, self.stop, self.max_new_tokens = base.tokenizer, tuple(stop), max_new_tokens
-        own = base.model.generation_config.eos_token_id  # a chat model has a list of its own
+        own = base.model.generation_config.eos_token_id  # a chat model may have a list of them
         listed = own if isinstance(own, list) else [own]
         self.eos = {token for token in (base.tokenizer.eos_token_id, *listed) if token is not None}
         # Only a token with a marker's last character can complete the marker; "<0x3A>" is how SentencePiece spells a byte.

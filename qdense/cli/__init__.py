@@ -50,7 +50,7 @@ examples:
 `qdense COMMAND --help` has more of each.
 """
 
-# What can be wrong with a path that a user names.
+# Possible faults of a path that a user names.
 _PATH_FAULTS = {
     errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG
 }  # fmt: skip
@@ -59,7 +59,7 @@ _RUN_AGAIN = "run the same command again (train: with --resume, to continue from
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    # Idle OpenMP threads that spin starve each other: with a busy neighbour, CPU steps take 10 to 50 times as long.
+    # Spinning idle OpenMP threads starve each other: on a busy machine, CPU steps take 10 to 50 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = build_parser().parse_args(argv)
     try:
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and a closed terminal end a command as Ctrl-C does: through its clean-up, with the cursor shown again."""
+    """SIGTERM and a closed terminal end a command like Ctrl-C, with clean-up and the cursor restored."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt(number)

@@ -39,7 +39,7 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
 
 
 def as_toml(value: str | int) -> str:
-    """A value as TOML: JSON's spelling, but for characters that JSON would write as pairs of escapes."""
+    """A value as TOML: JSON, without escapes for characters outside ASCII."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -63,7 +63,7 @@ def memory_size(text: str) -> int:
     number = float(match[1]) if match else 0.0
     if match is None or number <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a memory size: a number and GiB or MiB, for instance 24GiB")
-    # "24 GB" on a card's box are 24 GiB in its driver.
+    # The 24 GB of a card's box are 24 GiB in its driver.
     return int(number * (2**30 if match[2][0] in "gG" else 2**20))
 
 

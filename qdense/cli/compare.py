@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
         text = drawn(lambda console: show_comparison(console, comparison))
     else:
         text = as_csv(comparison) if form == "csv" else as_markdown(comparison)
-        text = "\n".join(map(clean, text.split("\n")))  # it may be printed, and holds names of folders
+        text = "\n".join(map(clean, text.split("\n")))  # it may be printed, and contains names of folders
     if output is None:
         sys.stdout.write(text)
     else:

@@ -1,4 +1,4 @@
-"""`qdense data`: its only command so far is `check`."""
+"""`qdense data`: with one command, `check`."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         from qdense.ui.console import make_console
         from qdense.ui.tables import show_doctor
-    except Exception:  # what draws may be what is broken
+    except Exception:  # the drawing library itself may be broken
         for check in checks:
             print("\n  ".join(filter(None, (f"{check.state}: {check.name}: {check.detail}", check.remedy))))
     else:

@@ -154,7 +154,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _columns_of(adapter: Path | None) -> Columns | None:
-    """The columns of the data that the adapter was trained on, where its run tells them."""
+    """The columns of the data that the adapter was trained on, if its run has them."""
     from qdense.data.rows import Columns
     from qdense.recipe import load_recipe
     from qdense.runs import RunFolder

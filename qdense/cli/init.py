@@ -29,7 +29,7 @@ EXAMPLES = """\
 """
 
 _MODELS = ("llama3-8b", "llama3.2-3b", "llama3.2-1b", "smollm2-135m")  # from the largest down
-_CHARACTERS_PER_TOKEN = 3  # English has about 4; counting low keeps answers from being cut off
+_CHARACTERS_PER_TOKEN = 3  # English has about 4; a low estimate keeps answers from being cut off
 _EPOCHS = 3
 
 
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _fitting(arguments: argparse.Namespace, name: str, rows: Rows) -> tuple[Recipe, Plan, list[str]]:
-    """The recipe for the given model, or for the largest that fits. Raises RecipeError where none does."""
+    """The recipe for the given model, or for the largest that fits. Raises RecipeError if none does."""
     from qdense.planning.plan import make_plan
     from qdense.planning.shapes import model_shape
     from qdense.recipe import recipe_from_tables
@@ -79,7 +79,7 @@ def _fitting(arguments: argparse.Namespace, name: str, rows: Rows) -> tuple[Reci
         shape = model_shape(recipe.model.name)
         machine = machine_for(recipe, shape, arguments.memory)
         if not machine.kernels.is_cuda and not arguments.model and model != _MODELS[-1]:
-            continue  # without a GPU only the smallest is of use
+            continue  # without a GPU only the smallest is practical
         plan = make_plan(recipe, shape, machine)
         if plan.fits:
             return recipe, plan, body
@@ -91,7 +91,7 @@ def _fitting(arguments: argparse.Namespace, name: str, rows: Rows) -> tuple[Reci
 
 
 def _tables(arguments: argparse.Namespace, name: str, rows: Rows, model: str) -> Iterator[str]:
-    """The lines of the recipe. What it does not name has a default that fits."""
+    """The lines of the recipe. Keys that it omits have suitable defaults."""
     columns, lengths = rows.columns, _token_counts(rows.rows)
     num_validation = 0 if len(rows.rows) < 20 else min(120, len(rows.rows) // 10)
     num_training = len(rows.rows) - num_validation
@@ -136,7 +136,7 @@ def _tables(arguments: argparse.Namespace, name: str, rows: Rows, model: str) ->
 
 
 def _token_counts(rows: Sequence[Row]) -> list[int]:
-    """Roughly, from characters: no tokenizer need be at hand."""
+    """A rough count from characters, which needs no tokenizer."""
     from qdense.data.templates import TEMPLATES
 
     template = TEMPLATES["alpaca"]

@@ -66,7 +66,7 @@ def _count(arguments: argparse.Namespace, method: str | None) -> ParameterCount:
     asked = {key: value for key, value in asked.items() if value is not None}
     if arguments.subject.endswith(".toml") or os.path.isfile(arguments.subject):
         overrides = [f"adapter.{key}={as_toml(value)}" for key, value in asked.items()]
-        overrides.append('model.quantization="none"')  # it changes no count, and full fine-tuning has no other
+        overrides.append('model.quantization="none"')  # full fine-tuning requires it; no count depends on it
         recipe = load_recipe(arguments.subject, overrides)
         return count_parameters(recipe.model.name, recipe.adapter)
     base = {"name": "llama3-8b", "quantization": "none"}

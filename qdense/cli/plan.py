@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def machine_for(recipe: Recipe, shape: CatalogModel, memory_bytes: int | None) -> Machine:
-    """A card of this memory; without it, the machine that this runs on."""
+    """A card with this memory; if None, this machine."""
     from qdense.planning.plan import Machine
 
     if memory_bytes is not None:
@@ -70,7 +70,7 @@ def machine_for(recipe: Recipe, shape: CatalogModel, memory_bytes: int | None) -
 
 
 def has_gpu() -> bool:
-    """Whether this machine seems to have an NVIDIA GPU; asking torch would take seconds on a machine without one."""
+    """Whether this machine seems to have an NVIDIA GPU. Importing torch to ask would take seconds."""
     import shutil
 
     return shutil.which("nvidia-smi") is not None

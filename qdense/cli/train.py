@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qdense.ui.console import make_console
     from qdense.ui.training import TrainingDisplay
 
-    # Of several processes the first alone draws.
+    # Of several processes only the first draws.
     is_first = os.environ.get("RANK", "0") == "0"
     with TrainingDisplay(make_console(), quiet=arguments.quiet or not is_first) as show:
         show.status = "loading libraries"

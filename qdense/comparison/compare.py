@@ -1,8 +1,8 @@
-"""Runs side by side, from what their evaluations left on disk: no model, no data and no GPU is needed.
+"""Runs side by side, from the files of their evaluations. Needs no model, no data and no GPU.
 
-Runs of one recipe that differ in `training.seed` alone, evaluated alike, are one group; the first group is the reference.
-Only items that every evaluation holds are compared, so that every difference is paired. Settings that differ are reported,
-not refused: comparing two decodings is a fair question; comparing two versions of a test set is not.
+Runs of one recipe that differ only in `training.seed` and were evaluated alike form a group; the first group is the reference.
+Only items that every evaluation has are compared, so that every difference is paired. Different settings are reported and
+not refused: two decodings may be compared, two versions of a test set may not.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ NUM_DRAWS = 10_000
 
 
 def compare(evaluations: Sequence[Evaluation], *, rule: str = "paper", published: str | None = None) -> dict[str, Any]:
-    """Compare groups of evaluations on the items that all of them hold; the first evaluation's group is the reference.
+    """Compare groups of evaluations on the items that all of them have; the first evaluation's group is the reference.
 
     Args:
         rule: "paper" or "strict".
-        published: a model whose published rows are added; `evaluations` may be empty then.
+        published: a model whose published rows are added; then `evaluations` may be empty.
 
     Returns:
         plain data, as `qdense compare --format json` prints it: accuracies and differences as shares, published figures in
-        percent, as they were published.
+        percent, as published.
 
     Raises:
-        EvaluationError: they have nothing in common, or what they have in common is not the same test.
+        EvaluationError: they have nothing in common, or not the same test.
     """
     tasks = _common_tasks(evaluations)
     indices = {task: _common_items(evaluations, task) for task in tasks}
@@ -128,7 +128,7 @@ def _common_items(evaluations: Sequence[Evaluation], task: str) -> list[int]:
 
 
 def _grouped(evaluations: Sequence[Evaluation], tasks: Sequence[str]) -> list[list[Evaluation]]:
-    """The seeds of one recipe together, in the order given. Raises EvaluationError for what would be counted twice."""
+    """Group the seeds of one recipe, in the order given. Raises EvaluationError if one would be counted twice."""
     groups: dict[str, list[Evaluation]] = {}
     by_folder: dict[Path, Evaluation] = {}
     for evaluation in evaluations:
@@ -136,7 +136,7 @@ def _grouped(evaluations: Sequence[Evaluation], tasks: Sequence[str]) -> list[li
         earlier = by_folder.setdefault(folder, evaluation)
         if earlier is not evaluation:
             raise EvaluationError(f"{evaluation.run}: named twice ({earlier.run} is the same evaluation, {folder})")
-        # Without a recipe, nothing tells whose seed it would be.
+        # Without a recipe, it is not known whose seed this is.
         recipe = evaluation.recipe_without_seed() or str(folder)
         parts = [evaluation.settings["base_fingerprint"], evaluation.how(tasks), recipe]
         group = groups.setdefault(json.dumps(parts, sort_keys=True, default=str), [])
@@ -150,7 +150,7 @@ def _grouped(evaluations: Sequence[Evaluation], tasks: Sequence[str]) -> list[li
 
 
 def _identity(evaluation: Evaluation) -> dict[str, Any]:
-    """What a group is called, and how many parameters its recipe trains, where that can be known."""
+    """A group's label, and how many parameters its recipe trains, if known."""
     what = "endpoint" if "endpoint" in evaluation.settings else "base"
     identity: dict[str, Any] = {
         "name": f"{what} {Path(evaluation.settings['model']).name}" if evaluation.is_base else "adapter",
@@ -170,7 +170,7 @@ def _identity(evaluation: Evaluation) -> dict[str, Any]:
     try:
         count = count_parameters(evaluation.recipe["model"]["name"], AdapterRecipe.model_validate(adapter))
     except (ModelError, KeyError, ValidationError):
-        return identity  # a model whose shapes are not built in, or a recipe of another version
+        return identity  # a model whose shapes are not known, or a recipe of another version
     return identity | {"trainable_parameters": count.trainable_parameters, "trainable_percent": count.percent}
 
 
@@ -179,7 +179,8 @@ def _mean(matrices: Sequence[OutcomeMatrix]) -> float:
 
 
 def _accuracy(matrices: Sequence[OutcomeMatrix], *, is_average: bool = False) -> dict[str, Any]:
-    """Accuracy on one task, or on average over several: with Wilson's interval for one run on one task, else the bootstrap's."""
+    """Accuracy on one task, or on average over several: with Wilson's interval for one run on one task, otherwise the
+    bootstrap's."""
     num_seeds = len(matrices[0])
     if num_seeds == 1 and not is_average:
         interval = wilson_interval(int(matrices[0].sum()), matrices[0].shape[1], CONFIDENCE)
@@ -213,7 +214,7 @@ def _difference(
 
 
 def _published(model: str, tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows as plain data: figures of the tasks that are compared, and the average where it is over just these."""
+    """The rows as plain data: figures of the compared tasks, and the average if it is over exactly these."""
     rows = []
     for row in published_rows(model, tasks or None):
         shown = [task for task in row.percents if not tasks or task in tasks]

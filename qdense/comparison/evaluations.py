@@ -1,4 +1,4 @@
-"""Evaluations as `qdense evaluate` left them on disk, read and checked."""
+"""Evaluations from the files of `qdense evaluate`, read and checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qdense.errors import EvaluationError
 from qdense.recipe import flattened
 from qdense.runs import EvaluationFolder, RunFolder, find_evaluation
 
-# Settings that say which model and which items were scored; the others say how, and how must be the same within a group.
+# Settings that say which model and items were scored. The others say how, which must be the same within a group.
 _NOT_HOW = {"model", "base_fingerprint", "adapter_sha256", "limit", "data_sha256", "task_versions", "versions"}
 _BY_TASK = ("max_new_tokens", "data_sha256", "task_versions")
 
@@ -24,9 +24,9 @@ class Evaluation:
     """One finished evaluation.
 
     Attributes:
-        run: the folder as it was named.
-        folder: that of the evaluation's files.
-        recipe: the run's recipe.toml; None for a bare base, or an adapter that was not made here.
+        run: the folder as given.
+        folder: of the evaluation's files.
+        recipe: the run's recipe.toml; None for a bare base, or an adapter that was not trained here.
         outcomes: task -> rule -> index of an item -> 1 if it was right, else 0.
     """
 
@@ -45,12 +45,12 @@ class Evaluation:
         return self.settings["adapter_sha256"] is None
 
     def how(self, tasks: Sequence[str]) -> dict[str, Any]:
-        """What decides the completions on `tasks`, apart from base, adapter and data."""
+        """The settings that decide the completions on `tasks`, apart from base, adapter and data."""
         how = {key: value for key, value in self.settings.items() if key not in _NOT_HOW}
         return how | {"max_new_tokens": {task: self.settings["max_new_tokens"][task] for task in tasks}}
 
     def recipe_without_seed(self) -> dict[str, Any] | None:
-        """All that decided the adapter but its seed, its training rows included, by key ("adapter.r"); None if unknown."""
+        """Everything that decided the adapter except its seed, training rows included, by key ("adapter.r"); None if unknown."""
         if self.recipe is None or self.is_base:
             return None
         tables = {key: value for key, value in self.recipe.items() if key not in ("output", "provenance")}
@@ -63,11 +63,11 @@ def load_evaluation(path: Path) -> Evaluation:
     """Read an evaluation.
 
     Args:
-        path: a run (its newest finished evaluation is taken), an adapter's folder, runs/base-MODEL, or the evaluation's own
+        path: a run (for its newest finished evaluation), an adapter's folder, runs/base-MODEL, or the evaluation's own
             folder, RUN/eval/DIGEST.
 
     Raises:
-        EvaluationError: there is none, it was never finished, was made by an older version of qdense, or is damaged.
+        EvaluationError: there is none, or it is unfinished, from an older version of qdense, or damaged.
     """
     folder = find_evaluation(path)
     for file, why in (
@@ -131,7 +131,7 @@ def _checked_items(items: Any) -> dict[str, dict[str, dict[int, int]]]:
 
 
 def _read_recipe(path: Path) -> dict[str, Any] | None:
-    # Not load_recipe: what it names (a model's folder, a method of another version) need not exist here any more.
+    # Not load_recipe, because what the recipe names (a model's folder, a method of another version) may no longer exist.
     try:
         recipe = tomllib.loads(path.read_text(encoding="utf-8"))
         recipe["adapter"]["method"], recipe["adapter"]["r"], recipe["training"]["seed"]

@@ -1,4 +1,4 @@
-"""What must be told beside the numbers of a comparison, a sentence each."""
+"""Notes beside the numbers of a comparison, one sentence each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qdense.recipe import flattened
 
 
 def on_items(evaluations: Sequence[Evaluation], indices: Mapping[str, Sequence[int]]) -> Iterable[str]:
-    """Tasks and items that are left out; `indices` are those of each task that are compared."""
+    """Tasks and items that are omitted; `indices` are the compared ones of each task."""
     left_out = dict.fromkeys(task for one in evaluations for task in one.outcomes if task not in indices)
     if left_out:
         yield f"not in every run, so omitted: {', '.join(left_out)}"
@@ -59,7 +59,7 @@ def on_settings(groups: Mapping[str, Sequence[Evaluation]], tasks: Sequence[str]
 
 
 def on_seeds(groups: Mapping[str, Sequence[Evaluation]]) -> Iterable[str]:
-    """What the groups' numbers of seeds allow to conclude."""
+    """What can be concluded from the groups' numbers of seeds."""
     for label, group in groups.items():
         seeds = [one.seed for one in group]
         if len(set(seeds)) < len(seeds):
@@ -82,7 +82,7 @@ def on_seeds(groups: Mapping[str, Sequence[Evaluation]]) -> Iterable[str]:
 def on_published(
     rule: str, model: str | None, rows: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
 ) -> Iterable[str]:
-    """How the published rows may be read beside ours."""
+    """How to read the published rows beside ours."""
     if model is None:
         return
     if not rows:

@@ -1,7 +1,7 @@
-"""Published results, to be shown beside ours and never mixed with them: the figures that PAPER.md gathered.
+"""Published results, shown beside ours and never mixed with them.
 
-Accuracies in percent by the authors' rule and decoding, unquantized bases. A row whose figures come from third-party notes
-on the paper, not from the paper itself, says so, and so does each figure that is not certain.
+Accuracies in percent by the authors' rule and decoding, unquantized bases. Rows from third-party notes on a paper instead
+of the paper itself are marked, and so are uncertain figures.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Published:
     """One published row.
 
     Attributes:
-        model: a built-in name; None is shown beside every model.
+        model: a built-in name; None for a row shown beside every model.
         group: the tasks that `average` is over, a name of `GROUPS`.
-        trainable_percent: of the base's parameters, where it was published.
-        percents: task -> accuracy in percent; empty where the average alone is known.
+        trainable_percent: of the base's parameters, if published.
+        percents: task -> accuracy in percent; empty if only the average is known.
         doubts: task -> why its figure is not certain.
         source: where the figures were published.
-        is_third_party: whether they were taken from third-party notes on the source.
+        is_third_party: whether they come from third-party notes on the source.
         variant: what distinguishes it from another row of the same method and rank.
-        note: what else must be known.
+        note: anything else to know.
     """
 
     model: str | None
@@ -129,8 +129,8 @@ def published_rows(model: str, tasks: Collection[str] | None = None) -> list[Pub
     """The rows to show beside results of `model`.
 
     Args:
-        tasks: those that are shown. Rows without a figure for any of them are left out, unless the tasks are just those that
-            their average is over. None is all rows.
+        tasks: the tasks to show. Rows without a figure for any of them are omitted, unless their average is over exactly
+            these tasks. None for all rows.
     """
     rows = [row for row in PUBLISHED if row.model in (None, model)]
     if tasks is None:

@@ -1,7 +1,7 @@
 """Intervals for accuracies, and tests of two models on the same items.
 
-With one run on each side, the numbers are about these two runs and no others. Two runs of one recipe differ by their seed too,
-and nothing here can know by how much unless several seeds are given.
+With one run on each side, the numbers are about these two runs only. Two runs of one recipe differ by their seed too, and only
+several seeds can show by how much.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# What several runs of one recipe got right on one task: (num_seeds, num_items), 0 or 1; all tasks list the seeds in one order.
+# Outcomes of several runs of one recipe on one task: (num_seeds, num_items), 0 or 1; all tasks list the seeds in the same order.
 OutcomeMatrix = NDArray[np.integer]
 
-DRAWS_AT_A_TIME = 2**20  # numbers of a block of draws, so that many patterns of outcomes do not fill the memory
+DRAWS_AT_A_TIME = 2**20  # elements in a block of draws, so that many patterns of outcomes do not fill the memory
 
 
 def paired_p_value(first: OutcomeMatrix, second: OutcomeMatrix) -> float:
     """Exact two-sided test of whether two recipes do equally well on the same items.
 
     Items are the units: an item's outcomes under several seeds are not independent, so its difference is the mean over the
-    second's seeds minus that over the first's. If the two are equal, the sign of each difference is as likely + as -, and
-    the p value is the share of all 2^n assignments of signs whose sum is at least as far from 0 as the one observed
+    second's seeds minus that over the first's. If the two are equal, each sign is equally likely, and the p value is the
+    share of all 2^n assignments of signs whose sum is at least as far from 0 as the observed one
     (Fisher's randomisation test, 1935). With one seed a side this is McNemar's exact test: the binomial test of the
     discordant pairs. With different numbers of seeds on the two sides the differences are only nearly symmetric, and the test
-    nearly exact. The seeds are taken as they are: the test says nothing of seeds that were not run.
+    nearly exact. The seeds are fixed: the test says nothing about seeds that were not run.
 
     Args:
         first: (seeds of the first, items).
         second: (seeds of the second, items), the same items in the same order.
 
     Returns:
-        at most 1, and never 0: what is too small for a float is returned as the smallest one.
+        at most 1, and never 0; the smallest float if the value is too small for one.
     """
     differences = len(first) * second.sum(axis=0, dtype=np.int64) - len(second) * first.sum(axis=0, dtype=np.int64)
     magnitudes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
@@ -44,8 +44,8 @@ def paired_p_value(first: OutcomeMatrix, second: OutcomeMatrix) -> float:
     unit = int(np.gcd.reduce(magnitudes))
     magnitudes, observed = magnitudes // unit, observed // unit
     # Of the c differences of magnitude m, K are positive, K ~ Binomial(c, 1/2), and the sum of all is
-    # sum(2 m K) - sum(m c). So its distribution is that of independent binomials, each on a grid of its own: convolved
-    # with a binomial on a grid of m, every m-th entry is convolved by itself. All terms are positive: nothing cancels.
+    # sum(2 m K) - sum(m c). So its distribution is that of independent binomials on different grids: convolution with
+    # a binomial on a grid of m convolves every m-th entry separately. All terms are positive: nothing cancels.
     weights = np.ones(1)
     for magnitude, count in zip(magnitudes.tolist(), counts.tolist(), strict=True):
         grown = np.zeros(len(weights) + magnitude * count)
@@ -75,7 +75,7 @@ def _fair_coin(num_throws: int) -> NDArray[np.float64]:
 def holm(p_values: Sequence[float]) -> list[float]:
     """p values adjusted for their number, in the order given (Holm 1979).
 
-    To call those at most 0.05 significant is wrong about any of them with a probability of at most 0.05.
+    Calling those of at most 0.05 significant gives any false positive with a probability of at most 0.05.
     """
     adjusted = [0.0] * len(p_values)
     highest = 0.0
@@ -93,31 +93,31 @@ def bootstrap_interval(
     num_draws: int = 10_000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval (Efron 1979) of the average over tasks, each counting alike, or of its difference.
+    """Percentile bootstrap interval (Efron 1979) of the unweighted average over tasks, or of its difference.
 
-    Each draw takes as many items of every task as there are, with replacement and for both sides the same (paired), and
-    as many seeds as a side has, the same in every task. With one seed a side's variance from seed to seed is not in the
-    interval; with a few it is, but too small: the mean of n drawn seeds varies by (n - 1) / n of what it should.
-    An accuracy of 0 or 1 gives an interval of no width.
+    Each draw resamples the items of every task with replacement, the same for both sides (paired), and each side's
+    seeds, the same in every task. With one seed the interval does not include the variance over seeds; with a few
+    it does, but too little: the mean of n drawn seeds varies by (n - 1) / n of what it should.
+    An accuracy of 0 or 1 gives an interval of zero width.
 
     Args:
         tasks: for each task (seeds, items).
         reference: the other side, (its seeds, the same items) for each task; its average is subtracted.
 
     Returns:
-        (low, high); the same for the same arguments.
+        (low, high), deterministic.
     """
     others: Sequence[OutcomeMatrix] = reference if reference is not None else [task[:0] for task in tasks]
     num_seeds, num_others = len(tasks[0]), len(others[0])
     generator = np.random.default_rng(seed)
-    # How much each run counts, seeds of the reference negative: a row for each draw.
+    # The weight of each run, negative for the reference: a row for each draw.
     weights = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), num_draws) / num_seeds
     if num_others:
         theirs = generator.multinomial(num_others, np.full(num_others, 1 / num_others), num_draws) / num_others
         weights = np.hstack([weights, -theirs])
     averages = np.zeros(num_draws)
     for ours, other in zip(tasks, others, strict=True):
-        # Items with the same outcomes under all runs are alike: a draw is how many there are of each kind.
+        # Items with the same outcomes in all runs are interchangeable, so a draw is a count of each kind.
         num_items = ours.shape[1]
         patterns, counts = np.unique(np.vstack([ours, other]), axis=1, return_counts=True)
         for rows in _blocks(num_draws, len(counts)):

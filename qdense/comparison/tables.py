@@ -1,4 +1,4 @@
-"""A comparison as rows and columns: what Markdown and the terminal share, and the writing of CSV and Markdown."""
+"""A comparison as rows and columns, shared by Markdown and the terminal, and written as CSV and Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from qdense.benchmarks.tasks import GROUPS
 from qdense.comparison.published import WORKED_BACK
 
-AVERAGE = "avg"  # as the paper heads it; with "average" its Table 1 would not fit 80 columns
+AVERAGE = "avg"  # as in the paper; with "average" its Table 1 would not fit 80 columns
 CSV_COLUMNS = (
     *("kind", "label", "name", "model", "method", "r", "trainable_parameters", "trainable_percent", "runs", "seeds"),
     *("rule", "task", "num_items", "percent", "low", "high", "percent_by_seed"),
@@ -27,7 +27,7 @@ class Line:
 
     Attributes:
         kind: "ours", "published" or "published (third-party notes)".
-        cells: the figures of the sheet's columns, "" where there is none.
+        cells: the figures of the sheet's columns, or "".
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Sheet:
 
 
 def sheets(comparison: Mapping[str, Any]) -> list[Sheet]:
-    """One sheet, or without runs one for each group of tasks that published rows are about."""
+    """One sheet; without runs, one for each group of tasks with published rows."""
     tasks, published = comparison["tasks"], comparison["published"]
     if tasks:
         ours = [
@@ -83,7 +83,7 @@ def _published_lines(rows: Iterable[Mapping[str, Any]], tasks: Sequence[str]) ->
         )
         for row in rows
     ]
-    return sorted(lines, key=lambda line: line.kind)  # stable: those of third-party notes last
+    return sorted(lines, key=lambda line: line.kind)  # stable: third-party rows last
 
 
 def percent(share: float) -> str:
@@ -107,7 +107,7 @@ def p_value(p: float) -> str:
 
 
 def parts_of(group: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
-    """(task, its accuracy, its difference to the reference) of each task, then of the average; {} is no difference."""
+    """(task, its accuracy, its difference to the reference) of each task, then of the average; {} for no difference."""
     difference = group["difference"] or {"tasks": {}, "average": {}}
     for task, accuracy in group["tasks"].items():
         yield task, accuracy, difference["tasks"].get(task, {})
@@ -115,9 +115,9 @@ def parts_of(group: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any],
 
 
 def as_csv(comparison: Mapping[str, Any]) -> str:
-    """A line for each row and task, percent and percentage points; "average" is a task, and each note is a line of its own.
+    """A line for each row and task, in percent and percentage points; "average" is a task, and each note is a separate line.
 
-    Cells that hold several values (runs, seeds, percent_by_seed) are JSON lists.
+    Cells with several values (runs, seeds, percent_by_seed) are JSON lists.
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, CSV_COLUMNS, restval="", lineterminator="\n")
@@ -170,7 +170,7 @@ def as_csv(comparison: Mapping[str, Any]) -> str:
 
 
 def _exact(share: float) -> float:
-    """Percent, without the digits that binary fractions add."""
+    """Percent, rounded to hide binary fractions."""
     return round(100 * share, 6)
 
 
@@ -213,7 +213,7 @@ def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str
 
 
 def _escaped(text: str) -> str:
-    """Text that neither ends a cell nor begins markup."""
+    """Text escaped so that it neither ends a cell nor begins markup."""
     for mark in "\\|*`<[":
         text = text.replace(mark, f"\\{mark}")
     return " ".join(text.split("\n"))

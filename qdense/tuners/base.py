@@ -1,4 +1,4 @@
-"""What our PEFT tuners share: where they adapt, a linear layer that carries adapters, and the tuner that puts it in place.
+"""What our PEFT tuners share: which layers they adapt, a linear layer with adapters, and the tuner that inserts it.
 
 Which of PEFT's methods it overrides, and what breaks without that: qdense/compat/peft.py.
 """
@@ -56,7 +56,7 @@ class LinearTunerConfig(PeftConfig):
 
 
 class AdaptedLinear(nn.Module, BaseTunerLayer):
-    """A frozen linear layer (float, 4-bit or 8-bit) with adapters. A subclass says what one of them does to the output."""
+    """A frozen linear layer (float, 4-bit or 8-bit) with adapters. A subclass defines what an adapter does to the output."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -68,11 +68,11 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
 
     def read(self, adapter: str, x: Tensor) -> tuple[Tensor, Any]:
-        """What `adapter` takes of the layer's input `x` (..., d_in), after the input that the frozen layer is to read."""
+        """The input for the frozen layer, and what `adapter` takes of the layer's input `x` (..., d_in)."""
         return x, x
 
     def adapt(self, adapter: str, taken: Any, output: Tensor) -> Tensor:
-        """`output` (..., d_out) as `adapter` changes it, in its dtype, given what it has taken of the input."""
+        """`output` (..., d_out) changed by `adapter`, in the same dtype, given what it has taken of the input."""
         raise NotImplementedError
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -81,7 +81,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     @property
     def adapter_dtype(self) -> torch.dtype:
-        """What a new adapter is made in: what the base computes in."""
+        """The dtype of a new adapter: the base's compute dtype."""
         dtype: torch.dtype = getattr(self.get_base_layer(), "compute_dtype", None) or self.weight.dtype
         return dtype if dtype.is_floating_point else torch.get_default_dtype()  # 8-bit layers have no compute dtype
 
@@ -114,14 +114,14 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         return output
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters to the weight, in fp32 and rounded once. The tuner has checked that they can be merged."""
+        """Add the adapters to the weight, in fp32 and rounded once. The tuner has checked that they can be."""
         for adapter in adapters_to_merge(self, adapter_names):
             if self.has_adapter(adapter):
                 self._add_to_weight(self.get_delta_weight(adapter), check_finite=safe_merge)
                 self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
-        """Take the merged adapters off again; in bf16 the weight comes back within its rounding, not bit by bit."""
+        """Remove the merged adapters; in bf16 the weight is restored up to rounding, not bit by bit."""
         while self.merged_adapters:
             self._add_to_weight(-self.get_delta_weight(self.merged_adapters.pop()), check_finite=False)
 
@@ -146,7 +146,7 @@ class LinearTuner(BaseTuner):
     }
 
     def update_layer(self, layer: Any, adapter_name: str, config: Any, kind: str, key: str) -> None:
-        """Give `layer` the adapter. `kind` is the module's own name ("q_proj"), `key` its whole one in the base."""
+        """Give `layer` the adapter. `kind` is the module's own name ("q_proj"), `key` its full name in the base."""
         layer.update_layer(adapter_name, config)
 
     def _create_and_replace(
@@ -174,12 +174,12 @@ class LinearTuner(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # Not super()'s: adapters are made where the base's weight lies, and moving an 8-bit or 4-bit layer fails while they
-        # are on the meta device (low_cpu_mem_usage).
+        # Not super()'s: adapters are created on the device of the base's weight, and moving an 8-bit or 4-bit layer fails
+        # while they are on the meta device (low_cpu_mem_usage).
         setattr(parent, child_name, new_module)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """The adapter's parameters in all layers; frozen factors that are buffers are none."""
+        """The adapter's parameters in all layers, without frozen factors in buffers."""
         for module in self.model.modules():
             if isinstance(module, AdaptedLinear):
                 yield from (t for t in module.adapter_tensors(adapter_name) if isinstance(t, nn.Parameter))

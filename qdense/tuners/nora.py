@@ -3,7 +3,7 @@
     dW = (alpha / r_inner) * B_out B_in A_in A_out
 
 The outer pair, A_out (r, d_in) and B_out (d_out, r), is the rank-r SVD of the frozen weight W0 (dequantized, if the base is
-quantized) and stays as it is. The inner pair, A_in (r_inner, r) and B_in (r, r_inner), is trained: 2 r r_inner numbers a layer.
+quantized) and stays frozen. The inner pair, A_in (r_inner, r) and B_in (r, r_inner), is trained: 2 r r_inner numbers a layer.
 
 The SVD is activation-aware where calibration statistics are given: W0 S = U Sigma V^T with S = diag(mean |x|^exponent), and
 S^-1 goes into the input side. Three ways of splitting, U Sigma V^T S^-1 = B_out A_out:
@@ -44,8 +44,8 @@ class NoraConfig(LinearTunerConfig):
     """Configuration of NoRA (arXiv:2408.10280).
 
     Attributes:
-        statistics: what `calibrate` has measured, or None for a plain SVD. Read once, when the adapter is made; no field, so
-            it is not saved.
+        statistics: the result of `calibrate`, or None for a plain SVD. Read once, when the adapter is created. Not a field,
+            so it is not saved.
 
     Raises ValueError, with the field and the accepted values, when a setting is out of range.
     """
@@ -99,7 +99,7 @@ def nora_delta(
 ) -> Tensor:
     """Adapter output that is added to the frozen projection: scaling * B_out (B_in (A_in (A_out x))).
 
-    The inner pair computes in its own dtype: kept in fp32 beside a bf16 base, it costs next to nothing.
+    The inner pair computes in its own dtype; fp32 beside a bf16 base costs almost nothing.
 
     Args:
         x: (..., d_in), dtype of the outer pair.
@@ -121,9 +121,9 @@ def outer_pair(
 ) -> tuple[Tensor, Tensor]:
     """A_out and B_out of a weight: its best rank-r approximation under S, as two factors.
 
-    One full SVD in fp32 where the weight lies, since randomized ones are not exact: O(d_out d_in min(d_out, d_in)). One CPU
-    core took 0.12 s for 576 x 1536 and 1.9 s for 2048 x 2048; by that law LLaMA-3-8B's 160 take it an hour or two, so let
-    its weights lie on a GPU (not timed).
+    One full SVD in fp32 on the weight's device, since randomized ones are not exact: O(d_out d_in min(d_out, d_in)). One CPU
+    core took 0.12 s for 576 x 1536 and 1.9 s for 2048 x 2048; LLaMA-3-8B's 160 should take it an hour or two, so load the
+    model on a GPU (not timed).
 
     Args:
         weight: W0, (d_out, d_in), any float dtype.
@@ -139,7 +139,7 @@ def outer_pair(
         u, sigma, v = torch.linalg.svd(weight, full_matrices=False)
     else:
         scale = activation_scale.to(weight)
-        # An input that was always zero has no inverse; far below the largest, its share of W0 S is small enough.
+        # An input that was always zero has no inverse; a value far below the largest makes its share of W0 S negligible.
         scale = scale.clamp_min(1e-6 * scale.max().item())
         u, sigma, v = torch.linalg.svd(weight * scale, full_matrices=False)
         v = v / scale
@@ -155,7 +155,7 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Tensor]], config: NoraC
 
     Args:
         model: the base, before it is adapted.
-        batches: `input_ids` (batch, length) and, where there is padding, `attention_mask`; padded tokens do not count.
+        batches: `input_ids` (batch, length) and, with padding, `attention_mask`; padded tokens do not count.
         config: its targets and its exponent are read.
 
     Returns:
@@ -196,7 +196,7 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Tensor]], config: NoraC
 class NoraLinear(AdaptedLinear):
     """A frozen linear layer (float, 4-bit or 8-bit) plus NoRA's output for each active adapter.
 
-    The outer pair lies in buffers, not parameters: nothing that PEFT does to parameters can make it trainable.
+    The outer pair is in buffers and not in parameters, which PEFT could make trainable.
     """
 
     adapter_layer_names = ("nora_inner_a", "nora_inner_b")

@@ -15,7 +15,7 @@ from qdense.ui.console import plain_decimals
 
 
 def show_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
-    """What `qdense compare` found: who is who, all accuracies side by side, each group with its intervals and tests, notes."""
+    """The result of `qdense compare`: the runs, all accuracies side by side, each group with its intervals and tests, notes."""
     groups = comparison["groups"]
     for group in groups:
         console.print(_hanging(group["label"], ", ".join(run["run"] for run in group["runs"]), "bold"))
@@ -38,7 +38,7 @@ def show_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
 
 
 def _hanging(label: str, text: str, style: str) -> Table:
-    """A label, and text whose further lines are aligned with its first."""
+    """A label, and a text with a hanging indent."""
     grid = Table.grid(padding=(0, 1))
     grid.add_column(width=max(1, len(label)), no_wrap=True, style=style)
     grid.add_column(overflow="fold", style=style)
@@ -57,7 +57,7 @@ def _group_facts(group: Mapping[str, Any]) -> str:
 
 
 def _show_sheet(console: Console, sheet: Sheet) -> None:
-    """Rows by kind under its name; as many columns at a time as the console is wide."""
+    """Rows by kind, each under its name; as many columns at a time as fit the console."""
     names = [clean(line.name) for line in sheet.lines]
     first = min(max(map(len, names)), 24 if console.width >= 100 else 17)
     widths = [max(len(clean(column)), 5) for column in sheet.columns]
@@ -69,7 +69,7 @@ def _show_sheet(console: Console, sheet: Sheet) -> None:
     has_room = len(parts) == 1 and first + sum(widths) + len(widths) + len(" trainable %") <= console.width
     for part in parts:
         for i, kind in enumerate(dict.fromkeys(line.kind for line in sheet.lines)):
-            # A table for each kind, its name above it: in a cell it would widen the column.
+            # A table for each kind, with its name above it, because in a cell it would widen the column.
             table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim", show_header=i == 0)
             table.add_column("", width=first, overflow="fold")
             if has_room:
@@ -86,7 +86,7 @@ def _show_sheet(console: Console, sheet: Sheet) -> None:
 
 
 def _group_table(group: Mapping[str, Any], num_items: Mapping[str, int], *, is_narrow: bool) -> Table:
-    """A row for each task: items (of the reference), accuracy, spread of the seeds, difference and p values (of the others)."""
+    """A row for each task: items (for the reference), accuracy, spread over seeds, difference and p values (for the others)."""
     difference, is_pooled = group["difference"], len(group["runs"]) > 1
     comma = "," if is_narrow else ", "
     table = Table(box=None, padding=(0, 1 if is_narrow else 3, 0, 0), pad_edge=False, header_style="dim")

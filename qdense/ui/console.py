@@ -1,4 +1,4 @@
-"""The console, what a display has in common with the next, and how sizes, durations and percentages are written."""
+"""The console, what displays have in common, and the format of sizes, durations and percentages."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def drawn(draw: Callable[[Console], None]) -> str:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """`values` in `width` characters at most, each the mean of its share, scaled between smallest and largest."""
+    """`values` as at most `width` bars, each the mean of its share, scaled between smallest and largest."""
     if not values or width < 1:
         return ""
     width = min(width, len(values))
@@ -67,7 +67,7 @@ def size(num_bytes: float) -> str:
 
 
 def plain_decimals(number: float, digits: int) -> str:
-    """ "0.00048", "4.1", "240": as many significant digits, and never an exponent. Digits before the point are all kept."""
+    """ "0.00048", "4.1", "240": this many significant digits and no exponent. All digits before the point are kept."""
     if number == 0 or not math.isfinite(number):
         return f"{number:g}"
     text = f"{number:.{max(0, digits - 1 - math.floor(math.log10(abs(number))))}f}"
@@ -92,7 +92,7 @@ def facts_panel(title: str, facts: Sequence[tuple[str, str]]) -> Panel:
 
 
 class _Unbreakable:
-    """A stream whose reader may go away (a closed terminal, `| head`): what is written then is lost, and nothing else."""
+    """A stream whose reader may go away (a closed terminal, `| head`). Only what is written after that is lost."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -107,7 +107,7 @@ class _Unbreakable:
         try:
             return action()
         except OSError:
-            with suppress(OSError, ValueError):  # so that the interpreter's own last flush does not fail either
+            with suppress(OSError, ValueError):  # so that the interpreter's last flush does not fail either
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             return instead
 
@@ -118,12 +118,12 @@ class _Unbreakable:
 class Display:
     """A job on the screen: `with Display(console) as show: job(emit=show)`.
 
-    Subclasses keep their state in `update`, draw it in `render`, and say it in a line in `plain`.
+    Subclasses keep their state in `update`, draw it in `render`, and print it as a line in `plain`.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic, *, quiet: bool = False) -> None:
         self.console, self.clock, self.quiet = console, clock, quiet
-        console.file = cast("IO[str]", _Unbreakable(console.file))  # no job ends because nobody is watching
+        console.file = cast("IO[str]", _Unbreakable(console.file))  # a job must not end because nobody is watching
         self._live: Live | None = None
         self._last_plain = -_PLAIN_INTERVAL_SECONDS
         self.status = ""
@@ -164,7 +164,7 @@ class Display:
 
     def _print(self, text: Text, *, even_if_quiet: bool = False) -> None:
         if not self.quiet or even_if_quiet:
-            # Lines of a log are not wrapped: what reads them later may.
+            # Lines of a log are not wrapped; its reader can do that.
             self.console.print(text, soft_wrap=not self.console.is_terminal)
 
     def _is_time(self) -> bool:

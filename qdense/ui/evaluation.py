@@ -19,7 +19,7 @@ _NARROW, _WIDE = 80, 100  # columns
 
 
 class EvaluationDisplay(Display):
-    """A table that fills while completions come: a row for each task and model, both rules with their intervals."""
+    """A table that fills as completions arrive: a row for each task and model, both rules with their intervals."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic, *, quiet: bool = False) -> None:
         super().__init__(console, clock, quiet=quiet)
@@ -71,7 +71,8 @@ class EvaluationDisplay(Display):
 
     @property
     def _has_room_for_counts(self) -> bool:
-        """For completions that hit the token limit, and items without an answer by the strict rule; else they are a line."""
+        """Columns for completions that hit the token limit and for items without an answer by the strict rule; otherwise a
+        line."""
         return self.console.width >= _WIDE
 
     def _counts_line(self) -> str:

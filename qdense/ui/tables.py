@@ -1,4 +1,4 @@
-"""The results of commands as tables: a `show_` function for each command, but for `compare` (see `comparison`)."""
+"""The results of commands as tables: a `show_` function for each command except `compare` (see `comparison`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qdense.methods import METHODS
 from qdense.text import clean
 from qdense.ui.console import accuracy_text, plain_decimals, size
 
-if TYPE_CHECKING:  # of these, some would import torch, which most commands can do without
+if TYPE_CHECKING:  # some of these import torch, which most commands do not need
     from qdense.analysis import Analysis
     from qdense.benchmarks.tasks import Task
     from qdense.doctor import Check
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # of these, some would import torch, which most commands can 
 
 
 def show_score(console: Console, result: dict[str, Any]) -> None:
-    """What `qdense score` found."""
+    """The result of `qdense score`."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("rule", no_wrap=True)
     for name in ("right", "%, 95% Wilson", "no answer"):
@@ -40,7 +40,7 @@ def show_score(console: Console, result: dict[str, Any]) -> None:
 
 
 def show_contamination(console: Console, origin: str, found: Mapping[str, Mapping[str, Any]]) -> None:
-    """What `qdense data check` found: a line for each task, then an example of each kind of match."""
+    """The result of `qdense data check`: a line for each task, then an example of each kind of match."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("task", no_wrap=True)
     for name in ("items", "exact", "near", "same numbers", "other numbers", "clean"):
@@ -101,7 +101,7 @@ def show_methods(console: Console, counts: Sequence[ParameterCount]) -> None:
 
 
 def show_merge(console: Console, report: MergeReport) -> None:
-    """What `qdense merge` wrote, and what it cost."""
+    """The result of `qdense merge`, and its rounding error."""
     console.print(clean(f"wrote {report.folder}: the adapter on {report.onto} weights, rounded to {report.rounded_to}"))
     console.print(
         f"lost to rounding: {plain_decimals(100 * report.lost_median, 2)}% of an update in the median of {report.num_layers} "
@@ -158,7 +158,7 @@ _PARTS = {
 
 
 def show_plan(console: Console, plan: Plan, title: str, longest_context_tokens: int) -> None:
-    """The table of `qdense plan`: where each GiB goes at the peak, whether it fits, how it will run."""
+    """The table of `qdense plan`: where memory goes at the peak, whether it fits, how it will run."""
     machine = plan.machine
     console.print(Text(clean(f"{title}: {plan.summary}"), style="bold"))
     table = Table(box=None, padding=(0, 1), show_header=False)
@@ -208,7 +208,7 @@ def show_parameters(console: Console, count: ParameterCount) -> None:
 
 
 def show_doctor(console: Console, checks: Sequence[Check]) -> None:
-    """The table of `qdense doctor`: a line for each check, with the remedy beneath a bad one."""
+    """The table of `qdense doctor`: a line for each check, with the remedy under a bad one."""
     table = Table(box=None, padding=(0, 1), show_header=False)
     table.add_column("", no_wrap=True)
     table.add_column("", no_wrap=True, style="bold")

@@ -25,7 +25,7 @@ from qdense.ui.console import Display, duration, facts_panel, size, sparkline
 
 
 class TrainingDisplay(Display):
-    """Recipe and model at a glance; step, loss, validation, learning rate, gradient, speed, memory, time left."""
+    """Recipe and model; step, loss, validation, learning rate, gradient, speed, memory, time left."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic, *, quiet: bool = False) -> None:
         super().__init__(console, clock, quiet=quiet)

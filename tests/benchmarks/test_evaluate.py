@@ -207,7 +207,9 @@ def test_each_start_is_told_by_itself(finished_run, tmp_path, monkeypatch):
     assert second["folder"] == first["folder"]
     assert [session["git_hash"] for session in second["sessions"]] == ["first", "second"]
     assert [session["stored_as"] for session in second["sessions"]] == ["bfloat16, with NF4's values", "nf4"]
-    assert sum("completions made by qdense at first; continuing at second" in getattr(e, "text", "") for e in events) == 1
+    assert (
+        sum("completions made by qdense at first; continuing at second" in getattr(e, "text", "") for e in events) == 1
+    )
     assert lines_of(second) == lines_of(first)  # bit for bit the same, held in either way
     events.clear()
     assert evaluate(request, events.append)["sessions"] == second["sessions"]  # nothing was left to complete

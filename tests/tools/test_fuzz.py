@@ -182,7 +182,8 @@ def test_completions_of_an_earlier_start_of_wrong_types(bare_evaluation, key, va
     path.write_text(whole + json.dumps(json.loads(whole) | {"index": 1, key: value}) + "\n")
     try:
         with pytest.raises(
-            EvaluationError, match=rf"wordproblems\.jsonl, line 2: not a completion as qdense writes them \({key} must be"
+            EvaluationError,
+            match=rf"wordproblems\.jsonl, line 2: not a completion as qdense writes them \({key} must be",
         ):
             evaluate(request, ignore)
     finally:

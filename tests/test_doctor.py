@@ -111,7 +111,7 @@ def test_the_extras_of_pyproject_are_those_that_doctor_and_commands_name():
 
 @pytest.mark.parametrize("package", ["torch", "peft", "rich", "packaging"])
 def test_a_package_that_cannot_be_imported_is_a_line(package, tmp_path):
-    """In a process of its own: nothing of it is imported yet."""
+    """In a separate process, where nothing is imported yet."""
     (tmp_path / f"{package}.py").write_text("raise OSError('libfoo.so.1: cannot open shared object file')")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     outcome = subprocess.run(

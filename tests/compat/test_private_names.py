@@ -1,4 +1,4 @@
-"""Private names of other libraries stand in qdense/compat and nowhere else; nobody outside the package uses its own."""
+"""Private names of other libraries appear only in qdense/compat; no code outside the package uses qdense's."""
 
 import ast
 
@@ -37,7 +37,7 @@ def private_imports(tree):
 
 
 def defined_names(tree):
-    """Private names that the file gives to something of its own."""
+    """Private names that the file defines itself."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name

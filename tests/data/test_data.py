@@ -197,7 +197,7 @@ def test_a_data_folder_comes_first(tmp_path):
 
 
 def test_a_hub_data_set_comes_through_datasets(tmp_path, monkeypatch):
-    """`datasets` itself, on a repository that lies on the disk under the hub's kind of name."""
+    """`datasets` itself, on a repository on disk with a name like the hub's."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "owner" / "set"
     folder.mkdir(parents=True)

@@ -161,7 +161,7 @@ def test_a_redirection_out_of_http_is_refused(server, tmp_path):
 
 
 def test_a_disk_that_fills_up_meanwhile_leaves_no_bad_file(server, tmp_path, monkeypatch):
-    """What has come is kept as a part, and a later call goes on with it."""
+    """What has arrived is kept as a part, and a later call continues it."""
     from pathlib import Path
 
     opened = Path.open

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server as a process of its own: `python endpoint_server.py LOG`. It prints its port.
+"""An OpenAI-compatible server in a separate process: `python endpoint_server.py LOG`. It prints its port.
 
 The model's name chooses how it behaves. Every request is a line of LOG: path, key and body.
 """

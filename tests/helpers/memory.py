@@ -87,7 +87,7 @@ class UncountedHostMemory(HostMemory):
 
 
 class LateHostMemory(HostMemory):
-    """Copies as late as a stream of their own may make them: when the computation waits for one, in order.
+    """Makes copies as late as a separate stream may: when the computation waits for one, in order.
 
     Attributes:
         waiting: (target, source) of copies that were started and not waited for.

@@ -8,7 +8,7 @@ import torch
 
 
 def make_tokenizer():
-    """A byte-level tokenizer without merges: 256 bytes, and special tokens behind them."""
+    """A byte-level tokenizer without merges: 256 bytes, then special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

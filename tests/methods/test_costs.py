@@ -1,4 +1,4 @@
-"""What the planner is told of each method, counted in the method's own layers."""
+"""What each method tells the planner, counted in the method's layers."""
 
 import dataclasses
 import math

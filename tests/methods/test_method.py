@@ -14,7 +14,7 @@ IDS = torch.arange(40).reshape(2, 20)
 
 @pytest.mark.parametrize("method", TRAINED)
 def test_what_must_have_a_gradient_from_the_first_step_on_has_one(tiny_model, tmp_path, method):
-    """And what need not, has none: behind a factor that is zero (AdaLoRA's penalty moves its factors all the same)."""
+    """And what need not have one, has none: before a factor that is zero (AdaLoRA's penalty still moves its factors)."""
     recipe = method_recipe(
         tiny_model, tmp_path, method, "none", adapter__dtype="float32", model__dtype="float32", adapter__dropout=0.0
     )

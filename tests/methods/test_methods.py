@@ -76,7 +76,7 @@ def test_it_starts_as_the_base(tiny_model, method, tmp_path):
 
 @pytest.mark.parametrize("method", TRAINED)
 def test_a_resumed_run_is_the_uninterrupted_one(tiny_model, tmp_path, method, monkeypatch):
-    """Killed behind step 4: for AdaLoRA, between two cuts."""
+    """Killed after step 4: for AdaLoRA, between two cuts."""
     own = {"adapter__adalora": {"cut_every": 1}, "training__keep": "last"}
     base = bases_of(method)[0]
 

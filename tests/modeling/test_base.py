@@ -1,4 +1,4 @@
-"""The base: quantized once, recognised wherever it lies, refused with the next step where it cannot be had."""
+"""The base: quantized once, recognised wherever it is, and refused with the next step if it cannot be found."""
 
 import json
 import shutil

@@ -372,7 +372,7 @@ def test_no_offloaded_input_stays_on_the_device(offloading):
 
 
 def test_the_input_alone_waits_in_host_memory():
-    """Not another tensor that lies at the input's address: what a layer is given beside it stays where it is."""
+    """Not another tensor at the input's address: a layer's other arguments stay where they are."""
 
     class Layer(GradientCheckpointingLayer):
         def forward(self, hidden, other):

@@ -44,7 +44,7 @@ def test_the_first_is_a_request_and_the_second_leaves_at_once(number):
 
 
 def test_a_display_that_hangs_keeps_nobody():
-    """It is told in a thread that ends with the process."""
+    """It is reported in a thread that ends with the process."""
     threads, release = [], threading.Event()
 
     def emit(event):

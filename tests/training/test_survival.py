@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, doubled or changed: what happens to them, and what a user is told. tools/faults.py does more."""
+"""Runs that are stopped, killed, started twice or changed: what happens, and what the user sees. tools/faults.py does more."""
 
 import io
 import json

@@ -42,7 +42,7 @@ def test_tensorboard_has_the_recipe_and_every_metric(tiny_model, tmp_path):
 
 
 def test_trackio_has_the_recipe_and_every_metric(tiny_model, tmp_path, monkeypatch):
-    """In processes of its own: trackio reads its folder's name when it is imported."""
+    """In separate processes: trackio reads its folder's name when it is imported."""
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
 
     def printed(*command):

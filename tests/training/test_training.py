@@ -131,7 +131,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny_model, tmp_path, settings, 
         pass
 
     def emit(event):
-        if isinstance(event, StepDone) and event.step == 5:  # one step behind the checkpoint of step 4
+        if isinstance(event, StepDone) and event.step == 5:  # one step after the checkpoint of step 4
             raise Killed
 
     with pytest.raises(Killed):
@@ -181,7 +181,7 @@ def test_micro_batches_do_not_change_the_loss(tiny_model, tmp_path):
 
 
 def test_the_best_weights_are_kept(tiny_model, tmp_path):
-    # So large a constant learning rate makes the validation loss jump; stop just behind a step where it rose.
+    # Such a large constant learning rate makes the validation loss jump; stop just after a step where it rose.
     settings = {
         "training__learning_rate": 0.9,
         "training__warmup_steps": 3,

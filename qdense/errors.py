@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_MOST_SHOWN = 40  # names in a list of known ones
+
 
 class QDenseError(Exception):
     """An error whose text says what is wrong, where, what is accepted and what to do next."""
@@ -46,10 +48,17 @@ class EvaluationError(QDenseError):
     """An evaluation cannot start or continue."""
 
 
+def shortened(text: str, limit: int = 60) -> str:
+    """The text, cut off after `limit` characters: a name in a stranger's file may have any length."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean "x"?` for the closest known name (empty if none is close) and the list of all."""
     known = sorted(known)
+    shown = [shortened(each) for each in known[:_MOST_SHOWN]] + (["..."] if len(known) > _MOST_SHOWN else [])
     folded = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.6)
-    guess = f'; did you mean "{folded[close[0]]}"?' if close else ";"
-    return f"{guess} known: {', '.join(known)}"
+    is_short = len(name) <= 200 and len(known) <= 1000  # comparing takes the product of the lengths
+    close = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.6) if is_short else []
+    guess = f'; did you mean "{shortened(folded[close[0]])}"?' if close else ";"
+    return f"{guess} known: {', '.join(shown)}"

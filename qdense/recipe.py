@@ -20,7 +20,7 @@ from qdense.catalogs.choices import Activation, Init, Sharing, ZeroInit
 from qdense.catalogs.datasets import TRAINING_SETS
 from qdense.catalogs.families import MODULE_LETTERS, PAPER_TARGET_MODULES
 from qdense.catalogs.models import CATALOG
-from qdense.errors import RecipeError, did_you_mean
+from qdense.errors import RecipeError, did_you_mean, shortened
 from qdense.methods import METHODS
 
 Optimizer = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"]
@@ -435,7 +435,7 @@ def _conflicts(tables: Mapping[str, Any], wrong: set[str]) -> Iterator[tuple[str
         known = sorted(set(method.factors.values()))
         for name in sorted(rates.keys() - set(known)):
             message = f"{method.name} trains no such tensors{did_you_mean(name, known)}"
-            yield f"training.rates.{name}", f"training.rates.{name}", message
+            yield f"training.rates.{name}", f"training.rates.{shortened(name)}", message
     quantization = value("model", "quantization")
     if method is not None and quantization and quantization not in method.quantizations:
         accepted = " or ".join(f'"{name}"' for name in method.quantizations)
@@ -458,14 +458,22 @@ def _location(details: Any) -> list[str]:
     for part in details["loc"]:
         if isinstance(part, str) and part in table.model_fields:
             location.append(part)
-            annotation = table.model_fields[part].annotation
-            if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            inner = _table_type(table.model_fields[part].annotation)
+            if inner is None:
                 break
-            table = annotation
+            table = inner
         elif details["type"] == "extra_forbidden":
-            location.append(str(part))
+            location.append(shortened(str(part)))
             break
     return location
+
+
+def _table_type(annotation: Any) -> type[BaseModel] | None:
+    """The table that a field's annotation stands for, alone or as `Table | None`."""
+    found = [
+        each for each in (annotation, *get_args(annotation)) if isinstance(each, type) and issubclass(each, BaseModel)
+    ]
+    return found[0] if found else None
 
 
 def _explain(location: Sequence[str], details: Any) -> tuple[str, str]:
@@ -488,9 +496,9 @@ def _explain(location: Sequence[str], details: Any) -> tuple[str, str]:
 def _table(location: Sequence[str]) -> type[BaseModel]:
     table: type[BaseModel] = Recipe
     for part in location:
-        annotation = table.model_fields[part].annotation
-        assert isinstance(annotation, type)
-        table = annotation
+        inner = _table_type(table.model_fields[part].annotation)
+        assert inner is not None
+        table = inner
     return table
 
 
@@ -504,4 +512,4 @@ def _description(location: Sequence[str]) -> str:
 
 def _shown(value: Any) -> str:
     text = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shortened(text)

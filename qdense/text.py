@@ -8,11 +8,11 @@ import re
 
 _SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY")
 _SHORTEST_SECRET = 8  # local servers use "x" as a key, which is part of many words
-_IN_ADDRESSES = (
-    (re.compile(r"//[^/\s\"'@]+@"), "//***@"),  # user and password
-    (re.compile(r"[^/\s\"'@:]+:[^/\s\"'@]+@"), "***@"),  # the same without a scheme
-    (re.compile(r"([?&][\w-]*(?:key|token|secret|password|signature)[\w-]*=)[^&\s\"']+", re.IGNORECASE), r"\1***"),
-)
+# Each is linear in the length of the text: what is shown may be a stranger's.
+_USER = re.compile(r"//[^/\s\"'@]+@")
+_WORD = re.compile(r"[^/\s\"']+")
+_PARAMETER = re.compile(r"([?&])([\w-]+)=([^&\s\"']+)")
+_SECRET_PARAMETER = re.compile("key|token|secret|password|signature", re.IGNORECASE)
 
 
 def clean(text: str) -> str:
@@ -26,9 +26,20 @@ def without_secrets(text: str) -> str:
         value = os.environ.get(variable, "").strip()
         if len(value) >= _SHORTEST_SECRET:
             text = text.replace(value, "***")
-    for pattern, masked in _IN_ADDRESSES:
-        text = pattern.sub(masked, text)
-    return text
+    text = _WORD.sub(_without_password, _USER.sub("//***@", text))
+    return _PARAMETER.sub(_without_value, text)
+
+
+def _without_password(word: re.Match[str]) -> str:
+    """ "user:password@host" as "***@host"."""
+    *heads, tail = word[0].split("@")
+    masked = ["***" if all(head.partition(":")[::2]) else head for head in heads]
+    return "@".join([*masked, tail])
+
+
+def _without_value(parameter: re.Match[str]) -> str:
+    start, name, value = parameter.groups()
+    return f"{start}{name}={'***' if _SECRET_PARAMETER.search(name) else value}"
 
 
 def printable(text: str) -> str:

@@ -7,9 +7,11 @@ Each attack is a real one: what it carries leaves a file when it is run, and a f
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import shutil
+import signal
 import sys
 import tarfile
 import zipfile
@@ -21,16 +23,20 @@ import safetensors.torch
 import tomli_w
 import torch
 
+from qdense.benchmarks.generation import DECODINGS, Prompt, generate
+from qdense.benchmarks.scoring import LETTER, NUMBER, TEXT, numbered, options
 from qdense.cli import main
+from qdense.data.rows import Columns, rows_from_records
 from qdense.data.wordproblems import test_rows as wordproblems
-from qdense.errors import AdapterError, ModelError, QDenseError
+from qdense.errors import AdapterError, DataError, EvaluationError, ModelError, QDenseError, RecipeError
 from qdense.events import StepDone
+from qdense.modeling import adapter_config as adapter_config_module
 from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card, save_adapter
 from qdense.modeling.attach import attach_adapter
 from qdense.modeling.load import load_base
 from qdense.modeling.smollm2 import MEMBER, prepare_smollm2, unpack
-from qdense.recipe import AdapterRecipe, ModelRecipe
-from qdense.text import clean
+from qdense.recipe import AdapterRecipe, ModelRecipe, recipe_from_tables
+from qdense.text import clean, without_secrets
 from qdense.ui.console import drawn, make_console
 from qdense.ui.tables import show_analysis
 from tests.helpers import ROOT
@@ -660,3 +666,129 @@ def test_names_are_drawn_as_they_are(name):
     stream = io.StringIO()
     make_console(stream).print(clean(name))
     assert stream.getvalue() == f"{clean(name)}\n"
+
+
+# --- what hangs, falsifies or overflows -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def ends_within(seconds):
+    """A search that does not end is ended here; how fast it is, is not asserted."""
+
+    def stop(number, frame):
+        raise TimeoutError(f"still busy after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(
+    "start", ["olora", "pissa", "pissa_niter_4", "corda", "loftq", "lora_ga", "PiSSA", 7, ["olora"]]
+)
+def test_an_adapter_that_would_rewrite_the_base_is_refused(adapter, tiny_model, start):
+    base = load_base(recipe(tiny_model))
+    before = {name: parameter.clone() for name, parameter in base.model.named_parameters()}
+    edit_json(adapter / "adapter_config.json", init_lora_weights=start)
+    with pytest.raises(AdapterError, match=r"init_lora_weights = .* PEFT would change the base's weights"):
+        load_adapter(base, adapter, read_card(adapter))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in base.model.named_parameters())
+
+
+def test_a_base_that_changes_while_an_adapter_is_loaded_is_noticed(adapter, tiny_model, monkeypatch):
+    """Whatever way is found: here, PEFT's own, past the check of the configuration."""
+    monkeypatch.setattr(adapter_config_module, "_INERT_STARTS", (True, "olora"))
+    edit_json(adapter / "adapter_config.json", init_lora_weights="olora")
+    base = load_base(recipe(tiny_model, quantization="none"))
+    with pytest.raises(AdapterError, match="loading it changed the weights of"):
+        load_adapter(base, adapter, read_card(adapter))
+
+
+SLOW = r"((\w+\.?)+)+!"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": SLOW}, "its regular expressions take longer"),
+        ({"exclude_modules": SLOW}, "its regular expressions take longer"),
+        ({"rank_pattern": {SLOW: 4}}, "its regular expressions take longer"),
+        ({"alpha_pattern": {SLOW: 4}}, "its regular expressions take longer"),
+        ({"layers_pattern": [SLOW], "layers_to_transform": [0]}, "its regular expressions take longer"),
+        ({"modules_to_save": [SLOW]}, "its regular expressions take longer"),
+        ({"target_modules": "(" * 50}, "not a regular expression"),
+        ({"target_modules": "a|" * 5000}, "a regular expression of 10,0"),
+    ],
+)
+def test_a_regular_expression_without_an_end_is_refused(adapter, tiny_model, monkeypatch, changes, message):
+    monkeypatch.setattr(adapter_config_module, "_PATTERN_SECONDS", 2)
+    edit_json(adapter / "adapter_config.json", **changes)
+    with ends_within(60), pytest.raises(AdapterError, match=message):
+        load_adapter(load_base(recipe(tiny_model)), adapter, read_card(adapter))
+
+
+def test_regular_expressions_that_people_use_are_accepted(adapter, tiny_model):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    kinds = "|".join(config["target_modules"])
+    edit_json(adapter / "adapter_config.json", target_modules=rf".*\.({kinds})$")
+    load_adapter(load_base(recipe(tiny_model)), adapter, read_card(adapter))
+
+
+@pytest.mark.parametrize("alpha", [1e308, 1e30, -1e7, math.inf])
+def test_absurd_numbers_in_a_configuration_are_refused(adapter, tiny_model, alpha):
+    edit_json(adapter / "adapter_config.json", lora_alpha=alpha)
+    with pytest.raises(AdapterError, match=r"lora_alpha = .*: must be a finite number, at most 1e\+06"):
+        load_adapter(load_base(recipe(tiny_model)), adapter, read_card(adapter))
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "sample", "beam4"])
+def test_logits_that_are_not_finite_name_the_item(tiny_model, decoding):
+    base = load_base(recipe(tiny_model, quantization="none"))
+    with torch.no_grad():
+        base.model.model.norm.weight.fill_(math.nan)
+    prompts = [Prompt(index=3, sample=0, input_ids=[5, 6, 7])]
+    with pytest.raises(EvaluationError, match="item 3: the model's logits are not finite"):
+        list(generate(base, base.model, prompts, DECODINGS[decoding], max_new_tokens=4, stop=(), batch_size=2))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x" * 200_000, "a:" * 100_000, "//" * 100_000, "?key" + "key" * 70_000, "&token=" * 30_000, "a@" * 100_000],
+    ids=lambda text: text[:6],
+)
+def test_showing_a_long_text_takes_no_more_than_its_length(text):
+    with ends_within(20):
+        without_secrets(text)
+
+
+def test_a_long_name_is_shown_shortened():
+    with ends_within(20), pytest.raises(RecipeError) as caught:
+        recipe_from_tables(
+            {"model": {"name": "llama3-8b", "x" * 100_000: 1}, "data": {"name": "y" * 100_000}}, "a stranger's"
+        )
+    assert len(str(caught.value)) < 2000
+    rows = [json.dumps({f"column {i}": "x" for i in range(20_000)})]
+    with ends_within(20), pytest.raises(DataError) as found:
+        rows_from_records("rows", [("row 0", json.loads(rows[0]))], Columns())
+    assert len(str(found.value)) < 2000
+
+
+LONG = 100_000
+
+
+@pytest.mark.parametrize(
+    "answers", [NUMBER, LETTER, options("true", "false"), numbered("solution", 2), TEXT], ids=lambda a: a.name
+)
+@pytest.mark.parametrize(
+    "completion",
+    ["answer" + " " * LONG + "x", "the answer is" + "\n \t" * LONG, "1," * LONG, "1,111" * LONG, "9" * LONG, "answer to " * LONG,
+     "not " * LONG, "(" * LONG, "\\frac{" * LONG, "- $" * LONG, "solution " * LONG, "option" + "\u00a0" * LONG],
+    ids=lambda text: repr(text[:8]),
+)  # fmt: skip
+def test_answers_are_read_from_long_completions(answers, completion):
+    with ends_within(60):
+        answers.answers(completion)

@@ -164,6 +164,12 @@ def _batches(
             batch = added if batch is None else _joined(batch, added)
             logits = torch.cat([logits.to(added_logits), added_logits])
         assert batch is not None
+        if not torch.isfinite(logits).all():
+            row = int((~torch.isfinite(logits)).any(dim=-1).nonzero()[0])
+            raise EvaluationError(
+                f"item {search.prompts[row // search.width].index}: the model's logits are not finite. "
+                "Its adapter has absurd values (see alpha in its adapter_config.json), or its training diverged."
+            )
         rows, tokens, completions = search.advance(logits)
         yield from completions
         if not rows:

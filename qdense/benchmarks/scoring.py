@@ -77,7 +77,7 @@ class AnswerKind:
         """The answer by each rule, or None."""
         responses = completion.split("### Response:")
         paper = responses[-1 if self.reads_last_response else 0].strip()
-        strict = re.split(r"###\s+\w+:", completion)[0].strip()
+        strict = _single_spaced(re.split(r"###\s+\w+:", completion)[0].strip())
         return {"paper": self.paper(paper), "strict": self.strict(strict)}
 
     def is_correct(self, label: str, answer: Answer | None) -> bool:
@@ -101,6 +101,12 @@ class AnswerKind:
         return max(votes, key=lambda key: votes[key]) if votes else None
 
 
+def _single_spaced(text: str) -> str:
+    """Each run of white space as one character, a line break if it contains one. The patterns below have several optional
+    white spaces in a row, and on a long run they would take its length to the third power."""
+    return re.sub(r"\s{2,}", lambda run: "\n" if "\n" in run[0] else " ", text)
+
+
 # --- numbers --------------------------------------------------------------------------------------------------------------
 
 _NUMBER = r"""
@@ -108,7 +114,7 @@ _NUMBER = r"""
     (?P<sign>(?<![\d)])[-\u2212]|)              # a minus sign; after a digit or bracket it is a subtraction
     \$?
     (?:(?P<whole>\d{1,3})\ (?=\d+/\d))?         # the 1 of 1 1/2
-    (?P<value>\d{1,3}(?:,\d{3})+(?:\.\d+)?      # 1,234.5
+    (?P<value>\d{1,3}(?:,\d{3}){1,20}(?:\.\d+)? # 1,234.5; no longer, so that a search stays linear
       | \d+(?:\.\d+)?                           # 12, 12.5
       | \.\d+)                                  # .5
     (?:[eE](?P<exponent>[-+]?\d+)

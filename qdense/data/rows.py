@@ -7,11 +7,12 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from qdense.errors import DataError, did_you_mean
+from qdense.errors import DataError, did_you_mean, shortened
 
 # How much text a compressed file may hold. A few kilobytes can unpack to gigabytes, and a byte of "{}" takes 24 in memory.
 _ALWAYS_UNPACKED = 16 * 2**20  # bytes
@@ -172,7 +173,7 @@ def _detected(place: str, record: Mapping[Any, Any], *, needs_output: bool) -> C
     names = [str(name) for name in record if name is not None]
     columns = detect_columns(names, needs_output=needs_output)
     if columns is None:
-        shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+        shown = ", ".join(map(shortened, names[:12])) + (", ..." if len(names) > 12 else "")
         raise DataError(
             f"{place}: cannot tell which column holds the instruction and which the output. Its columns: {shown}. Name them in "
             'the recipe, for instance: [data.columns] instruction = "prompt", output = "completion"'
@@ -261,18 +262,20 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(
-            f'the key "{next(name for name in names if names.count(name) > 1)}" appears twice in one object'
-        )
+        raise ValueError(f'the key "{shortened(_repeated(names)[0])}" appears twice in one object')
     return record
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _csv_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         header = list(reader.fieldnames or ())
-        if twice := [name for name in header if header.count(name) > 1]:
-            raise DataError(f'{path}, line 1: the column "{twice[0]}" appears twice in the header')
+        if twice := _repeated(header):
+            raise DataError(f'{path}, line 1: the column "{shortened(twice[0])}" appears twice in the header')
         for record in reader:
             place = f"{path}, line {reader.line_num}"
             if None in record:

@@ -8,23 +8,23 @@ too, but their base cannot be verified.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import qdense.tuners  # noqa: F401  (registers our methods, so that PEFT can load them)
 from qdense.cache import write_atomically
 from qdense.compat.bitsandbytes import never_repack
 from qdense.errors import AdapterError
-from qdense.methods import METHODS, PEFT_TYPES, method_of, sizes_in
+from qdense.methods import METHODS, method_of
+from qdense.modeling.adapter_config import checked_configuration
 from qdense.modeling.attach import adapter_tensors, trainable_parameters
-from qdense.modeling.fingerprint import Fingerprint
+from qdense.modeling.fingerprint import Fingerprint, WeightSample
 from qdense.modeling.load import BaseModel
 from qdense.runs import CARD_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 
@@ -164,7 +164,9 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
         # PEFT would treat the folder's name as a hub id
         raise AdapterError(f"{folder}: has no {PEFT_WEIGHTS_FILE}")
     # What mends PEFT depends on what is loaded, not on the name in the card.
-    loaded = method_of(_checked_configuration(folder, base))
+    names = [name for name, _ in base.model.named_modules()]
+    loaded = method_of(checked_configuration(folder, base.name, names))
+    before = WeightSample(base.model)
     if loaded is None or loaded.reads_base_weights:
         never_repack(base.model)
     try:
@@ -173,48 +175,21 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
         raise
     except Exception as error:  # PEFT raises anything for a wrong value in its configuration
         raise AdapterError(f"{folder}: the adapter does not fit {base.name}: {error}") from error
+    if changed := before.changed(model):
+        raise AdapterError(
+            f"{folder}: loading it changed the weights of {base.name} ({changed}), so neither would be what it is called. The "
+            "base in memory must not be used any more."
+        )
     weights = _read_weights(model, folder)
     config = model.peft_config["default"]
     if getattr(config, "alora_invocation_tokens", None) is not None:
         raise AdapterError(f"{folder}: an activated LoRA (alora_invocation_tokens), which qdense does not run")
-    for key, value in vars(config).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise AdapterError(f"{folder / PEFT_CONFIG_FILE}: {key} = {value}: must be a finite number")
     # PEFT creates the tensors in the base's dtype, which rounds them; restore the saved dtype and values.
     for name, tensor in adapter_tensors(model):
         tensor.data = weights[name].to(tensor.device)
     if loaded is not None:
         loaded.prepare(model)
     return model
-
-
-def _checked_configuration(folder: Path, base: BaseModel) -> dict[str, Any]:
-    """Its adapter_config.json.
-
-    Raises:
-        AdapterError: PEFT would read other files for this type (X-LoRA, prompts), or does not know it; or no tensor has the
-            rank, for which PEFT would create tensors of any size before it compares them with the file's.
-    """
-    path = folder / PEFT_CONFIG_FILE
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise AdapterError(f"{path}: not a readable adapter configuration: {error!r}") from None
-    if not isinstance(found, str) or found not in PEFT_TYPES:
-        raise AdapterError(f"{path}: peft_type = {found!r}: known are {', '.join(sorted(PEFT_TYPES))}")
-    try:
-        with safe_open(folder / PEFT_WEIGHTS_FILE, framework="pt") as tensors:
-            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (no dict)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{folder}: the adapter does not fit {base.name}: {error}") from error
-    largest = max((size for shape in shapes for size in shape), default=0)
-    keys, patterns = sizes_in(config), config.get("rank_pattern")
-    sizes = {key: config.get(key) for key in keys} | (patterns if keys and isinstance(patterns, dict) else {})
-    for key, size in sizes.items():
-        if isinstance(size, int) and size > largest:
-            raise AdapterError(f"{path}: {key} = {size}: no tensor in its {PEFT_WEIGHTS_FILE} is that large")
-    return config
 
 
 def _load_whole_model(base: BaseModel, folder: Path) -> Any:

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from qdense.errors import ModelError
+
+_SAMPLED_ELEMENTS = 64  # of each parameter
 
 Fingerprint = dict[str, str]  # "config", "tokenizer", "weights" -> SHA-256
 
@@ -20,6 +23,26 @@ _CONFIG_KEYS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "hidden_act", "tie_word_embeddings",
 )  # fmt: skip
+
+
+class WeightSample:
+    """A few elements of each of a model's parameters, to tell later whether anything has written into them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._sampled = [(name, parameter, _sample(parameter)) for name, parameter in model.named_parameters()]
+
+    def changed(self, model: nn.Module) -> str | None:
+        """The first parameter that was changed, or that `model` (the same one, possibly inside another) no longer has."""
+        present = {id(parameter) for parameter in model.parameters()}
+        for name, parameter, sample in self._sampled:
+            if id(parameter) not in present or not torch.equal(_sample(parameter), sample):
+                return name
+        return None
+
+
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // _SAMPLED_ELEMENTS)].clone()
 
 
 def fingerprint_of(folder: Path, tokenizer: Any) -> Fingerprint:

@@ -12,6 +12,8 @@ from typing import Any
 from qdense.cache import write_atomically
 from qdense.events import StepDone, Validated
 
+_HAS = {"step": "seconds", "validation": "loss"}  # a key of each event's lines
+
 
 class MetricsFile:
     """Appends steps and validations. For a resume it first drops the lines after the checkpoint's step."""
@@ -41,11 +43,14 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, without a last line that a crash cut short."""
+    """The lines of a metrics file. A crash may have cut one short, in the middle of the file after a resume; lines that are not
+    an event are skipped."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and _HAS.get(line.get("event"), "?") in line:
+            lines.append(line)
     return lines

@@ -44,13 +44,22 @@ def test_a_resumed_run_drops_what_is_after_its_checkpoint(tmp_path):
     assert read_metrics(path) == []
 
 
-def test_a_line_that_was_cut_short_ends_the_file(tmp_path):
+def test_lines_that_are_no_events_are_skipped_and_lose_none_after_them(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"event": "step", "step": number, "seconds": 1.0}) for number in (1, 2)]
     path.write_text("\n".join([lines[0], lines[1][:-5]]))
     assert [line["step"] for line in read_metrics(path)] == [1]
-    path.write_text("\n".join([lines[0], lines[1][:-5], lines[1]]))
-    assert [line["step"] for line in read_metrics(path)] == [1]
+    odd = [
+        lines[1][:-5],
+        "[1]",
+        "3",
+        '{"event": "step", "step": "x", "seconds": 1}',
+        '{"event": "step", "step": 9}',
+        "[" * 9999,
+    ]
+    path.write_text("\n".join([lines[0], *odd, lines[1]]))
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    assert MetricsFile(path, resume_step=2).seconds == 1.0
 
 
 def test_all_lines_reach_the_disk_before_a_checkpoint(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ Optimizer = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adam
 TemplateName = Literal["alpaca", "llm-adapters"]
 Quantization = Literal["nf4", "int8", "none"]
 DType = Literal["bfloat16", "float32"]
+_MOST = 10**6  # of what is counted or scaled: far beyond use, and nothing that is computed from it overflows
 _DTYPE_BYTES: dict[DType, int] = {"bfloat16": 2, "float32": 4}
 Device = Literal["auto", "cuda", "cpu"]
 # Those that accelerate supports.
@@ -101,7 +102,7 @@ class ModelRecipe(_Table):
 class _AdapterRecipe(_Table):
     method: Annotated[str, _checked(_known_method)] = Field("denselora", description="a method's name")
     r: int = Field(32, ge=1, le=512, description="a whole number from 1 to 512")
-    alpha: float | None = Field(None, gt=0, description="a positive number; omitted, 2 r")
+    alpha: float | None = Field(None, gt=0, le=_MOST, description="a number above 0, at most a million; omitted, 2 r")
     dropout: float = Field(0.05, ge=0, lt=1, description="a number from 0 up to, but not including, 1")
     activation: Activation = Field("gelu", description="gelu, silu, tanh, relu or none")
     sharing: Sharing = Field(
@@ -111,6 +112,7 @@ class _AdapterRecipe(_Table):
     layer_groups: int = Field(
         1,
         ge=1,
+        le=1000,
         description="a whole number of groups of neighbouring layers; each group has its own encoders and decoders",
     )
     init: Init = Field(
@@ -189,18 +191,27 @@ class DataRecipe(_Table):
         description="stop or skip: whether a blank or broken row is an error, or is dropped, counted and listed",
     )
     template: TemplateName = Field("alpaca", description="alpaca or llm-adapters")
-    max_length: int = Field(256, ge=8, description="a whole number of tokens, at least 8")
+    max_length: int = Field(256, ge=8, le=2**22, description="a whole number of tokens from 8 to 4194304")
     train_on: Literal["all", "response"] = Field("all", description="all or response: which tokens count in the loss")
     fraction: float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
-    seed: int = Field(42, ge=0, description="a whole number, 0 or more")
-    validation_rows: int = Field(120, ge=0, description="a whole number, 0 or more")
+    seed: int = Field(42, ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
+    validation_rows: int = Field(
+        120, ge=0, le=10**9, description="a whole number of rows, 0 or more, at most a billion"
+    )
 
 
 class TrainingRecipe(_Table):
-    epochs: float = Field(3.0, gt=0, description="a positive number")
-    max_steps: int | None = Field(None, ge=1, description="a positive whole number of steps; omitted, `epochs` decides")
-    batch_size: int = Field(16, ge=1, description="a positive whole number of examples per optimizer step")
-    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    epochs: float = Field(3.0, gt=0, le=_MOST, description="a number above 0, at most a million")
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        le=10**9,
+        description="a positive whole number of steps, at most a billion; omitted, `epochs` decides",
+    )
+    batch_size: int = Field(
+        16, ge=1, le=_MOST, description="a positive whole number of examples per optimizer step, at most a million"
+    )
+    micro_batch_size: Annotated[int, Field(ge=1, le=_MOST)] | Literal["auto"] = Field(
         "auto",
         description='a positive whole number of examples per forward pass, or "auto": as many as the memory allows',
     )
@@ -209,24 +220,24 @@ class TrainingRecipe(_Table):
         description="true or false: whether rows are joined end to end instead of padded, as many in a forward pass as fit into "
         "micro_batch_size rows of data.max_length tokens",
     )
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = Field(
+    learning_rate: Annotated[float, Field(ge=1e-12, lt=1)] | Literal["auto"] = Field(
         "auto",
-        description='a number above 0 and below 1, or "auto": the method\'s own default, lower for a wider model',
+        description='a number from 1e-12 to below 1, or "auto": the method\'s own default, lower for a wider model',
     )
     rates: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(
         default_factory=dict,
         description="a table of factors on the learning rate, one for each kind of trained tensor, such as { decoder = 4.0 }",
     )
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="linear, cosine or constant")
-    warmup_steps: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] | Literal["auto"] = Field(
         "auto", description='a whole number of steps, 0 or more, or "auto": 5% of the run'
     )
-    weight_decay: float = Field(0.0, ge=0, description="a number, 0 or more")
-    max_grad_norm: float = Field(
-        1.0, ge=0, description="a number, 0 or more: gradients are clipped to this norm; 0 switches clipping off"
+    weight_decay: float = Field(0.0, ge=0, le=1000, description="a number from 0 to 1000")
+    max_grad_norm: Annotated[float, Field(ge=1e-6, le=_MOST)] | Literal[0] = Field(
+        1.0, description="a number from 1e-6 to a million: gradients are clipped to this norm; or 0, for no clipping"
     )
     optimizer: Optimizer = Field("paged_adamw_8bit", description=", ".join(get_args(Optimizer)))
-    recompute: Annotated[int, Field(ge=0)] | Literal["auto", "all", "none"] = Field(
+    recompute: Annotated[int, Field(ge=0, le=10_000)] | Literal["auto", "all", "none"] = Field(
         "auto",
         description='"all", "none" or a whole number of layers whose activations are recomputed in the backward pass '
         '(gradient checkpointing), or "auto": as few as the memory allows',
@@ -242,14 +253,14 @@ class TrainingRecipe(_Table):
     trackers: Annotated[tuple[Tracker, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = Field(
         (), description=f"a list of experiment trackers: {', '.join(get_args(Tracker))}"
     )
-    save_steps: int = Field(80, ge=1, description="a positive whole number of steps")
-    eval_steps: int = Field(80, ge=1, description="a positive whole number of steps")
+    save_steps: int = Field(80, ge=1, le=10**9, description="a positive whole number of steps, at most a billion")
+    eval_steps: int = Field(80, ge=1, le=10**9, description="a positive whole number of steps, at most a billion")
     keep: Literal["best", "last"] = Field(
         "best",
         description="best (lowest validation loss) or last: which weights become the adapter; omitted, best where there are "
         "validation rows, else last",
     )
-    seed: int = Field(42, ge=0, description="a whole number, 0 or more")
+    seed: int = Field(42, ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
 
 
 class OutputRecipe(_Table):

@@ -90,19 +90,26 @@ class EndpointModel:
         Raises:
             EvaluationError: a request failed permanently. Completions in progress are awaited and yielded first.
         """
+        import httpx2 as httpx
         from openai import AsyncOpenAI
+
+        from qdense.benchmarks.limited_http import LimitedTransport
 
         left = iter(wanted)
         failure: BaseException | None = None
         # Leaving the runner, also by Ctrl-C, cancels requests in progress.
         with asyncio.Runner() as runner:
             loop = runner.get_loop()
-            client = AsyncOpenAI(
-                api_key=self._key or "none",
-                base_url=self.settings["endpoint"],
-                timeout=TIMEOUT_SECONDS,
-                max_retries=NUM_RETRIES,
-            )
+            try:
+                client = AsyncOpenAI(
+                    api_key=self._key or "none",
+                    base_url=self.settings["endpoint"],
+                    timeout=TIMEOUT_SECONDS,
+                    max_retries=NUM_RETRIES,
+                    http_client=httpx.AsyncClient(transport=LimitedTransport(TIMEOUT_SECONDS), timeout=TIMEOUT_SECONDS),
+                )
+            except (httpx.InvalidURL, ValueError) as fault:
+                raise EvaluationError(f"--endpoint: not an address that can be asked: {fault}") from None
             under_way: set[asyncio.Task[Completion]] = set()
             while True:
                 while failure is None and len(under_way) < self.endpoint.concurrency:
@@ -133,7 +140,11 @@ class EndpointModel:
         if self.decoding.temperature:
             request |= {"top_p": self.decoding.top_p, "seed": _seed_of(self.decoding.seed, index, sample)}
         raw = await self._create(client.chat.completions.with_raw_response.create, request)
-        completion, served_model = _read_reply(raw.http_response.json(), index, sample)
+        try:
+            reply = raw.http_response.json()
+        except RecursionError:
+            raise EvaluationError(f"the reply to item {index} is nested too deeply to be a chat completion") from None
+        completion, served_model = _read_reply(reply, index, sample)
         self.session["num_retries"] += raw.retries_taken
         if served_model is not None and served_model not in self.session["served_models"]:
             self.session["served_models"].append(served_model)
@@ -154,6 +165,7 @@ class EndpointModel:
 
     def _explained(self, error: BaseException) -> BaseException:
         """An error that says what the user can do. Other exceptions are returned unchanged."""
+        import httpx2 as httpx
         import openai
 
         text = self._without_key(error)
@@ -168,7 +180,9 @@ class EndpointModel:
         if isinstance(error, openai.APIConnectionError):
             cause = self._without_key(error.__cause__ or error)
             return EvaluationError(f"{place}: cannot be reached ({cause}). Is the server up? {again}")
-        if isinstance(error, (openai.OpenAIError, ValueError)):  # a reply that is not JSON is a ValueError
+        if isinstance(
+            error, (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL, ValueError)
+        ):  # not JSON: ValueError
             return EvaluationError(f"{place}: {text}. {again}")
         if isinstance(error, EvaluationError):
             return EvaluationError(f"{place}: {text}. {again}")

@@ -130,6 +130,10 @@ def test_what_came_before_a_fault_is_kept(workplace, capsys, monkeypatch):
         ("hollow", "the reply to item 0 is not a chat completion"),
         ("odd", "the reply to item 0 is not a chat completion"),
         ("silent", "no answer within 0.3 s, 2 times"),
+        ("dripping", "no answer within 0.3 s, 2 times"),
+        ("gzip", "the reply is compressed (gzip)"),
+        ("endless", "the reply is longer than 16 MiB"),
+        ("nested", "the reply to item 0 is nested too deeply"),
     ],
 )
 def test_faults_that_stay_are_told_and_never_show_the_key(workplace, capsys, monkeypatch, model, message):
@@ -170,6 +174,13 @@ def test_contradictions_are_refused(workplace, capsys, arguments, message):
     assert message in error
     assert "secret" not in error
     assert not (workplace / "runs").exists()
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".com", "x" * 300, "exa mple", "[::1", "\u2603" * 70, "999.1.1.1"])
+def test_impossible_hosts_are_explained(workplace, capsys, monkeypatch, host):
+    monkeypatch.setattr(endpoint, "NUM_RETRIES", 0)
+    assert evaluate(f"http://{host}/v1", "m", "--limit", "1") == 2
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_replies_in_parts_and_broken_characters_are_kept(workplace, capsys):

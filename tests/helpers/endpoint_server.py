@@ -3,6 +3,7 @@
 The model's name chooses how it behaves. Every request is a line of LOG: path, key and body.
 """
 
+import gzip
 import json
 import os
 import socket
@@ -82,6 +83,22 @@ class Handler(BaseHTTPRequestHandler):
             os._exit(1)
         if model == "silent":
             time.sleep(30)
+        if model == "nested":
+            return self.reply(200, b"[" * 100_000, {"Content-Type": "application/json"})
+        if model == "gzip":
+            return self.reply(200, gzip.compress(b" " * 2**20), {"Content-Encoding": "gzip"})
+        if model == "endless":
+            return self.reply(200, b" " * (17 * 2**20))
+        if model == "dripping":
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            for _ in range(100):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.05)
+            return None
         time.sleep(0.02)
         number = sum(map(int, "".join(c if c.isdigit() else " " for c in question).split()))
         message = {"role": "assistant", "content": f"First, I think.\nThe answer is {number}."}

@@ -264,7 +264,7 @@ class TrainingRecipe(_Table):
 
 
 class OutputRecipe(_Table):
-    dir: str = Field("runs/run", min_length=1, description="a folder")
+    dir: Annotated[str, _checked(os.path.expanduser)] = Field("runs/run", min_length=1, description="a folder")
 
 
 class Recipe(_Table):

@@ -52,8 +52,10 @@ examples:
 
 # Possible faults of a path that a user names.
 _PATH_FAULTS = {
-    errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENODEV, errno.ENXIO, errno.EINVAL,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
 }  # fmt: skip
+_RAISE_LIMIT = "Raise the limit, or choose another folder, and run the same command again."
 _RUN_AGAIN = "run the same command again (train: with --resume, to continue from the last checkpoint)"
 
 
@@ -82,8 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(
                 f"no space left on the disk while writing {error.filename or 'a file'}. Free some space, then {_RUN_AGAIN}."
             )
+        if error.errno == errno.EFBIG:
+            return _fail(
+                f"{error.filename or 'a file'} has reached the size limit of this shell (ulimit -f) or disk. {_RAISE_LIMIT}"
+            )
         if error.errno in _PATH_FAULTS:
             return _fail(f"{error.filename}: {error.strerror}. Check the path and its permissions.")
+        raise
+    except ValueError as error:
+        if "null byte" in str(error) or "null character" in str(error):
+            return _fail("a path contains a NUL character, which no path can")
         raise
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import signal
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,7 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, ac
     """
     require_trackers(recipe)
     _require_kernels(recipe)
+    _require_ranks()
     run = RunFolder(Path(recipe.output.dir))
     accelerator = Accelerator(
         cpu=choose_device(recipe.model.device).type == "cpu",
@@ -115,6 +117,14 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, ac
             ) from error
         emit(done)
     return run.path
+
+
+def _require_ranks() -> None:
+    """Raise RunError for variables of torchrun that are no numbers; accelerate would fail on them."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        value = os.environ.get(name, "0")
+        if not value.isdecimal():
+            raise RunError(f'{name} = "{value}": must be a whole number. torchrun sets it; without torchrun, unset it.')
 
 
 def _require_kernels(recipe: Recipe) -> None:

@@ -75,6 +75,7 @@ def test_as_a_module_and_as_a_script(command):
         (["evaluate", "wordproblems", "--model", "llama9"], 'did you mean "llama'),
         (["evaluate", "wordproblems", "--model", "smollm2-135m", "--with-base"], "--with-base compares"),
         (["evaluate", "wordproblems", "--trained-on", "math10k"], "--trained-on: names the training set for --clean"),
+        (["train", DEMO, "--output", "a\0b"], "a path contains a NUL character"),
         (["params", "gpt2"], "shapes of this model are not known"),
         (["params", "llama3-8b", "--method", "doro"], "unknown method"),
         (["params", "llama3-8b", "--r", "600"], "from 1 to 512"),

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,6 +228,28 @@ def test_other_versions_are_refused(tiny_model, tmp_path, monkeypatch):
     events = []
     train(recipe, resume=True, data_dir=None, emit=events.append, accept_changes=True)
     assert any("although the versions changed" in text for text in notices(events))
+
+
+def test_a_folder_that_disappears_in_mid_run_is_told(tiny_model, tmp_path):
+    recipe = recipe_for(tiny_model, tmp_path / "run")
+
+    def emit(event):
+        if isinstance(event, StepDone) and event.step == 3:
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+
+    with pytest.raises(RunError, match=r"step 4: the run's folder .* was moved or removed during the run"):
+        train(recipe, resume=False, data_dir=None, emit=emit)
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    (tmp_path / "elsewhere").rename(tmp_path / "run")
+    run(recipe, resume=True)
+    assert (tmp_path / "run" / "adapter").is_dir()
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+def test_ranks_that_are_no_numbers_are_refused(tiny_model, tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "y")
+    with pytest.raises(RunError, match=f'{name} = "y": must be a whole number'):
+        run(recipe_for(tiny_model, tmp_path / "run"))
 
 
 def test_a_smaller_micro_batch_is_taken_on_resume(tiny_model, tmp_path):

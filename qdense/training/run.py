@@ -35,6 +35,7 @@ from qdense.modeling.attach import attach_adapter, trainable_parameters
 from qdense.modeling.liger import use_liger
 from qdense.modeling.load import BaseModel, load_base
 from qdense.modeling.locate import fetched_shape
+from qdense.modeling.packing import why_not_packed
 from qdense.ops.kernels import use_kernels, why_not_triton
 from qdense.planning.machine import slow_kernels, this_machine
 from qdense.planning.memory import StepLayout
@@ -465,6 +466,7 @@ def _facts(
     settings_of_adapter = "".join(text for key, text in shown.items() if key in method.adapter_keys)
     dtype = adapter.dtype if method.is_adapter else recipe.model.dtype
     modules = ", ".join(name.removesuffix("_proj") for name in method.targets(adapter))
+    is_packed = settings.packing and why_not_packed(base.model) is None
     rate_source = f" ({adapter.method}'s default)" if settings.learning_rate == "auto" else ""
     epochs = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.epochs:g} epochs"
     return (
@@ -473,7 +475,7 @@ def _facts(
         ("trainable", f"{num_trainable:,} parameters, {share:.3g}% of the model, {dtype}"),
         ("data", f"{recipe.data.path or recipe.data.name}: {len(training.examples):,} rows"
                  f" of {len(data.rows) - num_validation:,}, {num_validation} more for validation"),
-        ("training", f"{epochs}, batch {settings.batch_size}{', packed' if settings.packing else ''}, "
+        ("training", f"{epochs}, batch {settings.batch_size}{', packed' if is_packed else ''}, "
                      f"learning rate {learning_rate:g}{rate_source}, {settings.optimizer}"),
         ("plan", f"{plan.summary}; {plan.predicted_memory_bytes / 2**30:.1f} GiB predicted"),
     )  # fmt: skip

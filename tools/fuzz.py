@@ -76,6 +76,27 @@ _PIECES: list[bytes] = [
 _VALUES: list[Any] = [
     None, True, False, 0, -1, 2**63, 10**400, 1.5, float("nan"), float("inf"), "", " ", "x" * 100_000, "\x00", "\ud800",
     200_000, 2**40, [], {}, [[]], {"a": 1}, ["q_proj"], "../..", "/etc/passwd", "\x1b]0;x\x07",
+    2**31, 2**32 - 1, 2**32, -(2**63), 1e308, -1e308, 1e30, 5e-324, 1e-7, 10**6, 10**6 + 1, "olora", "pissa_niter_4", "loftq",
+]  # fmt: skip
+# Regular expressions that never end on some text, that end, and that are none.
+_EXPRESSIONS = [
+    r"((\w+\.?)+)+!", r"(a|a)*b", r"(.*)*x", r"(?:[a-z_]+\.?)+\d{30}", r"(?=(\w+))\1!", r".*\.(q|k|v)_proj$",
+    "[a-z.]*" * 40 + "!",
+    "(" * 30, "*", "(?P<n>x)(?P=n)", r"model\.layers\.(0|1)\..*", "x{1,65000}", "(x{1,9999}){1,9999}", "all-linear", "",
+]  # fmt: skip
+_EXPRESSION_KEYS = [
+    "target_modules",
+    "exclude_modules",
+    "layers_pattern",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+]
+# Pieces of completions, repeated into long ones: on some, a search of an answer took the square of the length or worse.
+_LONG_PIECES = [
+    " ", "\n", "\t \n", "1", "1,", "1,111", "9/", "-", "$", "answer ", "answer is ", "the answer to ", "not ", "(",
+    "option ", "A ",
+    "true ", "solution ", "\\frac{", "### ", "### Response:", "\u00a0", "\u2028", "1e", ".5", "10^", "x",
 ]  # fmt: skip
 
 
@@ -293,6 +314,12 @@ class CompletionFiles:
                 content = mutator.doubled(content)
         else:
             content = mutator.text("\n".join(map(json.dumps, lines)).encode())
+        if mutator.random.random() < 0.2:
+            pieces = mutator.random.choices(_LONG_PIECES, k=3)
+            lengths = mutator.random.choices([1, 1, 1000, 60_000], k=3)
+            text = "".join(piece * length for piece, length in zip(pieces, lengths, strict=True))
+            changed = [{"index": n, "completion": text if n == 3 else "7"} for n in range(10)]
+            content = "\n".join(map(json.dumps, changed)).encode()
         self.path.write_bytes(content)
         task = TASKS[mutator.random.choice(sorted(TASKS))]
         label = next(
@@ -356,6 +383,8 @@ class Adapters:
             path.write_bytes(
                 mutator.json(json.loads(content)) if name.endswith(".json") else self._file(mutator, content)
             )
+            if name == PEFT_CONFIG_FILE and mutator.random.random() < 0.4:
+                path.write_text(json.dumps(json.loads(content) | self._expression(mutator)))
 
         def check() -> None:
             request = EvaluationRequest([TASKS["gsm8k"]], self.folder, {}, with_base=False)
@@ -372,6 +401,13 @@ class Adapters:
 
         return check
 
+    def _expression(self, mutator: Mutator) -> dict[str, Any]:
+        """A setting that PEFT takes for a regular expression."""
+        key, expression = mutator.random.choice(_EXPRESSION_KEYS), mutator.random.choice(_EXPRESSIONS)
+        if key.endswith("_pattern"):
+            return {key: mutator.random.choice([{expression: 2}, [expression], expression]), "layers_to_transform": [0]}
+        return {key: mutator.random.choice([expression, [expression]])}
+
     def _file(self, mutator: Mutator, content: bytes) -> bytes:
         if mutator.random.random() < 0.3:  # the header's length
             return mutator.random.choice([2**63, 2**40, len(content), 0, 3]).to_bytes(8, "little") + content[8:]
@@ -387,7 +423,8 @@ class Adapters:
         name = mutator.random.choice(sorted(tensors))
         tensor = tensors[name]
         odd = [
-            tensor[:1], tensor.T.contiguous(), tensor.flatten(), tensor.to(torch.int32), tensor.to(torch.float64), tensor.bool(),
+            tensor[:1], tensor.T.contiguous(), tensor.flatten(), tensor.to(torch.int32), tensor.to(torch.float64),
+    tensor.bool(),
             tensor.to(torch.float8_e4m3fn), tensor.to(torch.complex64), torch.full_like(tensor, float("nan")),
             torch.full_like(tensor, float("inf")),
             torch.cat([tensor, tensor]), tensor.new_zeros(0), tensor.new_zeros([1] * 8), tensor.sum(),

@@ -25,7 +25,7 @@ from qdense.runs import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 _INERT_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 _LARGEST_NUMBER = 1e6  # of alpha and the like: beyond it, logits overflow
 _LONGEST_PATTERN = 1000  # characters
-_PATTERN_SECONDS = 10
+_PATTERN_SECONDS = 3
 _PLAIN = re.compile(r"[\w.-]*")
 # Runs what PEFT would run; a search that does not end is ended with its process.
 _MATCH = """

@@ -26,7 +26,9 @@ demo: $(READY)
 	@set -e; run=runs/demo/seed-$(SEED)-$$(date +%Y%m%d-%H%M%S); \
 	tasks=wordproblems$${QDENSE_DATA:+,addsub}; \
 	$(BIN)/qdense train recipes/demo.toml --set training.seed=$(SEED) --output $$run; \
-	$(BIN)/qdense evaluate $$tasks --adapter $$run --with-base --decoding greedy --limit 64 --max-new-tokens 48
+	$(BIN)/qdense evaluate $$tasks --adapter $$run --with-base --decoding greedy --limit 64 --max-new-tokens 48; \
+	echo "The adapter is in $$run/adapter. To have qdense on your PATH: source $(BIN)/activate. Then, for your own data:"; \
+	echo "  qdense init my-rows.jsonl"
 
 # Two processes, each on its share of the cores (tests/conftest.py).
 test: $(READY)

@@ -12,6 +12,7 @@ import errno
 import os
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -143,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
         subparser = commands.add_parser(
             name,
             help=module.HELP,
-            description=module.DESCRIPTION,
+            description=textwrap.fill(module.DESCRIPTION, 79),  # the formatter keeps line breaks, for the examples
             epilog=f"examples:\n{module.EXAMPLES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

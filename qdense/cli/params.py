@@ -60,11 +60,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _count(arguments: argparse.Namespace, method: str | None) -> ParameterCount:
     from qdense.planning.parameters import count_parameters
-    from qdense.recipe import load_recipe, recipe_from_tables
+    from qdense.recipe import builtin_recipes, load_recipe, recipe_from_tables
 
     asked = {"method": method, "r": arguments.r, "target_modules": arguments.target_modules}
     asked = {key: value for key, value in asked.items() if value is not None}
-    if arguments.subject.endswith(".toml") or os.path.isfile(arguments.subject):
+    is_recipe = arguments.subject in builtin_recipes() or arguments.subject.endswith(".toml")
+    if is_recipe or os.path.isfile(arguments.subject):
         overrides = [f"adapter.{key}={as_toml(value)}" for key, value in asked.items()]
         overrides.append('model.quantization="none"')  # full fine-tuning requires it; no count depends on it
         recipe = load_recipe(arguments.subject, overrides)

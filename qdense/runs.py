@@ -199,7 +199,11 @@ class RunFolder:
     def provenance(self) -> dict[str, Any]:
         """The [provenance] table of recipe.toml; empty if another program wrote the file."""
         tables = tomllib.loads(self.recipe.read_text(encoding="utf-8"))
-        found: dict[str, Any] = tables.get("provenance", {})
+        found = tables.get("provenance")
+        found = found if isinstance(found, dict) else {}
+        for key in ("versions", "data", "plan"):  # tables; a file that someone edited may hold anything
+            if not isinstance(found.get(key, {}), dict):
+                found[key] = {}
         return found
 
     # --- who may write ----------------------------------------------------------------------------------------------------

@@ -103,6 +103,8 @@ def read_rows(
     suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     if suffix.lower() not in FORMATS:
         raise DataError(f"{path}: unknown data format {suffix!r}. Known: {', '.join(FORMATS)}")
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is a folder or a device, not a file of rows")
     try:
         with path.open("rb") as stream:
             content = stream.read()

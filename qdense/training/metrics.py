@@ -12,8 +12,6 @@ from typing import Any
 from qdense.cache import write_atomically
 from qdense.events import StepDone, Validated
 
-_HAS = {"step": "seconds", "validation": "loss"}  # a key of each event's lines
-
 
 class MetricsFile:
     """Appends steps and validations. For a resume it first drops the lines after the checkpoint's step."""
@@ -21,7 +19,8 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.seconds = max((line["seconds"] for line in kept if line["event"] == "step"), default=0.0)
+        seconds = [line.get("seconds") for line in kept if line["event"] == "step"]
+        self.seconds = max((float(value) for value in seconds if isinstance(value, int | float)), default=0.0)
         self._stream = path.open("a", encoding="utf-8")
 
     def __call__(self, event: Any) -> None:

@@ -159,6 +159,14 @@ def test_a_damaged_gzip_body_is_named(tmp_path):
         read_rows(tmp_path / "a.json.gz")
 
 
+def test_devices_and_folders_are_not_read(tmp_path):
+    (tmp_path / "a.json").symlink_to("/dev/zero")
+    (tmp_path / "b.csv").mkdir()
+    for name in ("a.json", "b.csv"):
+        with pytest.raises(DataError, match="is a folder or a device"):
+            read_rows(tmp_path / name)
+
+
 def test_text_that_is_not_utf8_names_the_line(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(json.dumps(ROW).encode() + b'\n{"instruction": "\xff"}')
     with pytest.raises(DataError, match="line 2: not UTF-8"):

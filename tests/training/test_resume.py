@@ -226,3 +226,22 @@ def test_other_rows_or_another_base_are_refused_or_told(begun):
     ((level, text),) = begun.notices
     assert level == "warning"
     assert text.endswith("although the data and base changed since the run began: the rows of rows.json; the base tiny")
+
+
+@pytest.mark.parametrize(
+    "provenance", [3, "x", [1], {"versions": 3}, {"data": "x"}, {"plan": [1]}, {"plan": {"layout": 3}}]
+)
+def test_a_recipe_that_someone_edited_is_refused_without_a_traceback(begun, provenance):
+    begun.run.recipe.write_text(tomli_w.dumps(begun.recipe().resolved() | {"provenance": provenance}))
+    with pytest.raises(RunError):
+        begun.resume()
+    with pytest.raises(RunError):
+        refuse_other_inputs(
+            begun.run,
+            data_checksum="b",
+            data="d",
+            fingerprint=FINGERPRINT,
+            base="tiny",
+            accept_changes=False,
+            emit=begun.emit,
+        )

@@ -50,10 +50,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except (ValueError, RecursionError):
             continue
-        if (
-            isinstance(line, dict)
-            and isinstance(line.get("step"), int)
-            and _HAS.get(str(line.get("event")), "?") in line
-        ):
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and line.get("event") in ("step", "validation"):
             lines.append(line)
     return lines

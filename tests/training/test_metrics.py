@@ -54,7 +54,7 @@ def test_lines_that_are_no_events_are_skipped_and_lose_none_after_them(tmp_path)
         "[1]",
         "3",
         '{"event": "step", "step": "x", "seconds": 1}',
-        '{"event": "step", "step": 9}',
+        '{"event": "x", "step": 9}',
         "[" * 9999,
     ]
     path.write_text("\n".join([lines[0], *odd, lines[1]]))

@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qdense.benchmarks.tasks import tasks_named
     from qdense.data.templates import template_named
 
-    tasks = tasks_named(arguments.tasks, _columns_of(arguments.adapter))
+    tasks = tasks_named(arguments.tasks, _columns_of_run(arguments))
     if arguments.template is not None:
         template_named(arguments.template)
     _refuse_contradictions(arguments)
@@ -153,12 +153,20 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(summary, indent=2))
 
 
-def _columns_of(adapter: Path | None) -> Columns | None:
-    """The columns of the data that the adapter was trained on, if its run has them."""
-    from qdense.data.rows import Columns
+def _columns_of_run(arguments: argparse.Namespace) -> Columns | None:
+    """The columns of the data that the run was trained on, for rows of the user's own; None if no file is named, or no run."""
+    from qdense.data.rows import FORMATS, Columns
     from qdense.recipe import load_recipe
-    from qdense.runs import RunFolder
+    from qdense.runs import RunFolder, newest_finished_run
 
+    if not any(part.strip().lower().endswith(FORMATS) for part in arguments.tasks.split(",")):
+        return None
+    adapter = arguments.adapter
+    if adapter is None and arguments.model is None:
+        try:
+            adapter = newest_finished_run(Path("runs")).path
+        except QDenseError:  # said later, when a run is needed
+            return None
     recipe = RunFolder.of_adapter(adapter).recipe if adapter is not None else None
     if recipe is None or not recipe.is_file():
         return None

@@ -45,3 +45,17 @@ def test_a_missing_client_is_named_before_anything_is_loaded(arguments, monkeypa
     printed = capsys.readouterr()
     assert printed.err == 'error: --endpoint needs openai, which is not installed: pip install "qdense[endpoint]"\n'
     assert printed.out == ""
+
+
+def test_the_runs_columns_serve_rows_of_ones_own_and_benchmarks_do_not_need_its_recipe(runs, capsys):
+    (runs.parent / "odd.jsonl").write_text('{"ask": "1 and 1?", "tell": "2"}\n')
+    assert main(["evaluate", "odd.jsonl", *SHORT]) == 2
+    assert "Its columns: ask, tell." in capsys.readouterr().err
+    recipe = runs / "newer" / "recipe.toml"
+    text = recipe.read_text().replace("[data]\n", '[data]\ncolumns = { instruction = "ask", output = "tell" }\n')
+    recipe.write_text(text)
+    for named in ([], ["--adapter", "runs/newer"]):
+        assert main(["evaluate", "odd.jsonl", *named, *SHORT]) == 0
+        assert json.loads(capsys.readouterr().out)["tasks"]["odd.jsonl"]["num_items"] == 1
+    recipe.write_text(text + "\n[another_version]\nkey = 1\n")
+    assert main(["evaluate", "wordproblems", *SHORT]) == 0

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import Field, create_model
 
 from qdense.catalogs.choices import Activation, Init, Sharing, ZeroInit
 from qdense.catalogs.datasets import TRAINING_SETS
@@ -22,6 +21,18 @@ from qdense.catalogs.families import MODULE_LETTERS, PAPER_TARGET_MODULES
 from qdense.catalogs.models import CATALOG
 from qdense.errors import RecipeError, did_you_mean, shortened
 from qdense.methods import METHODS
+from qdense.schema import (
+    AS_TUPLE,
+    RefusedError,
+    Table,
+    apply_override,
+    checked,
+    flattened,
+    read_toml,
+    refusal,
+    table_at,
+    validated,
+)
 
 Optimizer = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"]
 TemplateName = Literal["alpaca", "llm-adapters"]
@@ -30,12 +41,12 @@ DType = Literal["bfloat16", "float32"]
 _MOST = 10**6  # of what is counted or scaled: far beyond use, and nothing that is computed from it overflows
 _DTYPE_BYTES: dict[DType, int] = {"bfloat16": 2, "float32": 4}
 Device = Literal["auto", "cuda", "cpu"]
+_RENAMED = {
+    "training.gradient_checkpointing": 'is called training.recompute here: "auto", "all" (for true), "none" (for false) or a '
+    "number of layers"
+}
 # Those that accelerate supports.
 Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
-
-
-class _RefusedError(ValueError):
-    """A value that is refused for a reason that its field's description does not give."""
 
 
 def _known_model(name: str) -> str:
@@ -44,10 +55,10 @@ def _known_model(name: str) -> str:
     if name in CATALOG or os.path.isdir(name):
         return name
     if name.startswith((".", "/")):
-        raise _RefusedError("no such folder")
+        raise RefusedError("no such folder")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return name
-    raise _RefusedError(
+    raise RefusedError(
         f"unknown model{did_you_mean(name, CATALOG)}; or a hub id (owner/name), or a local folder with config.json"
     )
 
@@ -55,12 +66,12 @@ def _known_model(name: str) -> str:
 def _known_training_set(name: str | None) -> str | None:
     if name is None or name in TRAINING_SETS or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return name
-    raise _RefusedError(f"unknown data set{did_you_mean(name, TRAINING_SETS)}; or a hub data set (owner/name)")
+    raise RefusedError(f"unknown data set{did_you_mean(name, TRAINING_SETS)}; or a hub data set (owner/name)")
 
 
 def _known_method(name: str) -> str:
     if name not in METHODS:
-        raise _RefusedError(f"unknown method{did_you_mean(name, METHODS)}")
+        raise RefusedError(f"unknown method{did_you_mean(name, METHODS)}")
     return name
 
 
@@ -69,24 +80,16 @@ def _module_names(value: Any) -> Any:
     if isinstance(value, str):
         letters = [MODULE_LETTERS.get(letter) for letter in value]
         if not value or None in letters or len(set(value)) < len(value):
-            raise _RefusedError(
+            raise RefusedError(
                 f"the letters are {', '.join(f'{k} ({v})' for k, v in MODULE_LETTERS.items())}, each once"
             )
         return letters
     return value
 
 
-def _checked(function: Any) -> Any:
-    return BeforeValidator(lambda value: function(value) if isinstance(value, str) else value)
-
-
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class ModelRecipe(_Table):
+class ModelRecipe(Table):
     name: Annotated[
-        str, _checked(_known_model), Field(description="a built-in name, a hub id (owner/name) or a local folder")
+        str, checked(_known_model), Field(description="a built-in name, a hub id (owner/name) or a local folder")
     ]
     revision: str | None = Field(None, description="a branch, tag or commit of the hub repository")
     quantization: Quantization = Field("nf4", description="nf4, int8 or none")
@@ -99,8 +102,8 @@ class ModelRecipe(_Table):
         return _DTYPE_BYTES[self.dtype]
 
 
-class _AdapterRecipe(_Table):
-    method: Annotated[str, _checked(_known_method)] = Field("denselora", description="a method's name")
+class _AdapterRecipe(Table):
+    method: Annotated[str, checked(_known_method)] = Field("denselora", description="a method's name")
     r: int = Field(32, ge=1, le=512, description="a whole number from 1 to 512")
     alpha: float | None = Field(None, gt=0, le=_MOST, description="a number above 0, at most a million; omitted, 2 r")
     dropout: float = Field(0.05, ge=0, lt=1, description="a number from 0 up to, but not including, 1")
@@ -123,8 +126,7 @@ class _AdapterRecipe(_Table):
         "decoder",
         description="decoder, m or none: which factor starts at zero, so that the adapter adds nothing at first",
     )
-    target_modules: Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
-                              _checked(_module_names)] = Field(
+    target_modules: Annotated[tuple[str, ...], AS_TUPLE, checked(_module_names)] = Field(
         PAPER_TARGET_MODULES, min_length=1, description='module names, or the paper\'s letters such as "QKVUD"'
     )  # fmt: skip
     dtype: DType = Field("bfloat16", description="bfloat16 or float32: the adapter's storage and computation")
@@ -169,14 +171,14 @@ else:
     )
 
 
-class ColumnsRecipe(_Table):
+class ColumnsRecipe(Table):
     instruction: str = Field("instruction", min_length=1, description="the name of a column")
     input: str = Field("input", min_length=1, description="the name of a column, which the data may lack")
     output: str = Field("output", min_length=1, description="the name of a column")
 
 
-class DataRecipe(_Table):
-    name: Annotated[str | None, _checked(_known_training_set)] = Field(
+class DataRecipe(Table):
+    name: Annotated[str | None, checked(_known_training_set)] = Field(
         None, description="a known data set, or a hub data set (owner/name)"
     )
     path: str | None = Field(None, min_length=1, description="a JSON, JSONL, CSV or Parquet file")
@@ -200,7 +202,7 @@ class DataRecipe(_Table):
     )
 
 
-class TrainingRecipe(_Table):
+class TrainingRecipe(Table):
     epochs: float = Field(3.0, gt=0, le=_MOST, description="a number above 0, at most a million")
     max_steps: int | None = Field(
         None,
@@ -250,7 +252,7 @@ class TrainingRecipe(_Table):
         "auto",
         description="auto (triton on CUDA, else torch), torch or triton: the adapter's kernels; triton also uses Liger's",
     )
-    trackers: Annotated[tuple[Tracker, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = Field(
+    trackers: Annotated[tuple[Tracker, ...], AS_TUPLE] = Field(
         (), description=f"a list of experiment trackers: {', '.join(get_args(Tracker))}"
     )
     save_steps: int = Field(80, ge=1, le=10**9, description="a positive whole number of steps, at most a billion")
@@ -263,11 +265,11 @@ class TrainingRecipe(_Table):
     seed: int = Field(42, ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
 
 
-class OutputRecipe(_Table):
-    dir: Annotated[str, _checked(os.path.expanduser)] = Field("runs/run", min_length=1, description="a folder")
+class OutputRecipe(Table):
+    dir: Annotated[str, checked(os.path.expanduser)] = Field("runs/run", min_length=1, description="a folder")
 
 
-class Recipe(_Table):
+class Recipe(Table):
     """A validated recipe. `resolved()` returns it as plain tables with defaults filled in."""
 
     model: ModelRecipe = Field(description="a table with at least `name`")
@@ -297,11 +299,15 @@ class Recipe(_Table):
         return flattened(self.resolved())
 
 
-def builtin_recipes() -> dict[str, Path]:
-    """The recipes that come with qdense, by name: those in the wheel, or in a checkout those in recipes/ beside the package."""
+def recipes_folder() -> Path:
+    """What comes with qdense: in the wheel inside the package, in a checkout beside it."""
     package = Path(__file__).parent
-    folder = package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.toml"))}
+    return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """The recipes that come with qdense, by name. The folders below hold experiments (`qdense.experiments`)."""
+    return {path.stem: path for path in sorted(recipes_folder().glob("*.toml"))}
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -339,43 +345,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(path)
     if path.suffix in (".json", ".jsonl", ".csv", ".parquet", ".gz"):
         raise RecipeError(f"{path}: is data, not a recipe. Write a recipe for it: qdense init {path}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from None
-    try:
-        tables = tomllib.loads(text)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also for a number with thousands of digits, which is not a TOMLDecodeError
-        raise RecipeError(f"{path}: not valid TOML: {error}") from None
+    tables = read_toml(path, "recipe")
     tables.pop("provenance", None)
     for override in overrides:
-        _apply_override(tables, override)
+        apply_override(tables, override)
     return recipe_from_tables(tables, source=str(path))
 
 
 def recipe_from_tables(tables: Mapping[str, Any], source: str) -> Recipe:
     """Validate tables as read from TOML; `source` names them in errors. Raises RecipeError as `load_recipe` does."""
-    problems: dict[str, tuple[str, str]] = {}
-    recipe = None
-    try:
-        recipe = Recipe.model_validate(_with_keep(tables))
-    except ValidationError as error:
-        for details in error.errors():
-            location = _location(details)
-            problems.setdefault(".".join(location), _explain(location, details))
+    recipe, problems = validated(Recipe, _with_keep(tables), _RENAMED)
     for key, shown, message in _conflicts(tables, set(problems)):
         problems.setdefault(key, (shown, message))
     if recipe is not None and not problems:
         return recipe
-    width = max(len(shown) for shown, _ in problems.values())
-    lines = [f"  {shown:<{width}}   {message}" for shown, message in problems.values()]
-    count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
-    raise RecipeError("\n".join([f"{source}: {count}", *lines]))
+    raise refusal(source, problems.values())
 
 
 def _with_keep(tables: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -388,34 +372,6 @@ def _with_keep(tables: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**tables, "training": {**training, "keep": "last"}}
 
 
-def flattened(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by dotted key: {"adapter": {"r": 16}} as {"adapter.r": 16}."""
-    values: dict[str, Any] = {}
-    for key, value in tables.items():
-        if isinstance(value, Mapping):
-            values |= {f"{key}.{inner}": found for inner, found in flattened(value).items()}
-        else:
-            values[key] = value
-    return values
-
-
-def _apply_override(tables: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or len(parts) < 2 or not all(parts):
-        raise RecipeError(f"--set {override}: write it as table.key=value, for instance --set adapter.r=64")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        value = text.strip()
-    table: Any = tables
-    for part in parts[:-1]:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise RecipeError(f"--set {override}: {part} is a value and not a table")
-    table[parts[-1]] = value
-
-
 def _conflicts(tables: Mapping[str, Any], wrong: set[str]) -> Iterator[tuple[str, str, str]]:
     """(key, the text to show, what is wrong) of values that are valid alone and do not fit together.
 
@@ -426,7 +382,7 @@ def _conflicts(tables: Mapping[str, Any], wrong: set[str]) -> Iterator[tuple[str
         given = tables.get(table, {})
         if table in wrong or f"{table}.{field}" in wrong or not isinstance(given, Mapping):
             return None
-        return given.get(field, _table([table]).model_fields[field].default)
+        return given.get(field, table_at(Recipe, [table]).model_fields[field].default)
 
     if value("adapter", "activation") == "relu" and value("adapter", "zero_init") != "none":
         message = (
@@ -460,67 +416,3 @@ def _conflicts(tables: Mapping[str, Any], wrong: set[str]) -> Iterator[tuple[str
     is_data_readable = not wrong & {"data", "data.name", "data.path"} and isinstance(tables.get("data"), Mapping)
     if is_data_readable and value("data", "name") is None and value("data", "path") is None:
         yield "data.name", "data.name", "is missing: name a data set, or set data.path to a file of your own"
-
-
-def _location(details: Any) -> list[str]:
-    """The keys that lead to a problem's value, without the names that pydantic adds for alternatives and validators."""
-    location: list[str] = []
-    table: Any = Recipe
-    for part in details["loc"]:
-        if isinstance(part, str) and part in table.model_fields:
-            location.append(part)
-            inner = _table_type(table.model_fields[part].annotation)
-            if inner is None:
-                break
-            table = inner
-        elif details["type"] == "extra_forbidden":
-            location.append(shortened(str(part)))
-            break
-    return location
-
-
-def _table_type(annotation: Any) -> type[BaseModel] | None:
-    """The table that a field's annotation stands for, alone or as `Table | None`."""
-    found = [
-        each for each in (annotation, *get_args(annotation)) if isinstance(each, type) and issubclass(each, BaseModel)
-    ]
-    return found[0] if found else None
-
-
-def _explain(location: Sequence[str], details: Any) -> tuple[str, str]:
-    """One of pydantic's problems as (the text to show, what is wrong)."""
-    cause = details.get("ctx", {}).get("error")
-    key = ".".join(location)
-    if details["type"] == "missing":
-        return key, f"is missing: {_description(location)}"
-    if key == "training.gradient_checkpointing":
-        return (
-            key,
-            'is called training.recompute here: "auto", "all" (for true), "none" (for false) or a number of layers',
-        )
-    if details["type"] == "extra_forbidden":
-        return key, f"unknown key{did_you_mean(location[-1], _fields(location[:-1]))}"
-    reason = str(cause) if isinstance(cause, _RefusedError) else f"must be {_description(location)}"
-    return f"{key} = {_shown(details['input'])}", reason
-
-
-def _table(location: Sequence[str]) -> type[BaseModel]:
-    table: type[BaseModel] = Recipe
-    for part in location:
-        inner = _table_type(table.model_fields[part].annotation)
-        assert inner is not None
-        table = inner
-    return table
-
-
-def _fields(location: Sequence[str]) -> list[str]:
-    return list(_table(location).model_fields)
-
-
-def _description(location: Sequence[str]) -> str:
-    return _table(location[:-1]).model_fields[location[-1]].description or "something else"
-
-
-def _shown(value: Any) -> str:
-    text = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
-    return shortened(text)

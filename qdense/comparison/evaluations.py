@@ -11,8 +11,8 @@ from typing import Any
 
 from qdense.benchmarks.scoring import RULES
 from qdense.errors import EvaluationError
-from qdense.recipe import flattened
 from qdense.runs import EvaluationFolder, RunFolder, find_evaluation
+from qdense.schema import flattened
 
 # Settings that say which model and items were scored. The others say how, which must be the same within a group.
 _NOT_HOW = {"model", "base_fingerprint", "adapter_sha256", "limit", "data_sha256", "task_versions", "versions"}

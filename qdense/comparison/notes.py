@@ -11,7 +11,7 @@ from qdense.benchmarks.scoring import RULES
 from qdense.benchmarks.tasks import TASKS
 from qdense.catalogs.models import CATALOG
 from qdense.comparison.evaluations import Evaluation
-from qdense.recipe import flattened
+from qdense.schema import flattened
 
 
 def on_items(evaluations: Sequence[Evaluation], indices: Mapping[str, Sequence[int]]) -> Iterable[str]:

@@ -36,6 +36,10 @@ class RunError(QDenseError):
     """A training run cannot start or must not continue."""
 
 
+class DivergedError(RunError):
+    """A loss or gradient of a training run is not finite."""
+
+
 class RunStopped(QDenseError):  # noqa: N818 (no error)
     """A signal has stopped a training run after its checkpoint was saved; `signal_number` is its number."""
 

@@ -120,6 +120,42 @@ class EvaluationDone:
     summary: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class CellChanged:
+    """A cell of a sweep: a run, and its evaluation, at one learning rate with one seed.
+
+    Attributes:
+        key: tells cells apart.
+        arm: what is trained; for a bare model, its name.
+        stage: "search", "final" or "base".
+        state: "training", "evaluating", "waiting" for another process that trains it, or how it ended: "trained", "evaluated",
+            "stopped", "diverged", "failed", "interrupted".
+        loss: the newest validation loss.
+        text: why it failed.
+    """
+
+    key: str
+    arm: str
+    stage: str
+    learning_rate: float | str
+    seed: int
+    state: str
+    step: int = 0
+    num_steps: int | None = None
+    loss: float | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class SweepProgress:
+    """What is done and left of a sweep. `seconds_left` is None until a cell has ended."""
+
+    num_done: int
+    num_left: int
+    num_failed: int
+    seconds_left: float | None
+
+
 Emit = Callable[[Any], None]
 
 

@@ -7,6 +7,7 @@ reading, so that the file of a finished run can be trained again unchanged.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -263,6 +264,10 @@ class TrainingRecipe(Table):
         "validation rows, else last",
     )
     seed: int = Field(42, ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
+
+    def num_steps(self, num_rows: int) -> int:
+        """Optimizer steps of a run on this many rows; the last step of an epoch may have fewer than `batch_size`."""
+        return self.max_steps or math.ceil(self.epochs * math.ceil(num_rows / self.batch_size))
 
 
 class OutputRecipe(Table):

@@ -235,6 +235,16 @@ class RunFolder:
                     if self.is_empty:  # the run wrote nothing
                         shutil.rmtree(self.path)
 
+    def is_in_use(self) -> bool:
+        """Whether a process is training here at this moment."""
+        if not self.path.is_dir():
+            return False
+        try:
+            with locked(self.path, lambda: RunError(str(self.path))):
+                return False
+        except RunError:
+            return True
+
     @contextmanager
     def running(self, facts: dict[str, Any]) -> Iterator[None]:
         """While a process trains here, keep `facts` on disk for the next process, in case this one is killed."""

@@ -1,8 +1,8 @@
 """The command line: one module for each command. Heavy imports wait until a command runs, so that --help and typing mistakes are
 answered at once.
 
-Exit status: 0 success; 1 `qdense doctor` found a problem; 2 a user's mistake, explained in one message; 130 stopped by
-Ctrl-C, 143 by SIGTERM. Anything else is a bug in qdense.
+Exit status: 0 success; 1 `qdense doctor` found a problem, or a cell of `qdense sweep` failed; 2 a user's mistake, explained in
+one message; 3 training diverged; 130 stopped by Ctrl-C, 143 by SIGTERM. Anything else is a bug in qdense.
 """
 
 from __future__ import annotations
@@ -19,8 +19,22 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from qdense import __version__
-from qdense.cli import analyze, compare, data, doctor, evaluate, init, merge, params, plan, score, tasks, train
-from qdense.errors import QDenseError, RunStopped
+from qdense.cli import (
+    analyze,
+    compare,
+    data,
+    doctor,
+    evaluate,
+    init,
+    merge,
+    params,
+    plan,
+    score,
+    sweep,
+    tasks,
+    train,
+)
+from qdense.errors import DivergedError, QDenseError, RunStopped
 from qdense.text import printable
 
 # Each has HELP, DESCRIPTION, EXAMPLES, add_arguments(parser) and run(arguments), which returns the exit status (None is 0).
@@ -32,6 +46,7 @@ COMMANDS: dict[str, ModuleType] = {
     "merge": merge,
     "score": score,
     "compare": compare,
+    "sweep": sweep,
     "analyze": analyze,
     "tasks": tasks,
     "data": data,
@@ -71,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunStopped as stop:
         print(printable(str(stop)), file=sys.stderr)
         return 128 + stop.signal_number
+    except DivergedError as error:
+        return _fail(str(error), status=3)
     except QDenseError as error:
         return _fail(str(error))
     except KeyboardInterrupt as stop:
@@ -126,9 +143,9 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 2) -> int:
     print(printable(f"error: {message}"), file=sys.stderr)
-    return 2
+    return status
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,6 +20,30 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_experiment(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    parser.add_argument(
+        "experiments" if several else "experiment",
+        metavar="FILE",
+        nargs="+" if several else None,
+        help="an experiment: a TOML file, or the name of a built-in one: paper/table2, small/wordproblems, ...",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override a value of the experiment (seeds, search.learning_rate) or of the recipes of all its runs "
+        "(training.max_steps); repeatable",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        default=Path("runs/sweeps"),
+        help="where the runs of all experiments are kept (default: runs/sweeps)",
+    )
+
+
 def add_data_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir",
@@ -65,6 +89,32 @@ def memory_size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a memory size: a number and GiB or MiB, for instance 24GiB")
     # The 24 GB of a card's box are 24 GiB in its driver.
     return int(number * (2**30 if match[2][0] in "gG" else 2**20))
+
+
+def duration(text: str) -> float:
+    """Seconds, from "3h", "45m", "90s", "1.5 h"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([hms])", text.strip(), re.IGNORECASE)
+    seconds = float(match[1]) * {"h": 3600, "m": 60, "s": 1}[match[2].lower()] if match else 0.0
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time: a number and h, m or s, for instance 3h")
+    return seconds
+
+
+def price(text: str) -> tuple[str, float]:
+    """A card and what an hour of it costs, from "RTX 4090=0.35"."""
+    from qdense.planning.speed import CARDS
+
+    card, _, number = text.partition("=")
+    known = {name.lower(): name for name in CARDS}.get(card.strip().lower())
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if known is None or not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not CARD=PRICE, for instance "RTX 4090=0.35"; cards: {", ".join(CARDS)}'
+        )
+    return known, value
 
 
 def layer_numbers(text: str) -> list[int]:

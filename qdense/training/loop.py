@@ -27,7 +27,7 @@ from transformers import get_scheduler
 from qdense.cache import require_free_space
 from qdense.data.examples import Example
 from qdense.device import free_cache, peak_memory
-from qdense.errors import RunError
+from qdense.errors import DivergedError, RunError
 from qdense.events import CheckpointSaved, Emit, Notice, StepDone, Validated, ValidationProgress
 from qdense.methods import Method
 from qdense.modeling.attach import run_tensors, trainable_parameters
@@ -129,7 +129,8 @@ class TrainingLoop:
         """Train to the last step, or to the end of the step in which a signal arrives, and write a checkpoint there.
 
         Raises:
-            RunError: a loss or gradient is not finite, a parameter cannot learn, or a checkpoint cannot be written.
+            DivergedError: a loss or gradient is not finite.
+            RunError: a parameter cannot learn, or a checkpoint cannot be written.
             OutOfMemoryError: even one row at a time does not fit.
         """
         settings, num_steps = self.job.recipe.training, self.job.num_steps
@@ -332,7 +333,7 @@ class TrainingLoop:
         total, count = self._summed(total, count)
         loss = total / count
         if not math.isfinite(loss):
-            raise RunError(f"step {self.step}: the validation loss is {loss}. {REMEDY}")
+            raise DivergedError(f"step {self.step}: the validation loss is {loss}. {REMEDY}")
         schedule = self.job.method.schedule
         has_settled = schedule is None or schedule.has_settled(self.job.model, self.step)
         is_best = has_settled and loss < self.best_loss

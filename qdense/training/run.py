@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import signal
@@ -175,7 +174,7 @@ def _prepare(recipe: Recipe, resumed: Resumed | None, data_dir: Path | None, emi
     training = encode_rows(data.rows, split.training, base.tokenizer, recipe.data)
     validation = encode_rows(data.rows, split.validation, base.tokenizer, recipe.data) if split.validation else None
     _report_truncation(training, recipe, emit)
-    num_steps = _num_steps(recipe, len(training.examples))
+    num_steps = recipe.training.num_steps(len(training.examples))
     learning_rate, num_warmup_steps = _learning_rate(recipe, shape), _num_warmup_steps(recipe, num_steps, emit)
 
     torch.manual_seed(recipe.training.seed)
@@ -363,11 +362,6 @@ def _plan(recipe: Recipe, shape: CatalogModel, settled: StepLayout | None, emit:
             )
         )
     return plan
-
-
-def _num_steps(recipe: Recipe, num_examples: int) -> int:
-    settings = recipe.training
-    return settings.max_steps or math.ceil(settings.epochs * math.ceil(num_examples / settings.batch_size))
 
 
 def _learning_rate(recipe: Recipe, shape: CatalogModel) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from qdense.errors import RunError
+from qdense.errors import DivergedError, RunError
 from qdense.events import Emit, Notice
 
 REMEDY = "Lower training.learning_rate, or look at these rows."
@@ -47,7 +47,8 @@ class Watch:
             rows: the numbers of each micro-batch's data rows.
 
         Raises:
-            RunError: the run must not continue.
+            DivergedError: a loss or gradient is not finite.
+            RunError: a tensor cannot learn.
         """
         values = [float(loss) for loss in losses]
         norms = torch.stack(  # one transfer for all of them
@@ -72,9 +73,9 @@ class Watch:
         self.num_skipped += 1
         self.num_left_out += 1
         if not self.skips:
-            raise RunError(f"{what} {REMEDY} {self.last_good()}")
+            raise DivergedError(f"{what} {REMEDY} {self.last_good()}")
         if self.num_skipped > _MOST_SKIPPED:
-            raise RunError(
+            raise DivergedError(
                 f"{what} That makes {self.num_skipped} skipped steps in a row (training.on_nonfinite). {REMEDY} "
                 f"{self.last_good()}"
             )

@@ -1,0 +1,211 @@
+"""What is known of each cell, on disk. Only this module spells the names in a sweep's folder:
+
+SWEEPS/:
+    cells/DIGEST/
+        recipe.toml      the resolved recipe that `qdense train` was given
+        run/             the run's folder (`qdense.runs`)
+        cell.json        how it ended; written last, so that a cell without it is to be trained or continued
+        scores.json      evaluations of the run by their settings
+        log.txt          what `qdense train` and `qdense evaluate` printed
+        .lock            held by the worker that has the cell; the system releases it however the worker ends
+    bases/               evaluations of bare models by their settings
+    studies.db           Optuna's record of the searches
+    .lock                held for moments, while a worker chooses its next cell
+
+Equal cells of several experiments are the same folder, so what one trained serves the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from filelock import FileLock
+
+from qdense.cache import LOCK_FILE, write_atomically
+from qdense.errors import RunError
+from qdense.experiments.experiment import Cell, EvaluateTable
+from qdense.runs import EvaluationFolder, RunFolder
+from qdense.training.metrics import read_metrics
+
+State = Literal["missing", "started", "trained", "stopped", "diverged", "failed"]
+SETTLED = ("trained", "stopped", "diverged")  # and "failed", until it is retried
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell stands.
+
+    Attributes:
+        loss: validation loss of the weights that were kept; of a run that was stopped or diverged, infinity.
+        problem: why it failed or diverged, in the command's own words.
+        seconds: of training, over all sessions.
+    """
+
+    state: State
+    loss: float = math.inf
+    best_loss: float | None = None
+    last_loss: float | None = None
+    num_steps: int = 0
+    seconds: float = 0.0
+    problem: str = ""
+
+    @property
+    def is_settled(self) -> bool:
+        return self.state in SETTLED
+
+
+@dataclass(frozen=True)
+class CellFolder:
+    """The folder of one cell; it need not exist yet."""
+
+    path: Path
+    cell: Cell | None = field(default=None, compare=False)
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.toml"
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.path / "run")
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def _outcome(self) -> Path:
+        return self.path / "cell.json"
+
+    @property
+    def _scores(self) -> Path:
+        return self.path / "scores.json"
+
+    def prepare(self, cell: Cell) -> None:
+        """Write the recipe that `qdense train` reads."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        tables = cell.recipe.resolved()
+        del tables["output"]
+        write_atomically(self.recipe, tomli_w.dumps(tables))
+
+    def lock(self) -> FileLock:
+        """A lock that one worker holds; `acquire` raises filelock.Timeout if another does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.path / LOCK_FILE, timeout=0)
+
+    def outcome(self) -> Outcome:
+        """From cell.json; without it, from the run."""
+        if not self._outcome.is_file():
+            return Outcome("started" if self.run.path.exists() else "missing")
+        found = _read_object(self._outcome)
+        try:
+            loss = found.pop("loss")
+            return Outcome(**found, loss=math.inf if loss is None else loss)
+        except (TypeError, KeyError, ValueError):
+            raise RunError(f"{self._outcome}: damaged. Remove it; the cell is then looked at again.") from None
+
+    def settle(self, state: State, problem: str = "") -> Outcome:
+        """Record how the cell has ended; the losses are those of the run."""
+        lines = read_metrics(self.run.metrics) if self.run.metrics.is_file() else []
+        losses = [line["loss"] for line in lines if line["event"] == "validation" and line["loss"] is not None]
+        steps = [line for line in lines if line["event"] == "step"]
+        outcome = Outcome(
+            state,
+            best_loss=min(losses, default=None),
+            last_loss=losses[-1] if losses else None,
+            num_steps=max((line["step"] for line in steps), default=0),
+            seconds=max((line["seconds"] for line in steps), default=0.0),
+            problem=problem,
+        )
+        if state == "trained" and losses:
+            keeps_best = self.cell is not None and self.cell.recipe.training.keep == "best"
+            outcome = replace(outcome, loss=min(losses) if keeps_best else losses[-1])
+        values = asdict(outcome) | {"loss": outcome.loss if math.isfinite(outcome.loss) else None}
+        write_atomically(self._outcome, json.dumps(values, indent=2) + "\n")
+        return outcome
+
+    def forget(self) -> None:
+        """Forget how it ended, so that it is tried again; what it trained is kept."""
+        self._outcome.unlink(missing_ok=True)
+
+    def drop_checkpoints(self) -> None:
+        """A finished run needs none, and a sweep would fill the disk with them."""
+        shutil.rmtree(self.run.checkpoints, ignore_errors=True)
+
+    # --- evaluations ------------------------------------------------------------------------------------------------------
+
+    def evaluation(self, how: EvaluateTable) -> Path | None:
+        """The folder of the run's evaluation with these settings; None if there is no finished one."""
+        name = _recorded(self._scores, how)
+        folder = self.run.evaluation(Path(name).name) if name else None
+        return folder.path if folder is not None and folder.is_finished else None
+
+    def record_evaluation(self, how: EvaluateTable, folder: Path) -> None:
+        _record(self._scores, how, folder.name)
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """SWEEPS: all cells of all experiments."""
+
+    path: Path
+
+    def of(self, cell: Cell) -> CellFolder:
+        return CellFolder(self.path / "cells" / cell.digest, cell)
+
+    @property
+    def studies(self) -> Path:
+        return self.path / "studies.db"
+
+    def base_evaluation(self, base: str, how: EvaluateTable) -> Path | None:
+        """The evaluation of a bare model, which is not in this folder but in runs/base-MODEL."""
+        name = _recorded(self._bases(base), how)
+        return Path(name) if name and EvaluationFolder(Path(name)).is_finished else None
+
+    def record_base_evaluation(self, base: str, how: EvaluateTable, folder: Path) -> None:
+        _record(self._bases(base), how, str(folder.resolve()))
+
+    def base_lock(self, base: str) -> FileLock:
+        file = self._bases(base)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(file.with_suffix(".lock"), timeout=0)
+
+    def _bases(self, base: str) -> Path:
+        return self.path / "bases" / f"{hashlib.sha256(base.encode()).hexdigest()[:16]}.json"
+
+    def choosing(self) -> FileLock:
+        """Held while a worker chooses its next cell and records it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.path / LOCK_FILE, timeout=600)
+
+
+def _recorded(file: Path, how: EvaluateTable) -> str | None:
+    name = _read_object(file).get(_key(how)) if file.is_file() else None
+    return str(name) if name is not None else None
+
+
+def _record(file: Path, how: EvaluateTable, name: str) -> None:
+    known = _read_object(file) if file.is_file() else {}
+    write_atomically(file, json.dumps(known | {_key(how): name}, indent=2) + "\n")
+
+
+def _key(how: EvaluateTable) -> str:
+    """What decides the completions, as text."""
+    return json.dumps(how.model_dump(exclude={"batch_size", "base"}, exclude_none=True), sort_keys=True)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise RunError(f"{file}: damaged. Remove it; what it recorded is then looked at again.")
+    return found

@@ -218,12 +218,9 @@ def _published(model: str, tasks: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for row in published_rows(model, tasks or None):
         shown = [task for task in row.percents if not tasks or task in tasks]
-        fields = asdict(row)
-        fields.pop("is_third_party")
         rows.append(
-            fields
+            asdict(row)
             | {
-                "kind": row.kind,
                 "name": row.name,
                 "percents": {task: row.percents[task] for task in shown},
                 "doubts": {task: doubt for task, doubt in row.doubts.items() if task in shown},

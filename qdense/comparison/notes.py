@@ -11,6 +11,7 @@ from qdense.benchmarks.scoring import RULES
 from qdense.benchmarks.tasks import TASKS
 from qdense.catalogs.models import CATALOG
 from qdense.comparison.evaluations import Evaluation
+from qdense.comparison.published import INDEPENDENT, THIRD_PARTY
 from qdense.schema import flattened
 
 
@@ -97,8 +98,11 @@ def on_published(
         yield f"ours are on another base: {', '.join(others)}"
     if groups and rule != "paper":
         yield f"ours are by the {rule} rule, published rows by the paper's"
-    if any(row["kind"] != "published" for row in rows):
-        yield "published (third-party notes): not taken from the paper itself"
+    kinds = {row["kind"] for row in rows}
+    if THIRD_PARTY in kinds:
+        yield f"{THIRD_PARTY}: not taken from the paper itself"
+    if INDEPENDENT in kinds:
+        yield f"{INDEPENDENT}: run by others and reported in no paper"
     if any(row["doubts"] for row in rows):
         yield "in parentheses: worked back from the published average, +-0.5; with a question mark: uncertain"
     if groups and any(row["average"] is None for row in rows):

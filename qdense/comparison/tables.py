@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qdense.benchmarks.tasks import GROUPS
-from qdense.comparison.published import WORKED_BACK
+from qdense.comparison.published import KINDS, WORKED_BACK
 
 AVERAGE = "avg"  # as in the paper; with "average" its Table 1 would not fit 80 columns
 CSV_COLUMNS = (
@@ -26,7 +26,7 @@ class Line:
     """One row of a sheet: ours or a published one.
 
     Attributes:
-        kind: "ours", "published" or "published (third-party notes)".
+        kind: one of `published.KINDS`.
         cells: the figures of the sheet's columns, or "".
     """
 
@@ -83,7 +83,7 @@ def _published_lines(rows: Iterable[Mapping[str, Any]], tasks: Sequence[str]) ->
         )
         for row in rows
     ]
-    return sorted(lines, key=lambda line: line.kind)  # stable: third-party rows last
+    return sorted(lines, key=lambda line: KINDS.index(line.kind))
 
 
 def percent(share: float) -> str:

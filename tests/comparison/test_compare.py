@@ -14,7 +14,16 @@ from qdense.benchmarks.tasks import GROUPS, TASKS
 from qdense.cli import main
 from qdense.comparison.compare import compare
 from qdense.comparison.evaluations import load_evaluation
-from qdense.comparison.published import PUBLISHED, UNCERTAIN, WORKED_BACK, published_models, published_rows
+from qdense.comparison.published import (
+    INDEPENDENT,
+    KINDS,
+    PUBLISHED,
+    THIRD_PARTY,
+    UNCERTAIN,
+    WORKED_BACK,
+    published_models,
+    published_rows,
+)
 from qdense.comparison.statistics import bootstrap_interval
 from qdense.errors import EvaluationError
 from qdense.ui.comparison import show_comparison
@@ -319,7 +328,7 @@ def test_nothing_is_counted_twice(runs, tmp_path):
 
 def test_published_rows_add_up():
     whole = [row for row in PUBLISHED if row.percents]
-    assert (len(PUBLISHED), len(whole)) == (17, 14)
+    assert (len(PUBLISHED), len(whole)) == (23, 16)
     for row in whole:
         assert tuple(row.percents) == GROUPS[row.group], row
         mean = sum(row.percents.values()) / len(row.percents)
@@ -333,10 +342,14 @@ def test_published_figures_that_are_not_certain_say_so():
     vera = by_name["llama3-8b", "commonsense", "VeRA"]
     assert vera.doubts == {"siqa": WORKED_BACK, "winogrande": UNCERTAIN}
     assert vera.percents["winogrande"] == 61.8
-    third_party = [row for row in PUBLISHED if row.is_third_party]
+    third_party = [row for row in PUBLISHED if row.kind == THIRD_PARTY]
     assert len(third_party) == 8
     assert all(row.doubts.get("siqa") == WORKED_BACK for row in third_party if row.group == "commonsense")
-    assert not any(row.doubts for row in PUBLISHED if not row.is_third_party)
+    assert not any(row.doubts for row in PUBLISHED if row.kind != THIRD_PARTY)
+    assert [(row.name, row.average) for row in PUBLISHED if row.kind == INDEPENDENT] == [
+        ("LoRA r32 (bscny)", 81.88),
+        ("DenseLoRA r32 (bscny)", 87.51),
+    ]
     dora = by_name["llama2-7b", "commonsense", "DoRA r32"]
     assert (dora.percents["siqa"], dora.percents["obqa"], dora.average) == (76.0, 82.4, 79.7)
     assert by_name["llama3-8b", "commonsense", "DenseLoRA r256"].average == 85.5
@@ -506,8 +519,8 @@ def test_published_rows_need_no_run(capsys):
         tables = parse_markdown(capsys.readouterr().out)
         assert [table[0][3] for table in tables] == (["boolq", "gsm8k"] if model == "llama3-8b" else ["boolq"])
         assert tables[0][1][0] == "ChatGPT"
-        kinds = [row[1] for row in tables[0][1:]]  # third-party notes last, whatever the order of the data
-        assert kinds == sorted(kinds)
+        kinds = [row[1] for row in tables[0][1:]]  # independent runs last, whatever the order of the data
+        assert kinds == sorted(kinds, key=KINDS.index)
     assert main(["compare", "--published", "llama3-8b"]) == 0
     assert "DenseLoRA r32" in capsys.readouterr().out
 

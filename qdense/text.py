@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Sequence
 
 _SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY")
 _SHORTEST_SECRET = 8  # local servers use "x" as a key, which is part of many words
@@ -45,3 +46,16 @@ def _without_value(parameter: re.Match[str]) -> str:
 def printable(text: str) -> str:
     """A message of several lines, ready for the terminal."""
     return "\n".join(map(clean, without_secrets(text).split("\n")))
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose cells are Markdown; all columns but the first are aligned to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown_escaped(text: str) -> str:
+    """Text escaped so that it neither ends a cell nor begins markup."""
+    for mark in "\\|*`<[":
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split("\n"))

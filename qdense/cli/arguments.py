@@ -36,11 +36,22 @@ def add_experiment(parser: argparse.ArgumentParser, *, several: bool = False) ->
         "(training.max_steps); repeatable",
     )
     parser.add_argument(
-        "--output",
+        "--runs",
         metavar="DIR",
         type=Path,
         default=Path("runs/sweeps"),
         help="where the runs of all experiments are kept (default: runs/sweeps)",
+    )
+
+
+def add_price(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--price",
+        metavar="CARD=PRICE",
+        type=price,
+        action="append",
+        default=[],
+        help='what an hour of a card costs, for instance "RTX 4090=0.35"; repeatable',
     )
 
 

@@ -10,11 +10,11 @@ from qdense.cli.arguments import (
     add_data_dir,
     add_experiment,
     add_json,
+    add_price,
     add_quiet,
     duration,
     memory_size,
     positive,
-    price,
 )
 from qdense.cli.plan import has_gpu, machine_for
 from qdense.errors import ModelError
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage",
         metavar="URL",
-        help="Optuna's storage: a database's URL, or FILE.log (default: SQLite in the output folder)",
+        help="Optuna's storage: a database's URL, or FILE.log (default: SQLite in the folder of --runs)",
     )
     parser.add_argument(
         "--memory",
@@ -62,14 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="predict for a card with this memory (default: this machine's GPU; without one, 24GiB)",
     )
-    parser.add_argument(
-        "--price",
-        metavar="CARD=PRICE",
-        type=price,
-        action="append",
-        default=[],
-        help='what an hour of a card costs, for instance "RTX 4090=0.35"; repeatable',
-    )
+    add_price(parser)
     add_data_dir(parser)
     add_json(parser)
     add_quiet(parser)
@@ -86,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     from qdense.ui.console import make_console
     from qdense.ui.sweep import SweepDisplay, show_costs, show_problems
 
-    folder = SweepFolder(arguments.output)
+    folder = SweepFolder(arguments.runs)
     if arguments.json or arguments.dry_run or not arguments.quiet:
         costs = _costs(arguments, experiment, folder)
         if arguments.json:

@@ -11,6 +11,7 @@ from typing import Any
 
 from qdense.benchmarks.tasks import GROUPS
 from qdense.comparison.published import KINDS, WORKED_BACK
+from qdense.text import markdown_escaped, markdown_table
 
 AVERAGE = "avg"  # as in the paper; with "average" its Table 1 would not fit 80 columns
 CSV_COLUMNS = (
@@ -178,9 +179,9 @@ def as_markdown(comparison: Mapping[str, Any]) -> str:
     """The sheets, a table for each group of runs with intervals and tests, and the notes."""
     blocks = []
     for sheet in sheets(comparison):
-        rows = [[_escaped(line.name), line.kind, line.trainable, *line.cells] for line in sheet.lines]
-        columns = ["", "", "trainable %", *map(_escaped, sheet.columns)]
-        blocks.append(_markdown_table(columns, rows))
+        rows = [[markdown_escaped(line.name), line.kind, line.trainable, *line.cells] for line in sheet.lines]
+        columns = ["", "", "trainable %", *map(markdown_escaped, sheet.columns)]
+        blocks.append(markdown_table(columns, rows))
     for group in comparison["groups"]:
         difference = group["difference"]
         header = ["task", "items", f"{group['label']} %, 95%", "by seed"]
@@ -189,7 +190,7 @@ def as_markdown(comparison: Mapping[str, Any]) -> str:
         rows = []
         for task, accuracy, part in parts_of(group):
             row = [
-                _escaped(task),
+                markdown_escaped(task),
                 f"{comparison['num_items'][task]:,}" if task in comparison["num_items"] else "",
                 f"{percent(accuracy['accuracy'])} {interval(*accuracy['interval'])}",
                 ", ".join(percent(share) for share in accuracy["by_seed"]),
@@ -198,22 +199,13 @@ def as_markdown(comparison: Mapping[str, Any]) -> str:
                 row += [f"{100 * part['difference']:+.1f} {interval(*part['interval'], is_signed=True)}"]
                 row += [p_value(part["p"]), p_value(part["p_holm"])] if "p" in part else ["", ""]
             rows.append(row)
-        runs = ", ".join(_escaped(run["run"]) for run in group["runs"])
+        runs = ", ".join(markdown_escaped(run["run"]) for run in group["runs"])
         test = f"; {difference['test']}" if difference else ""
-        blocks += [f"**{group['label']}**: {_escaped(group['name'])}: {runs}{test}", _markdown_table(header, rows)]
+        blocks += [
+            f"**{group['label']}**: {markdown_escaped(group['name'])}: {runs}{test}",
+            markdown_table(header, rows),
+        ]
     rule = f"Scored by the {comparison['rule']} rule. " if comparison["groups"] else ""
     blocks.append(rule + "Percent.")
-    blocks.append("\n".join(f"- {_escaped(note)}" for note in comparison["notes"]))
+    blocks.append("\n".join(f"- {markdown_escaped(note)}" for note in comparison["notes"]))
     return "\n\n".join(block for block in blocks if block) + "\n"
-
-
-def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _escaped(text: str) -> str:
-    """Text escaped so that it neither ends a cell nor begins markup."""
-    for mark in "\\|*`<[":
-        text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.split("\n"))

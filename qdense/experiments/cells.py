@@ -9,6 +9,7 @@ SWEEPS/:
         log.txt          what `qdense train` and `qdense evaluate` printed
         .lock            held by the worker that has the cell; the system releases it however the worker ends
     bases/               evaluations of bare models by their settings
+    reports/NAME/        pages of `qdense report`
     studies.db           Optuna's record of the searches
     .lock                held for moments, while a worker chooses its next cell
 
@@ -159,6 +160,10 @@ class SweepFolder:
 
     def of(self, cell: Cell) -> CellFolder:
         return CellFolder(self.path / "cells" / cell.digest, cell)
+
+    @property
+    def reports(self) -> Path:
+        return self.path / "reports"
 
     @property
     def studies(self) -> Path:

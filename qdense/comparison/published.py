@@ -109,6 +109,8 @@ PUBLISHED: tuple[Published, ...] = (
     _row("llama3-8b", "DenseLoRA", 16, 0.01, "72.3 87.5 (80) 93.5 85.2 89.8 78.2 84.0 83.8", kind=THIRD_PARTY),
     _row("llama3-8b", "DenseLoRA", 32, 0.02, "74.3 88.0 (80) 94.5 86.0 89.7 78.7 85.6 84.6", kind=THIRD_PARTY),
     _row("llama3-8b", "DenseLoRA", 64, 0.06, "74.1 88.9 (80) 95.0 87.0 90.0 79.2 85.6 85.0", kind=THIRD_PARTY),
+    _row("llama3-8b", "DenseLoRA", 32, None, "82.3", source="arXiv:2505.23808, Table 3", variant="QKV"),
+    _row("llama3-8b", "DenseLoRA", 32, None, "83.8", source="arXiv:2505.23808, Table 3", variant="UD"),
     _row("llama3-8b", "DenseLoRA", 256, 0.31, "85.5", source="arXiv:2505.23808, Fig. 4"),
     _row("llama3-8b", "LoRA", 16, None, "84.4", source=_RANDLORA),
     _row("llama3-8b", "LoRA", 32, None, "85.2", source=_RANDLORA, variant="(RandLoRA's)"),

@@ -8,7 +8,7 @@ SWEEPS/:
         scores.json      evaluations of the run by their settings
         log.txt          what `qdense train` and `qdense evaluate` printed
         .lock            held by the worker that has the cell; the system releases it however the worker ends
-    bases/               evaluations of bare models by their settings
+    bases/               evaluations of bare models, with scores.json, log.txt and .lock as above
     reports/NAME/        pages of `qdense report`
     studies.db           Optuna's record of the searches
     .lock                held for moments, while a worker chooses its next cell
@@ -32,9 +32,10 @@ from filelock import FileLock
 from qdense.cache import LOCK_FILE, write_atomically
 from qdense.errors import RunError
 from qdense.experiments.experiment import Cell, EvaluateTable
-from qdense.runs import EvaluationFolder, RunFolder
+from qdense.runs import RunFolder
 from qdense.training.metrics import read_metrics
 
+_LOG, _SCORES = "log.txt", "scores.json"
 State = Literal["missing", "started", "trained", "stopped", "diverged", "failed"]
 SETTLED = ("trained", "stopped", "diverged")  # and "failed", until it is retried
 
@@ -79,7 +80,7 @@ class CellFolder:
 
     @property
     def log(self) -> Path:
-        return self.path / "log.txt"
+        return self.path / _LOG
 
     @property
     def _outcome(self) -> Path:
@@ -87,7 +88,7 @@ class CellFolder:
 
     @property
     def _scores(self) -> Path:
-        return self.path / "scores.json"
+        return self.path / _SCORES
 
     def prepare(self, cell: Cell) -> None:
         """Write the recipe that `qdense train` reads."""
@@ -145,7 +146,7 @@ class CellFolder:
     def evaluation(self, how: EvaluateTable) -> Path | None:
         """The folder of the run's evaluation with these settings; None if there is no finished one."""
         name = _recorded(self._scores, how)
-        folder = self.run.evaluation(Path(name).name) if name else None
+        folder = self.run.evaluation(name) if name else None
         return folder.path if folder is not None and folder.is_finished else None
 
     def record_evaluation(self, how: EvaluateTable, folder: Path) -> None:
@@ -170,20 +171,30 @@ class SweepFolder:
         return self.path / "studies.db"
 
     def base_evaluation(self, base: str, how: EvaluateTable) -> Path | None:
-        """The evaluation of a bare model, which is not in this folder but in runs/base-MODEL."""
-        name = _recorded(self._bases(base), how)
-        return Path(name) if name and EvaluationFolder(Path(name)).is_finished else None
+        """The evaluation of a bare model; None if there is no finished one."""
+        name = _recorded(self._scores_of_base(base), how)
+        folder = self._base(base).evaluation(name) if name else None
+        return folder.path if folder is not None and folder.is_finished else None
 
     def record_base_evaluation(self, base: str, how: EvaluateTable, folder: Path) -> None:
-        _record(self._bases(base), how, str(folder.resolve()))
+        """Copy the evaluation, which `qdense evaluate` has put into runs/base-MODEL, so that this folder is complete."""
+        copy = self._base(base).evaluation(folder.name).path
+        shutil.copytree(folder, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK_FILE))
+        _record(self._scores_of_base(base), how, folder.name)
 
     def base_lock(self, base: str) -> FileLock:
-        file = self._bases(base)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(file.with_suffix(".lock"), timeout=0)
+        folder = self._base(base).path
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / LOCK_FILE, timeout=0)
 
-    def _bases(self, base: str) -> Path:
-        return self.path / "bases" / f"{hashlib.sha256(base.encode()).hexdigest()[:16]}.json"
+    def base_log(self, base: str) -> Path:
+        return self._base(base).path / _LOG
+
+    def _base(self, base: str) -> RunFolder:
+        return RunFolder(self.path / "bases" / hashlib.sha256(base.encode()).hexdigest()[:16])
+
+    def _scores_of_base(self, base: str) -> Path:
+        return self._base(base).path / _SCORES
 
     def choosing(self) -> FileLock:
         """Held while a worker chooses its next cell and records it."""

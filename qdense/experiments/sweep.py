@@ -411,7 +411,7 @@ class Sweep:
         self._tell(job, "evaluating")
         command = ["evaluate", *_evaluate_arguments(how), "--model", model.name]
         command += ["--quantization", model.quantization, "--dtype", model.dtype]
-        found = self._evaluation(job, command, self.folder.path / "bases" / "log.txt", environment)
+        found = self._evaluation(job, command, self.folder.base_log(base_key(model)), environment)
         if found is not None:
             self.folder.record_base_evaluation(base_key(model), how, found)
             self._tell(job, "evaluated")

@@ -50,7 +50,7 @@ def open_storage(storage: str) -> BaseStorage:
         return RDBStorage(storage)
     except Exception as error:  # whatever a database's driver raises
         raise RunError(
-            f"--storage {_without_password(storage)}: cannot be opened: {str(error).splitlines()[0]} It must be sqlite:///FILE, "
+            f"--storage {storage}: cannot be opened: {str(error).splitlines()[0].rstrip('.')}. It must be sqlite:///FILE, "
             "another database's URL (postgresql://...), or FILE.log for Optuna's journal."
         ) from None
 
@@ -122,8 +122,3 @@ def _attributes(cell: Cell) -> dict[str, Any]:
 def is_storage_failure(error: BaseException) -> bool:
     """Whether an error is the database's (a full disk, a lost connection)."""
     return isinstance(error, StorageInternalError)
-
-
-def _without_password(url: str) -> str:
-    scheme, separator, rest = url.partition("://")
-    return f"{scheme}{separator}...@{rest.rpartition('@')[2]}" if "@" in rest else url

@@ -85,9 +85,10 @@ def _hours(cost: ArmCost, card: str) -> str:
 def show_problems(console: Console, problems: Sequence[tuple[str, str]], experiment: str) -> None:
     """What failed, and how to try it again."""
     for name, problem in problems:
-        console.print(Text.assemble(("failed ", "red"), clean(name), ": ", clean(problem)))
+        console.print(Text.assemble(("failed ", "red"), clean(name), ": ", clean(problem)), soft_wrap=True)
     if problems:
-        console.print(Text(f"The rest is not affected. To try these again: qdense sweep {clean(experiment)} --retry"))
+        text = f"The rest is not affected. To try these again: qdense sweep {clean(experiment)} --retry"
+        console.print(Text(text), soft_wrap=True)
 
 
 class SweepDisplay(Display):

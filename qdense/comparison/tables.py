@@ -69,22 +69,28 @@ def sheets(comparison: Mapping[str, Any]) -> list[Sheet]:
 
 
 def _published_lines(rows: Iterable[Mapping[str, Any]], tasks: Sequence[str]) -> list[Line]:
-    def figure(row: Mapping[str, Any], task: str) -> str:
-        if task not in row["percents"]:
-            return ""
-        doubt, value = row["doubts"].get(task), row["percents"][task]
-        return f"({value:.0f})" if doubt == WORKED_BACK else f"{value:.1f}{'?' if doubt else ''}"
-
     lines = [
         Line(
             row["kind"],
             row["name"],
             trainable(row["trainable_percent"]),
-            [*(figure(row, task) for task in tasks), "" if row["average"] is None else f"{row['average']:.1f}"],
+            published_figures(row, tasks),
         )
         for row in rows
     ]
     return sorted(lines, key=lambda line: KINDS.index(line.kind))
+
+
+def published_figures(row: Mapping[str, Any], tasks: Iterable[str]) -> list[str]:
+    """A published row's cells: "(80)" was worked back, "61.8?" is uncertain; the average is last."""
+
+    def figure(task: str) -> str:
+        if task not in row["percents"]:
+            return ""
+        doubt, value = row["doubts"].get(task), row["percents"][task]
+        return f"({value:.0f})" if doubt == WORKED_BACK else f"{value:.1f}{'?' if doubt else ''}"
+
+    return [*map(figure, tasks), "" if row["average"] is None else f"{row['average']:.1f}"]
 
 
 def percent(share: float) -> str:

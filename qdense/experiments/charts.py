@@ -116,7 +116,7 @@ def rates(rows: Rows) -> dict[str, Any]:
         alt.X(
             "rate:Q",
             title="learning rate",
-            scale=alt.Scale(type="log", padding=20),
+            scale=alt.Scale(type="log", padding=20, nice=False),
             axis=alt.Axis(format=".0e", tickCount=6),
         ),
         alt.Y("loss:Q", title="validation loss", scale=alt.Scale(zero=False)),
@@ -136,7 +136,10 @@ def by_value(rows: Rows, *, x_title: str, y_title: str, is_number: bool) -> dict
     order = list(dict.fromkeys(row["value"] for row in rows))
     at = (
         alt.X(
-            "value:Q", title=x_title, scale=alt.Scale(type="log", padding=25), axis=alt.Axis(values=order, format="~g")
+            "value:Q",
+            title=x_title,
+            scale=alt.Scale(type="log", padding=25, nice=False),
+            axis=alt.Axis(values=order, format="~g"),
         )
         if is_number
         else alt.X("value:N", title=x_title, sort=order, axis=alt.Axis(labelAngle=0))

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from qdense.analysis.updates import RunUpdates, common_side, load_updates, summarize
+from qdense.benchmarks.tasks import GROUPS, tasks_named
 from qdense.comparison.compare import compare
 from qdense.comparison.evaluations import load_evaluation
-from qdense.comparison.tables import AVERAGE, interval, p_value, parts_of, percent, trainable
+from qdense.comparison.published import KINDS
+from qdense.comparison.tables import AVERAGE, interval, p_value, parts_of, percent, published_figures, trainable
 from qdense.errors import AdapterError
 from qdense.experiments import charts
 from qdense.experiments.blocks import Block, Chart, Code, Part, Section, Table, Text
@@ -94,7 +96,26 @@ class _Results:
 
     @property
     def tasks(self) -> list[str]:
-        return list(self.comparison["tasks"]) if self.comparison else []
+        """Those that every evaluation has; before there is one, those that the experiment names."""
+        if self.comparison and self.comparison["tasks"]:
+            return list(self.comparison["tasks"])
+        how = self.experiment.evaluate
+        return [task.name for task in tasks_named(",".join(how.tasks))] if how is not None else []
+
+    @property
+    def is_evaluated(self) -> bool:
+        return self.comparison is not None and bool(self.comparison["groups"])
+
+    @property
+    def published(self) -> list[Mapping[str, Any]]:
+        """The published rows with a figure for one of the tasks, or with an average over all of them."""
+        rows = self.comparison["published"] if self.comparison else []
+        found = [
+            row
+            for row in rows
+            if row["percents"].keys() & set(self.tasks) or set(GROUPS[row["group"]]) == set(self.tasks)
+        ]
+        return sorted(found, key=lambda row: KINDS.index(row["kind"]))
 
     @property
     def base(self) -> Mapping[str, Any] | None:
@@ -222,7 +243,7 @@ def _setup(results: _Results) -> Table:
         ],
         ["training data", joined([_data_of(arm) for arm in results.arms])],
         ["adapted modules", joined(["+".join(r.adapter.target_modules) for r in recipes])],
-        ["steps", joined([arm.cost.num_steps or "?" for arm in results.arms])],
+        ["steps", "; ".join(dict.fromkeys(_count(arm.cost.num_steps) for arm in results.arms))],
         ["examples a step", joined([r.training.batch_size for r in recipes])],
         ["loss on", joined(["prompt and response" if r.data.train_on == "all" else "response" for r in recipes])],
         ["weights kept", joined([r.training.keep for r in recipes])],
@@ -251,13 +272,9 @@ def _data_of(arm: _Arm) -> str:
 
 def _main_results(results: _Results) -> Iterator[Block]:
     tasks = results.tasks
-    is_evaluated = bool(tasks) and len(results.comparison["groups"]) > 0 if results.comparison else False
-    has_published = bool(results.comparison and results.comparison["published"])
-    if not results.trained and not has_published:
+    if not results.trained and not results.published:
         return
     shown = [*tasks, AVERAGE] if len(tasks) > 1 else list(tasks)
-    if not tasks and has_published and results.comparison:
-        shown = [*results.comparison["published"][-1]["percents"], AVERAGE]
     columns = ["method", "kind", "trained", "trained %", "rate", "validation loss, last", "best", *shown]
     rows, kinds = [], []
     if results.base is not None:
@@ -279,14 +296,8 @@ def _main_results(results: _Results) -> Iterator[Block]:
             ]
         )
         kinds.append("ours")
-    for row in results.comparison["published"] if results.comparison else []:
-        figures = (
-            [row["percents"].get(task) for task in shown[:-1]]
-            if AVERAGE in shown
-            else [row["percents"].get(t) for t in shown]
-        )
-        cells = ["" if value is None else f"{value:.1f}" for value in figures]
-        cells += [f"{row['average']:.1f}" if row["average"] is not None else ""] if AVERAGE in shown else []
+    for row in results.published:
+        cells = published_figures(row, tasks)[: len(shown)]
         rows.append([row["name"], row["kind"], "", trainable(row["trainable_percent"]), "", "", "", *cells])
         kinds.append(row["kind"])
     note = (
@@ -294,13 +305,20 @@ def _main_results(results: _Results) -> Iterator[Block]:
         "Accuracy in percent with its 95% interval (items and seeds resampled), by the paper's rule. trained %: of base and "
         "adapter together."
     )
-    yield Table("All methods side by side", columns, rows, kinds, note)
+    filled = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    yield Table(
+        "All methods side by side",
+        [columns[i] for i in filled],
+        [[row[i] for i in filled] for row in rows],
+        kinds,
+        note,
+    )
     if results.comparison and results.comparison["notes"]:
         named = "; ".join(f"{group['label']} is {name}" for name, group in _named_groups(results))
         yield Text(f"Notes{f' ({named})' if named else ''}:")
         for each in results.comparison["notes"]:
-            yield Text(f"{each[:1].upper()}{each[1:]}.")
-    yield from _sizes(results, is_evaluated=is_evaluated, has_published=has_published)
+            yield Text(f"{each[:1].upper()}{each[1:].rstrip('.')}.")
+    yield from _sizes(results)
 
 
 def _accuracies(group: Mapping[str, Any], shown: Sequence[str]) -> list[str]:
@@ -311,8 +329,8 @@ def _accuracies(group: Mapping[str, Any], shown: Sequence[str]) -> list[str]:
     return cells
 
 
-def _sizes(results: _Results, *, is_evaluated: bool, has_published: bool) -> Iterator[Block]:
-    rows = []
+def _sizes(results: _Results) -> Iterator[Block]:
+    rows, is_evaluated, has_published = [], results.is_evaluated, bool(results.published)
     for arm in results.trained:
         count = arm.cost.trainable_parameters
         if count is None:
@@ -323,7 +341,7 @@ def _sizes(results: _Results, *, is_evaluated: bool, has_published: bool) -> Ite
         if x is not None and outcome is not None:
             y, low, high = outcome
             rows.append({"name": arm.name, "kind": "ours", "x": x, "y": y, "low": low, "high": high})
-    for row in results.comparison["published"] if results.comparison and is_evaluated else []:
+    for row in results.published if is_evaluated else []:
         if row["trainable_percent"] and row["average"] is not None:
             named = {"name": row["name"], "kind": row["kind"], "x": row["trainable_percent"], "y": row["average"]}
             rows.append(named | {"low": row["average"], "high": row["average"]})
@@ -497,7 +515,7 @@ def _rates(results: _Results) -> Iterator[Block]:
             + "."
         )
         return
-    steps = ", ".join(dict.fromkeys(str(arm.cost.num_steps or "?") for arm in arms))
+    steps = " or ".join(dict.fromkeys(_count(arm.cost.num_steps) for arm in arms))
     stopping = (
         " Runs in the worse half at their 1st, 2nd, 4th, ... validation were stopped there (successive halving)."
         if search.halving
@@ -516,10 +534,11 @@ def _rates(results: _Results) -> Iterator[Block]:
         for rate, loss in losses.items():
             if math.isfinite(loss):
                 points.append({"arm": arm.name, "rate": rate, "loss": round(loss, 5), "is_best": rate == best})
-        where = "none" if best is None else "at an edge" if is_at_edge(losses) else "between two worse"
-        is_open = arm.standing.learning_rate is None and best is not None
+        where = "at an edge" if is_at_edge(losses) else "between two worse"
+        if arm.standing.learning_rate is None:
+            where = "search unfinished" if best is not None or not losses else "every rate diverged"
         tried = [_tried(arm, rate, losses[rate]) if rate in losses else "" for rate in rates]
-        rows.append([arm.name, _rate(best), f"{where}{', search unfinished' if is_open else ''}", *tried])
+        rows.append([arm.name, _rate(arm.standing.learning_rate), where, *tried])
     if points:
         yield Chart(
             "Validation loss by learning rate",
@@ -703,6 +722,10 @@ def _command(experiment: Experiment) -> str:
     return " ".join(
         [name, *(f"--set '{each}'" if "'" not in each else f'--set "{each}"' for each in experiment.overrides)]
     )
+
+
+def _count(number: int | None) -> str:
+    return "?" if number is None else f"{number:,}"
 
 
 def _rate(rate: float | str | None) -> str:

@@ -66,6 +66,7 @@ def stage(folder: Path) -> None:
     places = {str(path.relative_to(ROOT)): str(path.relative_to(DOCS)) for path in _pages_and_assets()} | STAGED
     generated = {
         "reference/recipe.md": recipe_page(),
+        "reference/experiment.md": experiment_page(),
         "reference/command-line.md": command_line_page(),
         "reference/run-folder.md": run_folder_page(),
         "reference/python.md": python_page(),
@@ -262,6 +263,48 @@ def recipe_page() -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def experiment_page() -> str:
+    """Every key of an experiment, and the experiments that come with qdense."""
+    from qdense.experiments.experiment import (
+        EvaluateTable,
+        ExperimentTables,
+        ReportTable,
+        SearchTable,
+        builtin_experiments,
+        load_experiment,
+    )
+
+    sections = [
+        "# The experiment",
+        "An experiment is a TOML file for `qdense sweep` and `qdense report`. [Run an experiment](../how-to/experiments.md) has "
+        "an example. qdense validates the whole file, and the recipe of each arm, before anything runs. An unknown key is an "
+        "error.",
+        "An arm is a variant with one value for each key for which the file gives a list. A run is an arm at one learning rate "
+        "with one seed. Later tables take precedence: the recipe, `[set]`, the variant, and `--set` on the command line. Where "
+        "`[set]` or a variant gives `adapter.r` without `adapter.alpha`, alpha is 2 r and not the recipe's.",
+        "This page is generated from `qdense/experiments/experiment.py`.",
+        "## Top level",
+        _fields(ExperimentTables),
+    ]
+    for name, table, meaning in (
+        ("search", SearchTable, "How the learning rate of each arm is found. Without this table, recipes say it."),
+        (
+            "evaluate",
+            EvaluateTable,
+            "How the final runs are scored. Without this table, validation losses are compared.",
+        ),
+        ("report", ReportTable, "What stands beside the results."),
+    ):
+        sections += [f"## [{name}]", meaning, _fields(table)]
+    experiments = {name: load_experiment(path) for name, path in builtin_experiments().items()}
+    rows = [
+        [_code(name), _cell(each.title), f"{len(each.arms)}", f"{len(each.seeds)}"]
+        for name, each in experiments.items()
+    ]
+    sections += ["## Experiments by name", _table(["Name", "What it is", "Arms", "Seeds"], rows)]
+    return "\n\n".join(sections) + "\n"
+
+
 # --- the command line ---------------------------------------------------------------------------------------------------
 
 
@@ -315,8 +358,9 @@ def command_line_page() -> str:
             ["Status", "Meaning"],
             [
                 ["0", "success"],
-                ["1", "`qdense doctor` found a problem"],
+                ["1", "`qdense doctor` found a problem, or a run of `qdense sweep` failed"],
                 ["2", "a mistake in the command, the recipe or a file; the message says what to do"],
+                ["3", "training diverged: a loss or gradient is not finite"],
                 ["130, 143, 129", "stopped by Ctrl-C, by SIGTERM, or because the terminal closed"],
             ],
         ),
@@ -356,6 +400,7 @@ def _environment_table() -> str:
 
 def run_folder_page() -> str:
     """What `qdense/runs.py` says of a run's folder, its trees of names as tables."""
+    import qdense.experiments.cells
     import qdense.runs
 
     sections = [
@@ -364,12 +409,14 @@ def run_folder_page() -> str:
         "below come from `qdense/runs.py`. [JSON outputs](json.md) lists the keys of the JSON files.",
     ]
     paragraphs = (inspect.getdoc(qdense.runs) or "").split("\n\n")[1:]
-    for paragraph in paragraphs:
+    for paragraph in [*paragraphs, *(inspect.getdoc(qdense.experiments.cells) or "").split("\n\n")[1:]]:
         folder, _, tree = paragraph.partition(":\n    ")
         if paragraph.endswith("/:"):
             sections.append(f"## {paragraph.rstrip(':')}")
         elif tree:
             sections += [f"## {folder}", _tree(tree)]
+        elif paragraph.endswith(":"):
+            sections.append(f"## {_cell(paragraph.rstrip(':'))}")
         elif paragraph.startswith("    "):
             sections.append(_tree(paragraph))
         else:

@@ -1,17 +1,20 @@
 """What is known of each cell, on disk. Only this module spells the names in a sweep's folder:
 
-SWEEPS/:
-    cells/DIGEST/
-        recipe.toml      the resolved recipe that `qdense train` was given
-        run/             the run's folder (`qdense.runs`)
-        cell.json        how it ended; written last, so that a cell without it is to be trained or continued
-        scores.json      evaluations of the run by their settings
-        log.txt          what `qdense train` and `qdense evaluate` printed
-        .lock            held by the worker that has the cell; the system releases it however the worker ends
-    bases/               evaluations of bare models, with scores.json, log.txt and .lock as above
+The folder of `qdense sweep` (--runs, by default runs/sweeps):
+
+    cells/DIGEST/        one run and what is known of it; DIGEST is a checksum of its recipe and data
+    bases/DIGEST/        evaluations of a bare model, with scores.json, log.txt and .lock as below
     reports/NAME/        pages of `qdense report`
     studies.db           Optuna's record of the searches
     .lock                held for moments, while a worker chooses its next cell
+
+cells/DIGEST/:
+    recipe.toml          the resolved recipe that `qdense train` was given
+    run/                 the run's folder
+    cell.json            how it ended; written last, so that a cell without it is to be trained or continued
+    scores.json          the run's evaluations by their settings
+    log.txt              what `qdense train` and `qdense evaluate` printed
+    .lock                held by the worker that has the cell; the system releases it however the worker ends
 
 Equal cells of several experiments are the same folder, so what one trained serves the others.
 """

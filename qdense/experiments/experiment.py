@@ -86,7 +86,7 @@ class ReportTable(Table):
     updates: bool = Field(False, description="true or false: whether maps of what training changed are shown")
 
 
-class _Tables(Table):
+class ExperimentTables(Table):
     title: str = Field(min_length=1, description="a line")
     question: str = Field("", description="a paragraph: what the experiment is to decide")
     recipe: str | None = Field(
@@ -243,7 +243,7 @@ def load_experiment(name: str | Path, overrides: Sequence[str] = ()) -> Experime
             apply_override(tables, override, least_parts=1)
     if "variants" not in tables and "model" in tables:
         raise RecipeError(f"{path}: is a recipe, not an experiment. Train it: qdense train {path}")
-    parsed, problems = validated(_Tables, tables)
+    parsed, problems = validated(ExperimentTables, tables)
     if parsed is None:
         raise refusal(str(path), problems.values())
     found = list(_own_problems(parsed))
@@ -265,7 +265,7 @@ def load_experiment(name: str | Path, overrides: Sequence[str] = ()) -> Experime
     return experiment
 
 
-def _own_problems(tables: _Tables) -> Iterator[Problem]:
+def _own_problems(tables: ExperimentTables) -> Iterator[Problem]:
     """What is wrong in a file whose values are valid one by one."""
     if len(set(tables.seeds)) < len(tables.seeds):
         yield f"seeds = {list(tables.seeds)}", "must name each seed once"
@@ -303,7 +303,7 @@ def _own_problems(tables: _Tables) -> Iterator[Problem]:
             yield f"{where}.output", "is chosen by the sweep"
 
 
-def _arms(path: Path, tables: _Tables, overrides: Sequence[str]) -> Iterator[Arm]:
+def _arms(path: Path, tables: ExperimentTables, overrides: Sequence[str]) -> Iterator[Arm]:
     base: dict[str, Any] = {}
     if tables.recipe is not None:
         beside = path.parent / tables.recipe

@@ -5,7 +5,7 @@ What a fenced block is tells its language:
     sh        runs under bash, after the blocks above it on its page
     console   "$ command" runs, and the lines below it must be its output; "..." stands for any lines
     python    runs, all blocks of a page in one interpreter
-    toml      a recipe, or part of one, that must be valid
+    toml      a recipe or part of one, or an experiment, that must be valid
     text      is only shown
 
 A block with title="Needs ..." cannot run here. Its commands are checked against the parser, and its recipes are loaded. Each page
@@ -31,6 +31,7 @@ import pytest
 from filelock import FileLock
 
 from qdense.cli import build_parser
+from qdense.experiments.experiment import load_experiment
 from qdense.recipe import load_recipe, recipe_from_tables
 
 ROOT = Path(__file__).parent.parent.parent
@@ -201,6 +202,9 @@ def check_names(arguments: argparse.Namespace) -> None:
     recipe = getattr(arguments, "recipe", None)
     if recipe is not None:
         load_recipe("demo" if recipe.endswith(".toml") else recipe, arguments.set)
+    for experiment in [getattr(arguments, "experiment", None), *getattr(arguments, "experiments", [])]:
+        if experiment is not None:
+            load_experiment(experiment, arguments.set)
     tasks = getattr(arguments, "tasks", None)
     if tasks is not None and not tasks.endswith(".jsonl"):
         tasks_named(tasks)
@@ -214,8 +218,12 @@ def test_commands_are_found() -> None:
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "toml"], ids=str)
-def test_recipes_are_valid(block) -> None:
+def test_recipes_and_experiments_are_valid(block, tmp_path) -> None:
     tables = tomllib.loads(block.text)
+    if "variants" in tables:
+        (tmp_path / "experiment.toml").write_text(block.text, encoding="utf-8")
+        assert len(load_experiment(tmp_path / "experiment.toml").arms) > 1
+        return
     defaults = {"model": {"name": "smollm2-135m"}, "data": {"path": "my-rows.jsonl"}}
     recipe_from_tables({**defaults, **tables}, source=str(block))
 
@@ -294,6 +302,7 @@ def printed(folder: Path, command: str) -> object:
     ("heading", "command"),
     [
         ("qdense plan --json", "qdense plan math10k --memory 24GiB --json"),
+        ("qdense sweep --json", "qdense sweep paper/table2 --dry-run --memory 24GiB --json"),
         ("qdense params --json", "qdense params llama3-8b --json"),
         ("qdense tasks --json", "qdense tasks --json"),
         ("qdense doctor --json", "qdense doctor --json"),

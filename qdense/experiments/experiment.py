@@ -27,6 +27,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ from qdense.schema import AS_TUPLE, Problem, Table, apply_override, flattened, r
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _RATE_LIMITS = (1e-12, 1.0)  # those of training.learning_rate
 SEARCH_SEEDS = (101,)
+_MOST_ARMS = 1000
 
 
 class SearchTable(Table):
@@ -301,6 +303,18 @@ def _own_problems(tables: ExperimentTables) -> Iterator[Problem]:
             yield f"{where}.training.seed", "is set by `seeds`"
         if any(key == "output" or key.startswith("output.") for key in flat):
             yield f"{where}.output", "is chosen by the sweep"
+        for key in given:
+            if not isinstance(given[key], Mapping):
+                yield f"{where}.{shortened(key)}", "must be a table, as in a recipe"
+        for key, value in flat.items():
+            if value == []:
+                yield f"{where}.{key} = []", "must name at least one value: a list makes an arm of each"
+    num_arms = 0
+    for variant in tables.variants.values():
+        lists = [value for value in flattened(_merged(tables.set, variant)).values() if isinstance(value, list)]
+        num_arms += math.prod(map(len, lists))
+    if num_arms > _MOST_ARMS:
+        yield "variants", f"make {num_arms:,} arms, and at most {_MOST_ARMS:,} are accepted: split the experiment"
 
 
 def _arms(path: Path, tables: ExperimentTables, overrides: Sequence[str]) -> Iterator[Arm]:
@@ -380,7 +394,7 @@ def _shown(key: str, value: Any) -> str:
         return f"r{value}"
     if key == "data.fraction" and isinstance(value, int | float):
         return f"{100 * value:g}%"
-    if key == "adapter.target_modules":
+    if key == "adapter.target_modules" and isinstance(value, str | list):
         return value if isinstance(value, str) else "+".join(map(str, value))
     return f"{key.rpartition('.')[2]} {value:g}" if isinstance(value, float) else f"{key.rpartition('.')[2]} {value}"
 

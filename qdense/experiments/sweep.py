@@ -379,6 +379,7 @@ class Sweep:
         folder.prepare(job.cell)
         command = ["train", str(folder.recipe), "--output", str(folder.run.path), "--resume", "--quiet"]
         watch = _Watch(folder, trial)
+        self._tell(job, "training")
         status, text = self._run(command, folder.log, environment, lambda: self._watched(job, watch))
         if status == 0:
             return folder.settle("trained")

@@ -180,5 +180,5 @@ def _rate(cell: CellChanged) -> str:
 
 def _state(cell: CellChanged) -> str:
     if cell.state == "training":
-        return f"step {cell.step}{f' of {cell.num_steps}' if cell.num_steps else ''}"
+        return f"step {cell.step}{f' of {cell.num_steps}' if cell.num_steps else ''}" if cell.step else "starting"
     return "trained elsewhere: waiting" if cell.state == "waiting" else cell.state

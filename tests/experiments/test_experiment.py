@@ -156,6 +156,21 @@ def test_the_table_of_a_dry_run(experiment_file, capsys):
         ("[set.adapter]", '[set.output]\ndir = "x"\n[set.adapter]', "is chosen by the sweep"),
         ("title", "titel", 'unknown key; did you mean "title"?'),
         ("[set.model]", "[set.model", "not valid TOML"),
+        ("r = 4", "r = []", "must name at least one value"),
+        (
+            "r = 4",
+            f"r = {list(range(1, 500))}\ndropout = [0, 0.1, 0.2]",
+            "make 1,498 arms, and at most 1,000 are accepted",
+        ),
+        ("r = 4", "r = [4, 4]", "an arm must differ in something"),
+        ("r = 4", 'r = "four"', 'adapter.r = "four"'),
+        (
+            "[variants.LoRA.adapter]",
+            "[variants.LoRA]\nadapter = 3\n[variants.x.adapter]",
+            "must be a table, as in a recipe",
+        ),
+        ("[variants.LoRA.adapter]", "[[variants.LoRA]]\n[variants.x.adapter]", "variants"),
+        ('question = "Does', 'recipe = "no-such"\nquestion = "Does', "no-such: no such file, and no built-in recipe"),
     ],
 )
 def test_a_mistake_in_the_file(tmp_path, tiny_model, capsys, old, new, message):

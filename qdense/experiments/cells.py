@@ -25,12 +25,14 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from qdense.cache import LOCK_FILE, write_atomically
 from qdense.errors import RunError
@@ -38,6 +40,7 @@ from qdense.experiments.experiment import Cell, EvaluateTable
 from qdense.runs import RunFolder
 from qdense.training.metrics import read_metrics
 
+_LONGEST_CHOICE_SECONDS = 600.0
 _LOG, _SCORES = "log.txt", "scores.json"
 State = Literal["missing", "started", "trained", "stopped", "diverged", "failed"]
 SETTLED = ("trained", "stopped", "diverged")  # and "failed", until it is retried
@@ -199,10 +202,22 @@ class SweepFolder:
     def _scores_of_base(self, base: str) -> Path:
         return self._base(base).path / _SCORES
 
-    def choosing(self) -> FileLock:
-        """Held while a worker chooses its next cell and records it."""
+    @contextmanager
+    def choosing(self) -> Iterator[None]:
+        """Only one worker at a time chooses its next cell and records that. Raises RunError if another takes far too long."""
         self.path.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.path / LOCK_FILE, timeout=600)
+        lock = FileLock(self.path / LOCK_FILE)
+        try:
+            lock.acquire(timeout=_LONGEST_CHOICE_SECONDS)
+        except Timeout:
+            raise RunError(
+                f"{self.path / LOCK_FILE}: held by another process for {_LONGEST_CHOICE_SECONDS:.0f} seconds; a worker holds it for "
+                "moments. Look for one that hangs, or is stopped (Ctrl-Z)."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 def _recorded(file: Path, how: EvaluateTable) -> str | None:

@@ -51,7 +51,8 @@ def open_storage(storage: str) -> BaseStorage:
     except Exception as error:  # whatever a database's driver raises
         raise RunError(
             f"--storage {storage}: cannot be opened: {str(error).splitlines()[0].rstrip('.')}. It must be sqlite:///FILE, "
-            "another database's URL (postgresql://...), or FILE.log for Optuna's journal."
+            "another database's URL whose driver is installed (postgresql://...: pip install psycopg), or FILE.log for Optuna's "
+            "journal."
         ) from None
 
 

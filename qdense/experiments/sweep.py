@@ -214,13 +214,13 @@ class Sweep:
             RunError: the disk is full, or the studies cannot be written.
             KeyboardInterrupt: after the running cells have saved a checkpoint.
         """
-        storage = open_storage(self.storage)
         stands = standing(self.experiment, self.folder)
         if self.retries:
             self._forget_failures(stands)
-        self._studies = {
-            arm.name: ArmStudy(storage, self.experiment, arm) for arm in self.experiment.arms if arm.is_searched
-        }
+        with self.folder.choosing():  # two workers that make the tables of a new database at once fail
+            storage = open_storage(self.storage)
+            searched = [arm for arm in self.experiment.arms if arm.is_searched]
+            self._studies = {arm.name: ArmStudy(storage, self.experiment, arm) for arm in searched}
         self._record_known(stands)
         self._tell_progress()
         threads = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(self.num_jobs)]

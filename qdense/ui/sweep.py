@@ -31,14 +31,14 @@ def show_costs(console: Console, experiment: Experiment, costs: Sequence[ArmCost
     console.print(Text(clean(experiment.title), style="bold"))
     if experiment.question:
         console.print(Text(clean(experiment.question), style="dim"))
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("arm", overflow="fold")
-    for name in ("runs left", "done", "rate", "trained", "memory"):
+    for name in ("left", "done", "rate", "trained", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
     for card in cards:
-        table.add_column(f"{card}, h a run", justify="right")
+        table.add_column(f"{card.removeprefix('RTX ')} h", justify="right", no_wrap=True)
     if is_measured:
-        table.add_column("measured a run", justify="right")
+        table.add_column("took", justify="right", no_wrap=True)
     for each in costs:
         rate, plan = each.standing.learning_rate, each.plan
         failed = f" ({each.num_failed} failed)" if each.num_failed else ""
@@ -58,7 +58,9 @@ def show_costs(console: Console, experiment: Experiment, costs: Sequence[ArmCost
     machine = next((each.plan.machine.name for each in costs if each.plan), None)
     lines = []
     if machine is not None:
-        lines.append(f"memory on {machine}; hours are predicted for training alone, without evaluation")
+        lines.append(f"memory on {machine}; h: predicted hours of a run's training, without evaluation")
+    if is_measured:
+        lines.append("took: mean of the runs that are done")
     if any(each.is_bound for each in costs):
         lines.append("<= counts every row as long as data.max_length")
     totals = []
@@ -83,9 +85,14 @@ def _hours(cost: ArmCost, card: str) -> str:
 
 
 def show_problems(console: Console, problems: Sequence[tuple[str, str]], experiment: str) -> None:
-    """What failed, and how to try it again."""
+    """What failed, each reason once, and how to try it again."""
+    by_reason: dict[str, list[str]] = {}
     for name, problem in problems:
-        console.print(Text.assemble(("failed ", "red"), clean(name), ": ", clean(problem)), soft_wrap=True)
+        by_reason.setdefault(problem, []).append(name)
+    for problem, names in by_reason.items():
+        runs = f" ({len(names)} runs)" if len(names) > 1 else ""
+        named = f"{clean(', '.join(dict.fromkeys(names)))}{runs}"
+        console.print(Text.assemble(("failed ", "red"), named, ": ", clean(problem)), soft_wrap=True)
     if problems:
         text = f"The rest is not affected. To try these again: qdense sweep {clean(experiment)} --retry"
         console.print(Text(text), soft_wrap=True)

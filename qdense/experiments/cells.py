@@ -211,8 +211,8 @@ class SweepFolder:
             lock.acquire(timeout=_LONGEST_CHOICE_SECONDS)
         except Timeout:
             raise RunError(
-                f"{self.path / LOCK_FILE}: held by another process for {_LONGEST_CHOICE_SECONDS:.0f} seconds; a worker holds it for "
-                "moments. Look for one that hangs, or is stopped (Ctrl-Z)."
+                f"{self.path / LOCK_FILE}: held by another process for {_LONGEST_CHOICE_SECONDS:.0f} seconds, where a worker "
+                "holds it for moments. Look for one that hangs, or is stopped (Ctrl-Z)."
             ) from None
         try:
             yield

@@ -40,6 +40,14 @@ def test_recipes_are_found_by_name(installed, tmp_path):
     assert 'no such file, and no built-in recipe; did you mean "math10k"?' in unknown.stderr
 
 
+def test_experiments_are_found_by_name_and_reported(installed, tmp_path):
+    planned = installed("-m", "qdense", "sweep", "paper/table2", "--dry-run", "--memory", "24GiB", cwd=tmp_path)
+    assert "DenseLoRA r64" in planned.stdout, planned.stderr
+    reported = installed("-m", "qdense", "report", "paper/table2", "--output", "page", cwd=tmp_path)
+    assert reported.returncode == 0, reported.stderr
+    assert "<table>" in (tmp_path / "page" / "report.html").read_text()
+
+
 def test_the_demo_trains(installed, tmp_path):
     command = ["-m", "qdense", "train", "demo", "--set", "training.max_steps=1", "--set", "data.validation_rows=4"]
     trained = installed(*command, "--output", "run", cwd=tmp_path)

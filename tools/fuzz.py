@@ -1,4 +1,4 @@
-"""Bad input: mutated recipes, data files, completion files and adapters, each of which must be refused well, or read right.
+"""Bad input: mutated recipes, experiments, data files, completion files and adapters, each to be refused well or read right.
 
     .venv/bin/python tools/fuzz.py --seed 1
     .venv/bin/python tools/fuzz.py --kind data --cases 500 --seed 3
@@ -29,6 +29,7 @@ import signal
 import sys
 import tempfile
 import time
+import tomllib
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -55,6 +56,7 @@ from qdense.benchmarks.tasks import TASKS
 from qdense.data.rows import STANDARD_COLUMNS, read_rows
 from qdense.errors import QDenseError
 from qdense.events import ignore
+from qdense.experiments.experiment import builtin_experiments, load_experiment
 from qdense.libraries import quiet_libraries
 from qdense.methods import METHODS
 from qdense.modeling.adapter_files import AdapterCard, save_adapter
@@ -186,6 +188,39 @@ class Recipes:
             recipe = load_recipe(self.path, overrides)
             self.path.write_text(tomli_w.dumps(recipe.resolved()), encoding="utf-8")
             assert load_recipe(self.path).resolved() == recipe.resolved()
+
+        return check
+
+
+class Experiments:
+    """mutated experiments, and values given by --set"""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "experiment.toml"
+        files = builtin_experiments().values()
+        self.sources = [path.read_bytes() for path in files]
+        self.tables = [tomllib.loads(path.read_text(encoding="utf-8")) for path in files]
+
+    def make(self, mutator: Mutator) -> Callable[[], None]:
+        overrides: list[str] = []
+        if mutator.random.random() < 0.4:
+            self.path.write_bytes(mutator.text(mutator.random.choice(self.sources)))
+        else:
+            tables = mutator.random.choice(self.tables)
+            try:
+                self.path.write_text(tomli_w.dumps(mutator.value(tables)), encoding="utf-8")
+            except (TypeError, ValueError):  # TOML cannot say it
+                self.path.write_text(tomli_w.dumps(tables), encoding="utf-8")
+                key = mutator.random.choice(
+                    ["seeds", "search.learning_rate", "evaluate.limit", "adapter.r", "variants"]
+                )
+                overrides = [f"{key}={mutator.random.choice(_VALUES)!r}"]
+
+        def check() -> None:
+            experiment = load_experiment(self.path, overrides)
+            cells = list(experiment.known_cells())
+            finals = {cell.digest for cell in cells if cell.stage == "final"}
+            assert len(finals) == len(experiment.arms) * len(experiment.seeds)
 
         return check
 
@@ -439,8 +474,10 @@ class Adapters:
         save_file(tensors, path, metadata={"format": "pt"})
 
 
-KINDS: dict[str, tuple[type[Recipes] | type[Data] | type[CompletionFiles] | type[Adapters], int]] = {
+_Kind = type[Recipes] | type[Experiments] | type[Data] | type[CompletionFiles] | type[Adapters]
+KINDS: dict[str, tuple[_Kind, int]] = {
     "recipes": (Recipes, 8000),
+    "experiments": (Experiments, 3000),
     "data": (Data, 8000),
     "completions": (CompletionFiles, 5000),
     "adapters": (Adapters, 2000),

@@ -321,7 +321,10 @@ def _arms(path: Path, tables: ExperimentTables, overrides: Sequence[str]) -> Ite
     base: dict[str, Any] = {}
     if tables.recipe is not None:
         beside = path.parent / tables.recipe
-        base = read_toml(beside if beside.is_file() else find_recipe(tables.recipe), "recipe")
+        try:
+            base = read_toml(beside if beside.is_file() else find_recipe(tables.recipe), "recipe")
+        except RecipeError as error:
+            raise RecipeError(f'{path}: recipe = "{shortened(tables.recipe)}": {error}') from None
         base.pop("provenance", None)
         base.pop("output", None)
     for variant, own in tables.variants.items():
@@ -392,7 +395,7 @@ def _shown(key: str, value: Any) -> str:
     """A varied value in an arm's name: "r8", "10%", "QKV", "init balanced"."""
     if key == "adapter.r":
         return f"r{value}"
-    if key == "data.fraction" and isinstance(value, int | float):
+    if key == "data.fraction" and isinstance(value, int | float) and 0 < value <= 1:
         return f"{100 * value:g}%"
     if key == "adapter.target_modules" and isinstance(value, str | list):
         return value if isinstance(value, str) else "+".join(map(str, value))

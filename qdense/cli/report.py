@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qdense.experiments.experiment import load_experiment
 
     experiments = [load_experiment(name, arguments.set) for name in arguments.experiments]
-    for library in ("optuna", "altair", "vl_convert"):
+    for library in ("altair", "vl_convert"):
         require_library(library, extra="experiments", purpose="qdense report")
     quiet_libraries()
     from datetime import UTC, datetime

@@ -73,9 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
     from qdense.experiments.experiment import load_experiment
 
     experiment = load_experiment(arguments.experiment, arguments.set)
-    require_library("optuna", extra="experiments", purpose="qdense sweep")
+    if not arguments.dry_run:
+        require_library("optuna", extra="experiments", purpose="qdense sweep")
     quiet_libraries()
-    from qdense.experiments.sweep import Sweep
     from qdense.ui.console import make_console
     from qdense.ui.sweep import SweepDisplay, show_costs, show_problems
 
@@ -88,6 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
             show_costs(make_console(), experiment, costs, dict(arguments.price))
     if arguments.dry_run:
         return 0
+    from qdense.experiments.sweep import Sweep
+
     storage = arguments.storage or f"sqlite:///{folder.studies.resolve()}"
     with SweepDisplay(make_console(), experiment.title, quiet=arguments.quiet or arguments.json) as show:
         sweep = Sweep(
@@ -109,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _costs(arguments: argparse.Namespace, experiment: Experiment, folder: SweepFolder) -> list[ArmCost]:
     from qdense.experiments.costs import costs_of
-    from qdense.experiments.sweep import standing
+    from qdense.experiments.standing import standing
     from qdense.planning.shapes import model_shape
 
     memory_bytes = arguments.memory or (None if has_gpu() else 24 * 2**30)

@@ -16,7 +16,7 @@ from qdense.errors import DataError, ModelError
 from qdense.experiments.cells import SweepFolder
 from qdense.experiments.experiment import Experiment
 from qdense.experiments.search import next_rates
-from qdense.experiments.sweep import ArmStanding
+from qdense.experiments.standing import ArmStanding
 from qdense.planning.parameters import count_parameters
 from qdense.planning.plan import Machine, Plan, make_plan
 from qdense.planning.shapes import model_shape

@@ -24,7 +24,7 @@ from qdense.experiments.cells import CellFolder, SweepFolder
 from qdense.experiments.costs import ArmCost, costs_of
 from qdense.experiments.experiment import Experiment
 from qdense.experiments.search import best_rate, is_at_edge
-from qdense.experiments.sweep import ArmStanding, base_key, base_settings, jobs_of, reference_arm, standing
+from qdense.experiments.standing import ArmStanding, base_key, base_settings, jobs_of, reference_arm, standing
 from qdense.planning.plan import Machine
 from qdense.runs import EvaluationFolder
 from qdense.training.metrics import read_metrics

@@ -15,7 +15,7 @@ from qdense.experiments.blocks import Chart, Part, Section, Table, Text
 from qdense.experiments.cells import SweepFolder
 from qdense.experiments.experiment import load_experiment
 from qdense.experiments.page import as_html, as_markdown, number_columns
-from qdense.experiments.sweep import standing
+from qdense.experiments.standing import standing
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

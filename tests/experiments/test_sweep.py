@@ -19,8 +19,9 @@ from qdense.comparison.evaluations import load_evaluation
 from qdense.errors import QDenseError, RunError
 from qdense.experiments.cells import Outcome, SweepFolder
 from qdense.experiments.experiment import load_experiment
+from qdense.experiments.standing import jobs_of, standing
 from qdense.experiments.studies import ArmStudy, open_storage
-from qdense.experiments.sweep import Sweep, jobs_of, standing
+from qdense.experiments.sweep import Sweep
 from qdense.runs import RunFolder
 from qdense.training.metrics import read_metrics
 from tests.helpers.experiments import start_sweep, write_experiment

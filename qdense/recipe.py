@@ -299,6 +299,15 @@ class Recipe(Table):
             del tables["training"]["rates"]
         return tables
 
+    def choices(self) -> dict[str, Any]:
+        """The values that differ from the defaults: what remains the same when a later version of qdense has more keys."""
+        tables = self.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+        if self.adapter.alpha == 2.0 * self.adapter.r:
+            del tables["adapter"]["alpha"]
+        for name in _OWN_TABLES.keys() - {self.adapter.method}:
+            tables.get("adapter", {}).pop(name, None)
+        return {name: table for name, table in tables.items() if table}
+
     def flattened(self) -> dict[str, Any]:
         """The resolved recipe as {"table.key": value}."""
         return flattened(self.resolved())

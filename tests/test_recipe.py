@@ -8,6 +8,7 @@ import tomli_w
 from qdense.errors import RecipeError
 from qdense.recipe import flattened, load_recipe, recipe_from_tables
 from tests.helpers import ROOT
+from tests.helpers.recipes import recipe_of
 
 RECIPES = ROOT / "recipes"
 MINIMAL = {"model": {"name": "llama3-8b"}, "data": {"name": "math10k"}}
@@ -222,3 +223,13 @@ def test_the_name_of_others_for_recomputation_is_understood():
 def test_values_by_dotted_key():
     tables = {"adapter": {"r": 16, "adalora": {"cut_every": 1}}, "data": {}, "x": [{"y": 1}]}
     assert flattened(tables) == {"adapter.r": 16, "adapter.adalora.cut_every": 1, "x": [{"y": 1}]}
+
+
+def test_choices_are_what_differs_from_the_defaults():
+    recipe = recipe_of(adapter__r=16, adapter__alpha=32, training__seed=42, training__epochs=1)
+    assert recipe.choices() == {
+        "model": {"name": "llama3-8b"},
+        "adapter": {"r": 16},
+        "data": {"name": "wordproblems"},
+        "training": {"epochs": 1.0},
+    }

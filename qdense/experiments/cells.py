@@ -25,6 +25,7 @@ import hashlib
 import json
 import math
 import shutil
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -38,6 +39,7 @@ from qdense.cache import LOCK_FILE, write_atomically
 from qdense.errors import RunError
 from qdense.experiments.experiment import Cell, EvaluateTable
 from qdense.runs import RunFolder
+from qdense.schema import flattened
 from qdense.training.metrics import read_metrics
 
 _LONGEST_CHOICE_SECONDS = 600.0
@@ -109,7 +111,8 @@ class CellFolder:
         return FileLock(self.path / LOCK_FILE, timeout=0)
 
     def outcome(self) -> Outcome:
-        """From cell.json; without it, from the run."""
+        """From cell.json; without it, from the run. Raises RunError if another version of qdense trained something else."""
+        self._refuse_other_defaults()
         if not self._outcome.is_file():
             return Outcome("started" if self.run.path.exists() else "missing")
         found = _read_object(self._outcome)
@@ -118,6 +121,22 @@ class CellFolder:
             return Outcome(**found, loss=math.inf if loss is None else loss)
         except (TypeError, KeyError, ValueError):
             raise RunError(f"{self._outcome}: damaged. Remove it; the cell is then looked at again.") from None
+
+    def _refuse_other_defaults(self) -> None:
+        """DIGEST is of what the recipe chooses. What it leaves to qdense must not have changed since."""
+        if self.cell is None or not self.recipe.is_file():
+            return
+        try:
+            before = flattened(tomllib.loads(self.recipe.read_text(encoding="utf-8")))
+        except ValueError:
+            raise RunError(f"{self.recipe}: damaged. Remove {self.path} to train it again.") from None
+        now = self.cell.recipe.flattened()
+        for key in sorted(before.keys() & now.keys()):
+            if before[key] != now[key]:
+                raise RunError(
+                    f"{self.path}: was trained with {key} = {before[key]!r}, which another version of qdense had as its "
+                    f"default; now it is {now[key]!r}. Set {key} in the experiment, or remove this folder to train it again."
+                )
 
     def settle(self, state: State, problem: str = "") -> Outcome:
         """Record how the cell has ended; the losses are those of the run."""

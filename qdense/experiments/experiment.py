@@ -130,8 +130,8 @@ class Cell:
     @cached_property
     def digest(self) -> str:
         """Checksum of everything that decides the run: equal cells of two experiments are one."""
-        tables = self.recipe.resolved()
-        del tables["output"]
+        tables = self.recipe.choices()
+        tables.pop("output", None)
         return hashlib.sha256(
             json.dumps([tables, _checksum(self.recipe.data.path)], sort_keys=True).encode()
         ).hexdigest()[:16]

@@ -296,6 +296,14 @@ def test_a_sweep_with_halving(tmp_path, tiny_model, monkeypatch):
     assert [job.cell.learning_rate for job in left] == [3e-1]
 
 
+def test_a_default_that_has_changed_is_told(copied):
+    _, (lora, _), _ = state_of(copied)
+    recipe = SweepFolder(RUNS).of(lora.final(1)).recipe
+    recipe.write_text(recipe.read_text().replace("max_grad_norm = 1.0", "max_grad_norm = 2.0"))
+    with pytest.raises(RunError, match=r"was trained with training\.max_grad_norm = 2\.0, .* now it is 1\.0"):
+        state_of(copied)
+
+
 def test_damaged_records_are_named(copied):
     cell = next(RUNS.glob("cells/*/cell.json"))
     cell.write_text("{")

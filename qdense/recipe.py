@@ -36,7 +36,7 @@ from qdense.schema import (
 )
 
 Optimizer = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"]
-TemplateName = Literal["alpaca", "llm-adapters"]
+TemplateName = Literal["auto", "alpaca", "llm-adapters", "chat", "chatml", "llama3"]
 Quantization = Literal["nf4", "int8", "none"]
 DType = Literal["bfloat16", "float32"]
 _MOST = 10**6  # of what is counted or scaled: far beyond use, and nothing that is computed from it overflows
@@ -176,6 +176,9 @@ class ColumnsRecipe(Table):
     instruction: str = Field("instruction", min_length=1, description="the name of a column")
     input: str = Field("input", min_length=1, description="the name of a column, which the data may lack")
     output: str = Field("output", min_length=1, description="the name of a column")
+    messages: str | None = Field(
+        None, min_length=1, description="the name of a column of conversations, in place of the others"
+    )
 
 
 class DataRecipe(Table):
@@ -193,14 +196,29 @@ class DataRecipe(Table):
         "stop",
         description="stop or skip: whether a blank or broken row is an error, or is dropped, counted and listed",
     )
-    template: TemplateName = Field("alpaca", description="alpaca or llm-adapters")
+    template: TemplateName = Field(
+        "auto",
+        description="alpaca, llm-adapters, chat (the tokenizer's own), chatml or llama3; auto: chat for conversations, else "
+        "alpaca",
+    )
     max_length: int = Field(256, ge=8, le=2**22, description="a whole number of tokens from 8 to 4194304")
-    train_on: Literal["all", "response"] = Field("all", description="all or response: which tokens count in the loss")
+    train_on: Literal["auto", "all", "response", "last"] = Field(
+        "auto",
+        description="all, response (of a conversation: all answers) or last (its last answer): which tokens count in the loss; "
+        "auto: response with a chat template, else all",
+    )
     fraction: float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
     seed: int = Field(42, ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
     validation_rows: int = Field(
         120, ge=0, le=10**9, description="a whole number of rows, 0 or more, at most a billion"
     )
+
+    def settled(self, *, has_conversations: object) -> DataRecipe:
+        """With what "auto" stands for."""
+        template = self.template if self.template != "auto" else "chat" if has_conversations else "alpaca"
+        is_chat = template not in ("alpaca", "llm-adapters")
+        train_on = self.train_on if self.train_on != "auto" else "response" if is_chat else "all"
+        return self.model_copy(update={"template": template, "train_on": train_on})
 
 
 class TrainingRecipe(Table):

@@ -120,7 +120,7 @@ def test_values_that_do_not_fit_together_are_told_with_the_others():
         ("adapter.target_modules", [], "module names"),
         ("data.fraction", 0, "above 0, at most 1"),
         ("data.fraction", 1.5, "above 0, at most 1"),
-        ("data.template", "alpacca", "alpaca or llm-adapters"),
+        ("data.template", "alpacca", "auto: chat for conversations"),
         ("training.learning_rate", float("nan"), "from 1e-12 to below 1"),
         ("training.optimizer", "sgd", "paged_adamw_8bit"),
         ("training.keep", "first", "best (lowest validation loss) or last"),

@@ -107,6 +107,7 @@ def generate(
     max_new_tokens: int,
     stop: Sequence[str],
     batch_size: int,
+    end_token: str | None = None,
     smaller_batch: Callable[[int], None] = lambda batch_size: None,
 ) -> Iterator[Completion]:
     """Complete the prompts; yields completions as they end.
@@ -116,6 +117,7 @@ def generate(
     Args:
         model: the base's model, or the PeftModel on it.
         stop: texts that end a completion.
+        end_token: a token that ends one too, besides the tokenizer's and the model's own EOS.
         batch_size: sequences (with beams: items) at a time.
         smaller_batch: is called with each new batch size.
 
@@ -123,7 +125,7 @@ def generate(
         EvaluationError: not even one sequence fits in memory.
     """
     queue = longest_first(prompts)[::-1]
-    endings = _Endings(base, stop, max_new_tokens)
+    endings = _Endings(base, stop, max_new_tokens, end_token)
     search: _Tokens | _Beams
     while queue:
         search = _Beams(decoding, endings) if decoding.num_beams > 1 else _Tokens(decoding, endings)
@@ -307,10 +309,12 @@ def _joined(first: _Batch, second: _Batch) -> _Batch:
 class _Endings:
     """Decides whether a sequence has ended, and turns it into a completion."""
 
-    def __init__(self, base: BaseModel, stop: Sequence[str], max_new_tokens: int) -> None:
+    def __init__(self, base: BaseModel, stop: Sequence[str], max_new_tokens: int, end_token: str | None) -> None:
         self.tokenizer, self.stop, self.max_new_tokens = base.tokenizer, tuple(stop), max_new_tokens
         own = base.model.generation_config.eos_token_id  # a chat model may have a list of them
         listed = own if isinstance(own, list) else [own]
+        if end_token is not None:
+            listed = [*listed, base.tokenizer.convert_tokens_to_ids(end_token)]
         self.eos = {token for token in (base.tokenizer.eos_token_id, *listed) if token is not None}
         # Only a token with a marker's last character can complete the marker; "<0x3A>" is how SentencePiece spells a byte.
         last = {text[-1] for text in self.stop}

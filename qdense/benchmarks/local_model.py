@@ -13,7 +13,7 @@ from qdense.benchmarks.generation import Completion, Prompt, generate
 from qdense.benchmarks.request import EvaluationRequest
 from qdense.benchmarks.tasks import Task
 from qdense.data.rows import Row
-from qdense.data.templates import Template, template_named
+from qdense.data.templates import Template, check_template, prompt_ids, template_named
 from qdense.device import device_name, memory_total
 from qdense.errors import AdapterError, DataError, EvaluationError
 from qdense.events import Emit, Notice
@@ -52,7 +52,7 @@ def load_model(request: EvaluationRequest, adapter: Path | None, emit: Emit) -> 
     card = read_card(adapter) if adapter is not None else None
     if card is not None and request.template is None:
         try:  # before anything large is loaded
-            template_named(card.template)
+            check_template(card.template)
         except DataError as error:
             raise AdapterError(f"{adapter}: {error}; choose another with --template") from None
     recipe = _model_recipe(request.model, card, f"{adapter}, its base" if card else "the model to evaluate")
@@ -92,7 +92,9 @@ class LocalModel:
         self.hides_adapter = loaded.adapter is not None and not with_adapter
         adapter = loaded.adapter if with_adapter else None
         template = request.template or loaded.template
-        self.templates = {task.name: template_named(template or task.template) for task in request.tasks}
+        self.templates = {
+            task.name: template_named(template or task.template, base.tokenizer) for task in request.tasks
+        }
         self.max_new_tokens = {task.name: request.max_new_tokens or task.max_new_tokens for task in request.tasks}
         self.batch_size = request.batch_size or self._planned_batch_size(recipe)
         if adapter is None:
@@ -126,8 +128,7 @@ class LocalModel:
     def complete(self, task: Task, rows: Sequence[Row], wanted: Sequence[tuple[int, int]]) -> Iterator[Completion]:
         template: Template = self.templates[task.name]
         prompts = [
-            Prompt(index, sample, self.base.tokenizer(template.evaluation_prompt(rows[index]))["input_ids"])
-            for index, sample in wanted
+            Prompt(index, sample, prompt_ids(template, rows[index], self.base.tokenizer)) for index, sample in wanted
         ]
         with self.model.disable_adapter() if self.hides_adapter else contextlib.nullcontext():
             yield from generate(
@@ -137,6 +138,7 @@ class LocalModel:
                 self.decoding,
                 max_new_tokens=self.max_new_tokens[task.name],
                 stop=template.stop,
+                end_token=template.end_token,
                 batch_size=self.batch_size,
                 smaller_batch=self._smaller_batch,
             )

@@ -84,7 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--seed", type=int, metavar="N", help="sample: the random seed (default: 0)")
     how.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest completion (default: the task's)")
-    how.add_argument("--template", metavar="NAME", help="prompt template, if not the adapter's: alpaca, llm-adapters")
+    how.add_argument(
+        "--template",
+        metavar="NAME",
+        help="prompt template, if not the adapter's: alpaca, llm-adapters, chat, chatml, llama3",
+    )
     how.add_argument("--batch-size", type=positive, metavar="N", help="sequences (with beams: items) at a time")
     add_data_dir(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else, on stdout")
@@ -93,11 +97,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from qdense.benchmarks.tasks import tasks_named
-    from qdense.data.templates import template_named
+    from qdense.data.templates import check_template
 
     tasks = tasks_named(arguments.tasks, _columns_of_run(arguments))
     if arguments.template is not None:
-        template_named(arguments.template)
+        check_template(arguments.template)
     _refuse_contradictions(arguments)
     if arguments.endpoint is not None:
         require_library("openai", extra="endpoint", purpose="--endpoint")

@@ -14,7 +14,7 @@ from qdense.cli.plan import machine_for
 from qdense.errors import RecipeError
 
 if TYPE_CHECKING:
-    from qdense.data.rows import Row, Rows
+    from qdense.data.rows import Columns, Row, Rows
     from qdense.planning.plan import Plan
     from qdense.recipe import Recipe
 
@@ -30,6 +30,7 @@ EXAMPLES = """\
 
 _MODELS = ("llama3-8b", "llama3.2-3b", "llama3.2-1b", "smollm2-135m")  # from the largest down
 _CHARACTERS_PER_TOKEN = 3  # English has about 4; a low estimate keeps answers from being cut off
+_CHARACTERS_OF_A_TURN = 30  # what a chat template adds to each
 _EPOCHS = 3
 
 
@@ -112,14 +113,14 @@ def _tables(arguments: argparse.Namespace, name: str, rows: Rows, model: str) ->
         "",
         "[data]",
         f"path = {as_toml(str(arguments.data))}",
-        f"columns = {{ instruction = {as_toml(columns.instruction)}, input = {as_toml(columns.input)}, "
-        f"output = {as_toml(columns.output)} }}",
+        _columns_line(columns),
     )
     if rows.skipped:
         total = len(rows.rows) + len(rows.skipped)
         yield f'bad_rows = "skip"                 # {len(rows.skipped):,} of {total:,} rows: blank or broken'
     yield from (
-        'train_on = "response"             # the loss counts the answers only; "all" counts the prompts too',
+        'train_on = "response"             # the loss counts the answers only; "all" counts the prompts too'
+        + (', "last" the last answer' if columns.messages else ""),
         f"max_length = {max_length:<21}# tokens of a row; by a rough count {num_longer:,} rows are longer and will be cut off",
         f"validation_rows = {num_validation:<16}# kept out of training, to see whether it generalises",
         "",
@@ -135,13 +136,29 @@ def _tables(arguments: argparse.Namespace, name: str, rows: Rows, model: str) ->
     )
 
 
+def _columns_line(columns: Columns) -> str:
+    if columns.messages is not None:
+        return (
+            f"columns = {{ messages = {as_toml(columns.messages)} }}  # conversations, by the tokenizer's chat template"
+        )
+    return (
+        f"columns = {{ instruction = {as_toml(columns.instruction)}, input = {as_toml(columns.input)}, "
+        f"output = {as_toml(columns.output)} }}"
+    )
+
+
 def _token_counts(rows: Sequence[Row]) -> list[int]:
     """A rough count from characters, which needs no tokenizer."""
     from qdense.data.templates import TEMPLATES
 
     template = TEMPLATES["alpaca"]
-    texts = (template.training_prompt(row) + template.response(row) for row in rows)
-    return [math.ceil(len(text) / _CHARACTERS_PER_TOKEN) for text in texts]
+
+    def num_characters(row: Row) -> int:
+        if row.messages:
+            return sum(len(message.content) + _CHARACTERS_OF_A_TURN for message in row.messages)
+        return len(template.training_prompt(row)) + len(template.response(row))
+
+    return [math.ceil(num_characters(row) / _CHARACTERS_PER_TOKEN) for row in rows]
 
 
 def _max_length(lengths: Sequence[int]) -> int:

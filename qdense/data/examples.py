@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from qdense.data.rows import Row
-from qdense.data.templates import TEMPLATES
+from qdense.data.templates import Piece, template_named
 from qdense.errors import DataError
 from qdense.ops.cross_entropy import IGNORED
 
@@ -98,30 +98,46 @@ def encode_rows(rows: Sequence[Row], numbers: Sequence[int], tokenizer: Any, dat
     to `max_length` tokens, with EOS appended if it fits (upstream's finetune.py).
 
     With train_on = "response", a label counts if its token ends after the prompt, by the tokenizer's offsets.
-    Tokenizing the prompt alone, as upstream does, can split the boundary differently.
+    Tokenizing the prompt alone, as upstream does, can split the boundary differently. Of a conversation, all answers are
+    responses, or with train_on = "last" the last one; one that is too long is cut at the end of an answer, if one fits.
     """
-    template = TEMPLATES[data.template]
+    data = data.settled(has_conversations=any(rows[number].messages for number in numbers))
+    template = template_named(data.template, tokenizer)
     examples: list[Example] = []
     num_truncated = num_without_answer = num_dropped = 0
     for start in range(0, len(numbers), 1000):
         chunk = numbers[start : start + 1000]
-        prompts = [template.training_prompt(rows[number]) for number in chunk]
-        texts = [prompt + template.response(rows[number]) for prompt, number in zip(prompts, chunk, strict=True)]
-        encodings = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False)
-        for number, prompt, ids, offsets in zip(
-            chunk, prompts, encodings["input_ids"], encodings["offset_mapping"], strict=True
+        texts, spans = [], []
+        for number in chunk:
+            pieces = template.pieces(rows[number])
+            texts.append("".join(piece.text for piece in pieces))
+            spans.append(_responses(pieces, only_last=data.train_on == "last"))
+        encodings = tokenizer(
+            texts,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            add_special_tokens=template.adds_special_tokens,
+        )
+        for number, responses, ids, offsets in zip(
+            chunk, spans, encodings["input_ids"], encodings["offset_mapping"], strict=True
         ):
-            first_of_response = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
+            in_response = _in_spans(offsets, responses)
+            first_of_response = next((i for i, inside in enumerate(in_response) if inside), len(ids))
+            if (
+                template.adds_special_tokens
+            ):  # one response, to the end, with special tokens that have no place in the text
+                in_response = [i >= first_of_response for i in range(len(ids))]
             if len(ids) > data.max_length:
                 num_truncated += 1
-                ids = ids[: data.max_length]
+                ids = ids[: _cut(in_response, data.max_length) if rows[number].messages else data.max_length]
                 num_without_answer += first_of_response >= len(ids)
-            elif len(ids) < data.max_length and ids[-1] != tokenizer.eos_token_id:
+            elif template.adds_special_tokens and len(ids) < data.max_length and ids[-1] != tokenizer.eos_token_id:
                 ids = [*ids, tokenizer.eos_token_id]
+                in_response = [*in_response, True]
             input_ids = np.asarray(ids, dtype=np.int32)
             labels = input_ids.copy()
-            if data.train_on == "response":
-                labels[:first_of_response] = IGNORED
+            if data.train_on != "all":
+                labels[~np.asarray(in_response[: len(ids)])] = IGNORED
                 if first_of_response >= len(ids):
                     num_dropped += 1
                     continue
@@ -131,6 +147,32 @@ def encode_rows(rows: Sequence[Row], numbers: Sequence[int], tokenizer: Any, dat
             f"no row has any of its response left within data.max_length = {data.max_length} tokens; raise it"
         )
     return Encoded(examples, num_truncated, num_without_answer, num_dropped)
+
+
+def _responses(pieces: Sequence[Piece], *, only_last: bool) -> list[tuple[int, int]]:
+    """(first, last + 1) character of each response in the joined text."""
+    spans, at = [], 0
+    for piece in pieces:
+        if piece.is_response:
+            spans.append((at, at + len(piece.text)))
+        at += len(piece.text)
+    return spans[-1:] if only_last else spans
+
+
+def _in_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Whether each token is part of a span: it ends in it or after it begins there. Both in rising order."""
+    inside, number = [], 0
+    for first, end in offsets:
+        while number < len(spans) and first >= spans[number][1]:
+            number += 1
+        inside.append(number < len(spans) and end > spans[number][0])
+    return inside
+
+
+def _cut(in_response: Sequence[bool], max_length: int) -> int:
+    """Where to cut a conversation: at the end of the last answer that fits, or else at `max_length`."""
+    ends = [i for i in range(1, max_length + 1) if in_response[i - 1] and not (i < len(in_response) and in_response[i])]
+    return ends[-1] if ends else max_length
 
 
 def pack(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:

@@ -20,21 +20,33 @@ _MOST_TIMES = {".gz": 30, ".parquet": 100}  # its own size; text written by peop
 FORMATS = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz", ".csv.gz")
 
 
+class Message(NamedTuple):
+    """One turn of a conversation. `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
 class Row(NamedTuple):
-    """One example. `answer` is the gold answer of a test row; training rows need none."""
+    """One example. `answer` is the gold answer of a test row; training rows need none.
+
+    Of a conversation, `messages` has all turns; `instruction` is its first question and `output` the last answer.
+    """
 
     instruction: str
     input: str
     output: str
     answer: str = ""
+    messages: tuple[Message, ...] = ()
 
 
 class Columns(NamedTuple):
-    """Which column of a file holds what."""
+    """Which column of a file holds what. With `messages`, each row is a conversation, and the others are not read."""
 
     instruction: str = "instruction"
     input: str = "input"
     output: str = "output"
+    messages: str | None = None
 
 
 STANDARD_COLUMNS = Columns()
@@ -42,6 +54,12 @@ STANDARD_COLUMNS = Columns()
 # Names by which columns are recognised if a recipe names none. `input` is the instruction only if there is no other.
 _INSTRUCTION_NAMES = ("instruction", "prompt", "question", "query", "problem")
 _INPUT_NAMES = ("input", "context")
+_CONVERSATION_NAMES = ("messages", "conversations", "conversation")
+# The roles of OpenAI's messages, and those of ShareGPT's conversations.
+_ROLES = {
+    "system": "system", "user": "user", "assistant": "assistant",
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+}  # fmt: skip
 _OUTPUT_NAMES = ("output", "completion", "response", "answer", "solution")
 
 
@@ -63,8 +81,10 @@ class Rows(NamedTuple):
 
 
 def detect_columns(names: Collection[str], *, needs_output: bool = True) -> Columns | None:
-    """Recognise the columns by their names: instruction, input and output, or for instance prompt and completion, question and
-    answer. None if no name is known, or if several could be meant."""
+    """Recognise the columns by their names: messages, or instruction, input and output, or for instance prompt and completion,
+    question and answer. None if no name is known, or if several could be meant."""
+    if conversations := [name for name in _CONVERSATION_NAMES if name in names]:
+        return Columns(messages=conversations[0]) if len(conversations) == 1 else None
     if {"instruction", "output"} <= set(names):
         return Columns(input=next((name for name in _INPUT_NAMES if name in names), "input"))
     instructions = [name for name in _INSTRUCTION_NAMES if name in names]
@@ -212,6 +232,8 @@ def _row(place: str, record: Any, columns: Columns, gold: str | None) -> Row:
                 ) from None
         return value
 
+    if columns.messages is not None:
+        return _conversation(place, record, columns.messages, needs_answer=gold == "output")
     row = Row(
         instruction=text(columns.instruction, required=True),
         input=text(columns.input, required=False),
@@ -223,6 +245,53 @@ def _row(place: str, record: Any, columns: Columns, gold: str | None) -> Row:
     if gold == "output" and not row.output.strip():
         raise RowError(f'{place}: column "{columns.output}" is blank')
     return row
+
+
+def _conversation(place: str, record: Mapping[Any, Any], column: str, *, needs_answer: bool) -> Row:
+    """A row of a list of turns: {"role", "content"} as OpenAI's, or {"from", "value"} as ShareGPT's."""
+    turns = record.get(column)
+    if not isinstance(turns, list) or not turns:
+        if column not in record:
+            names = [str(name) for name in record if name is not None]
+            raise RowError(f'{place}: no column "{column}"{did_you_mean(column, names)}')
+        found = "an empty one" if turns == [] else _kind(turns)
+        raise RowError(f'{place}: column "{column}" must be a list of messages, not {found}')
+    messages = tuple(_message(f"{place}, message {number}", turn) for number, turn in enumerate(turns, start=1))
+    questions = [message.content for message in messages if message.role == "user"]
+    answers = [message.content for message in messages if message.role == "assistant"]
+    if not questions:
+        raise RowError(f'{place}: column "{column}" has no message of the user')
+    if needs_answer and not answers:
+        raise RowError(f'{place}: column "{column}" has no message of the assistant, so there is nothing to learn')
+    return Row(questions[0], "", answers[-1] if answers else "", messages=messages)
+
+
+def _message(place: str, turn: Any) -> Message:
+    if not isinstance(turn, Mapping):
+        raise RowError(f"{place}: must be an object with role and content, not {_kind(turn)}")
+    role_key, content_key = ("role", "content") if "role" in turn else ("from", "value")
+    role, content = turn.get(role_key), turn.get(content_key)
+    if not isinstance(role, str) or role not in _ROLES:
+        shown = shortened(role) if isinstance(role, str) else _kind(role)
+        raise RowError(f'{place}: {role_key} "{shown}" is not known; known: {", ".join(_ROLES)}')
+    if isinstance(content, list):  # OpenAI's parts
+        parts = [
+            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content
+        ]
+        if not all(isinstance(part, str) for part in parts):
+            raise RowError(f"{place}: {content_key} has a part that is not text, which is not supported")
+        content = "".join(map(str, parts))
+    if not isinstance(content, str):
+        raise RowError(f"{place}: {content_key} must be text, not {_kind(content)}")
+    if turn.get("tool_calls"):
+        raise RowError(f"{place}: has tool_calls, which are not supported")
+    if not content.strip() and _ROLES[role] != "system":
+        raise RowError(f"{place}: {content_key} is blank")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError(f"{place}: {content_key} holds half a surrogate pair, which is not a character") from None
+    return Message(_ROLES[role], content)
 
 
 def _kind(value: Any) -> str:

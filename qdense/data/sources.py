@@ -43,11 +43,16 @@ class DataSet:
     columns: Columns = STANDARD_COLUMNS
     skipped: Sequence[str] = ()
 
+    @property
+    def has_conversations(self) -> bool:
+        return self.columns.messages is not None
+
     @cached_property
     def checksum(self) -> str:
         digest = hashlib.sha256()
         for row in self.rows:
-            digest.update(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+            content = row if row.messages else row[:4]  # as before there were conversations
+            digest.update(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
         return digest.hexdigest()
 
 

@@ -1,23 +1,32 @@
 """Prompt templates: what the model reads before its response.
 
 `alpaca`: the plain text of Stanford Alpaca, the same in training and evaluation; surrounding white space of a row is
-removed. `llm-adapters`: exactly what the authors' code sends. There training and evaluation differ (an indented
-f-string, trailing spaces, an indented or an empty separator line), and rows are not stripped. The sources are
-finetune.py and commonsense_evaluate.py of mulin-ahu/DenseLoRA@864e39b, as in LLM-Adapters@8166572.
+removed. `chat`: the tokenizer's own chat template; `chatml` and `llama3` are for tokenizers that have none. `llm-adapters`:
+exactly what the authors' code sends. There training and evaluation differ (an indented f-string, trailing spaces, an indented
+or an empty separator line), and rows are not stripped. The sources are finetune.py and commonsense_evaluate.py of
+mulin-ahu/DenseLoRA@864e39b, as in LLM-Adapters@8166572.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from qdense.data.rows import Row
+from qdense.data.rows import Message, Row
 from qdense.errors import DataError
 
 _TASK = "Below is an instruction that describes a task"
 _WITH_INPUT = f"{_TASK}, paired with an input that provides further context"
 _REQUEST = "Write a response that appropriately completes the request."
 _INDENT = 16 * " "
+
+
+class Piece(NamedTuple):
+    """Part of a training text; the model is to learn to write the responses."""
+
+    text: str
+    is_response: bool
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,9 @@ class Template:
         training_prompt, evaluation_prompt: Row -> the text that ends where the response begins.
         response: Row -> the text that a training example adds to its prompt.
         stop: headings of the prompt; a model that writes one has ended its response.
+        adds_special_tokens: whether the tokenizer adds BOS and training EOS. A chat template writes them itself.
+        end_token: the special token by which a chat template ends an answer; the tokenizer's EOS may be another.
+        split: Row -> the training text in pieces, if it is not one prompt and one response.
     """
 
     name: str
@@ -35,6 +47,94 @@ class Template:
     evaluation_prompt: Callable[[Row], str]
     response: Callable[[Row], str]
     stop: tuple[str, ...] = ("### Instruction:", "### Input:", "### Response:")
+    adds_special_tokens: bool = True
+    end_token: str | None = None
+    split: Callable[[Row], list[Piece]] | None = None
+
+    def pieces(self, row: Row) -> list[Piece]:
+        """A training text. Raises DataError for a conversation that a chat template refuses."""
+        if self.split is not None:
+            return self.split(row)
+        return [Piece(self.training_prompt(row), False), Piece(self.response(row), True)]
+
+
+def _chat_template(name: str, tokenizer: Any) -> Template:
+    render = _Renderer(name, tokenizer)
+
+    def prompt(row: Row) -> str:
+        messages = _messages_of(row)
+        last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=len(messages))
+        return render(messages[:last], is_open=True)
+
+    return Template(
+        name,
+        prompt,
+        prompt,
+        lambda row: row.output,
+        stop=(),
+        adds_special_tokens=False,
+        end_token=_end_token(render, tokenizer),
+        split=lambda row: _turns(render, _messages_of(row)),
+    )
+
+
+def _turns(render: _Renderer, messages: Sequence[Message]) -> list[Piece]:
+    """The text of a conversation, divided at the beginning and end of each answer."""
+    pieces: list[Piece] = []
+    whole, start = render(messages), 0
+    for number, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        prompt = render(messages[:number], is_open=True)
+        turn = render(messages[: number + 1])
+        end = len(turn.rstrip())  # after the token that ends the turn
+        if not (turn.startswith(prompt) and whole.startswith(turn[:end])):
+            raise DataError(
+                f'the chat template "{render.name}" rewrites earlier turns when later ones follow, so it cannot be said which '
+                'tokens are the assistant\'s. Use data.template = "chatml", or rows of one question and one answer'
+            )
+        pieces += [Piece(whole[start : len(prompt)], False), Piece(whole[len(prompt) : end], True)]
+        start = end
+    return [*pieces, Piece(whole[start:], False)]
+
+
+def _end_token(render: _Renderer, tokenizer: Any) -> str | None:
+    """The special token that ends an answer."""
+    tail = render([Message("user", "1"), Message("assistant", "2")]).rpartition("2")[2]
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    special = [i for i in ids if i in tokenizer.all_special_ids]
+    return str(tokenizer.convert_ids_to_tokens(special[0])) if special else None
+
+
+class _Renderer:
+    """Messages -> text, by transformers, which renders in Jinja's sandbox."""
+
+    def __init__(self, name: str, tokenizer: Any) -> None:
+        self.name, self._tokenizer, self._source = name, tokenizer, CHAT_TEMPLATES.get(name)
+
+    def __call__(self, messages: Sequence[Message], *, is_open: bool = False) -> str:
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    [message._asdict() for message in messages],
+                    chat_template=self._source,
+                    tokenize=False,
+                    add_generation_prompt=is_open,
+                )
+            )
+        except Exception as error:  # a template raises what it likes
+            roles = ", ".join(message.role for message in messages)
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(f'the chat template "{self.name}" refuses a conversation of {roles}: {reason}') from None
+
+
+def _messages_of(row: Row) -> tuple[Message, ...]:
+    """The turns of a conversation, or of a question and its answer."""
+    if row.messages:
+        return row.messages
+    question = "\n\n".join(part.strip() for part in (row.instruction, row.input) if part.strip())
+    answer = (Message("assistant", row.output.strip()),) if row.output.strip() else ()
+    return (Message("user", question), *answer)
 
 
 def _alpaca_prompt(row: Row) -> str:
@@ -76,8 +176,53 @@ TEMPLATES = {
 }
 
 
-def template_named(name: str) -> Template:
-    """The template of this name. Raises DataError for an unknown one."""
-    if name not in TEMPLATES:
-        raise DataError(f'unknown template "{name}"; known: {", ".join(TEMPLATES)}')
-    return TEMPLATES[name]
+# For tokenizers without one: ChatML, as Qwen and SmolLM2 write it, and LLaMA-3's.
+CHAT_TEMPLATES = {
+    "chatml": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+        "{{ message['content'] | trim + '<|eot_id|>' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    ),
+}
+TEMPLATE_NAMES = (*TEMPLATES, "chat", *CHAT_TEMPLATES)
+
+
+def check_template(name: str) -> None:
+    """Raises DataError for an unknown name."""
+    if name not in TEMPLATE_NAMES:
+        raise DataError(f'unknown template "{name}"; known: {", ".join(TEMPLATE_NAMES)}')
+
+
+def template_named(name: str, tokenizer: Any = None) -> Template:
+    """The template of this name; those of conversations need the tokenizer. Raises DataError."""
+    check_template(name)
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if tokenizer is None:
+        raise DataError(
+            f'template "{name}" needs a tokenizer, which there is none of here; known: {", ".join(TEMPLATES)}'
+        )
+    if name == "chat" and not tokenizer.chat_template:
+        raise DataError(f'template "chat": the tokenizer has none. Use one of {", ".join(CHAT_TEMPLATES)}')
+    return _chat_template(name, tokenizer)
+
+
+def chat_template_for(tokenizer: Any) -> str:
+    """The name of the template for conversations with this tokenizer: its own, or the one whose tokens it has."""
+    if tokenizer.chat_template:
+        return "chat"
+    return "llama3" if "<|start_header_id|>" in tokenizer.get_vocab() else "chatml"
+
+
+def prompt_ids(template: Template, row: Row, tokenizer: Any) -> list[int]:
+    """The tokens of a prompt, ready for the answer."""
+    ids = tokenizer(template.evaluation_prompt(row), add_special_tokens=template.adds_special_tokens)["input_ids"]
+    return list(ids)

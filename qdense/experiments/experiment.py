@@ -66,8 +66,8 @@ class EvaluateTable(Table):
         min_length=1, description="a list of tasks, groups of tasks, or files of your own"
     )
     decoding: Literal["beam4", "greedy"] = Field("beam4", description="beam4 (the authors') or greedy")
-    template: Literal["alpaca", "llm-adapters"] | None = Field(
-        None, description="alpaca or llm-adapters; omitted, the run's own"
+    template: Literal["alpaca", "llm-adapters", "chat", "chatml", "llama3"] | None = Field(
+        None, description="alpaca, llm-adapters, chat, chatml or llama3; omitted, the run's own"
     )
     limit: int | None = Field(None, ge=1, description="a positive whole number: only the first items of each task")
     max_new_tokens: int | None = Field(None, ge=1, description="a positive whole number; omitted, the task's own")

@@ -33,6 +33,12 @@ _CARDS = ("RTX 3090", "RTX 4090", "H100")
 _CARD_BYTES = 24 * 2**30
 _MOST_POINTS = 120  # of a training loss
 _MAP_SIDE, _LARGEST_CHANGE, _MOST_MAPS = 24, 3.0, 12
+_LOSS_ON = {
+    "all": "prompt and response",
+    "response": "response",
+    "last": "the last answer",
+    "auto": "responses of conversations, else prompt and response",
+}
 _SEED = 0  # of the slices of the update maps
 
 
@@ -245,7 +251,7 @@ def _setup(results: _Results) -> Table:
         ["adapted modules", joined(["+".join(r.adapter.target_modules) for r in recipes])],
         ["steps", "; ".join(dict.fromkeys(_count(arm.cost.num_steps) for arm in results.arms))],
         ["examples a step", joined([r.training.batch_size for r in recipes])],
-        ["loss on", joined(["prompt and response" if r.data.train_on == "all" else "response" for r in recipes])],
+        ["loss on", joined([_LOSS_ON[r.data.train_on] for r in recipes])],
         ["weights kept", joined([r.training.keep for r in recipes])],
         ["seeds of the final runs", joined(experiment.seeds)],
     ]

@@ -138,7 +138,8 @@ def reference_arm(experiment: Experiment) -> Arm:
 
 def base_settings(arm: Arm, how: EvaluateTable) -> EvaluateTable:
     """How the bare model is evaluated: with the template that the adapters are trained with."""
-    return how.model_copy(update={"template": how.template or arm.recipe.data.template, "clean": False})
+    template = how.template or arm.recipe.data.template
+    return how.model_copy(update={"template": None if template == "auto" else template, "clean": False})
 
 
 def num_unknown(experiment: Experiment, stands: Sequence[ArmStanding]) -> int:

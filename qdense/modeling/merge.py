@@ -166,7 +166,7 @@ def _log_probabilities(base: BaseModel, model: Any, template: str) -> Tensor:
     model.eval()
     rows = []
     for row in test_rows()[:_NUM_PROMPTS]:
-        text = template_named(template).evaluation_prompt(row) + row.output
+        text = template_named(template, base.tokenizer).evaluation_prompt(row) + row.output
         ids = torch.tensor([base.tokenizer(text)["input_ids"]], device=base.device)
         rows.append(torch.log_softmax(model(input_ids=ids).logits[0].float(), dim=-1))
     return torch.cat(rows)

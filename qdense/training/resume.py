@@ -144,7 +144,11 @@ def _as_begun(recipe: Recipe, begun: Recipe) -> Recipe:
         if getattr(recipe.training, key) == "auto"
     }
     is_same_data = (recipe.data.name, recipe.data.path) == (begun.data.name, begun.data.path)
-    data = {"columns": begun.data.columns} if recipe.data.columns is None and is_same_data else {}
+    data: dict[str, Any] = {
+        key: getattr(begun.data, key) for key in ("template", "train_on") if getattr(recipe.data, key) == "auto"
+    }
+    if recipe.data.columns is None and is_same_data:
+        data["columns"] = begun.data.columns
     return recipe.model_copy(
         update={
             "training": recipe.training.model_copy(update=training),

@@ -25,6 +25,7 @@ from qdense.data.contamination import local_overlaps
 from qdense.data.examples import Encoded, Example, collate, encode_rows, split_rows
 from qdense.data.rows import STANDARD_COLUMNS
 from qdense.data.sources import DataSet, load_training_set
+from qdense.data.templates import chat_template_for, template_named
 from qdense.device import choose_device, device_description, memory_total, peak_memory
 from qdense.errors import RunError, RunStopped
 from qdense.events import Emit, Notice, TrainingDone, TrainingStarted, ignore
@@ -40,7 +41,7 @@ from qdense.planning.machine import slow_kernels, this_machine
 from qdense.planning.memory import StepLayout
 from qdense.planning.plan import Plan, make_plan
 from qdense.provenance import git_hash, package_versions
-from qdense.recipe import ColumnsRecipe, Recipe
+from qdense.recipe import ColumnsRecipe, DataRecipe, Recipe
 from qdense.runs import RunFolder
 from qdense.training.checkpoint import CHECKPOINTS_TO_KEEP, Checkpoint, last_good_checkpoint
 from qdense.training.loop import Job, TrainingLoop, checkpoint_bytes
@@ -104,7 +105,7 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, ac
         card = AdapterCard(
             model=recipe.model.model_dump(exclude_none=True, exclude={"device"}) | {"name": prepared.base.reference},
             fingerprint=prepared.base.fingerprint,
-            template=recipe.data.template,
+            template=prepared.recipe.data.template,
             method=recipe.adapter.method,
         )
         try:
@@ -153,6 +154,7 @@ class _Prepared:
 def _prepare(recipe: Recipe, resumed: Resumed | None, data_dir: Path | None, emit: Emit) -> _Prepared:
     # Data comes before the model: its faults are the most common, and are found in a second.
     data = load_training_set(recipe.data, data_dir, emit)
+    recipe = _with_data(recipe, recipe.data.settled(has_conversations=data.has_conversations))
     _tell_of_data(recipe, data, emit)
     split = split_rows(
         len(data.rows),
@@ -168,6 +170,7 @@ def _prepare(recipe: Recipe, resumed: Resumed | None, data_dir: Path | None, emi
     shape = fetched_shape(recipe.model)
     plan = _plan(recipe, shape, resumed.layout if resumed else None, emit)
     base = load_base(recipe.model, lambda text: emit(Notice(text)))
+    recipe = _with_data(recipe, recipe.data.model_copy(update={"template": _template(recipe, base, emit)}))
     use_kernels(recipe.training.kernels)
     if plan.machine.kernels.has_liger:
         use_liger(base.model)
@@ -385,6 +388,30 @@ def _num_warmup_steps(recipe: Recipe, num_steps: int, emit: Emit) -> int:
     return given
 
 
+def _with_data(recipe: Recipe, data: DataRecipe) -> Recipe:
+    return recipe.model_copy(update={"data": data})
+
+
+def _template(recipe: Recipe, base: BaseModel, emit: Emit) -> Any:
+    """The template by name. For a tokenizer without a chat template it is the one whose tokens it has; and whether a model
+    that learns it will end its answers is checked."""
+    name: str = recipe.data.template
+    if name == "chat":
+        name = chat_template_for(base.tokenizer)
+        if name != "chat":
+            emit(Notice(f'the tokenizer of {base.name} has no chat template: conversations are written as "{name}"'))
+    template = template_named(name, base.tokenizer)
+    if not template.adds_special_tokens and template.end_token is None:
+        emit(
+            Notice(
+                f'the chat template "{name}" ends an answer with no special token of this tokenizer, so the model cannot learn '
+                "where an answer ends, and will write on",
+                "warning",
+            )
+        )
+    return name
+
+
 def _settled(recipe: Recipe, data: DataSet, learning_rate: float, num_warmup_steps: int) -> Recipe:
     """The recipe as the run's folder keeps it: with numbers for "auto", and with the recognised columns."""
     training = recipe.training.model_copy(update={"learning_rate": learning_rate, "warmup_steps": num_warmup_steps})
@@ -396,7 +423,15 @@ def _settled(recipe: Recipe, data: DataSet, learning_rate: float, num_warmup_ste
 def _tell_of_data(recipe: Recipe, data: DataSet, emit: Emit) -> None:
     """Report which columns were recognised, and which rows were dropped."""
     if recipe.data.columns is None and data.columns != STANDARD_COLUMNS:
-        emit(Notice(f"columns: {data.columns.instruction} is the instruction, {data.columns.output} the output"))
+        counted = {"all": "all tokens", "response": "all answers", "last": "the last answer"}.get(
+            recipe.data.train_on, ""
+        )
+        found = (
+            f"conversations in {data.columns.messages}; template {recipe.data.template}, loss on {counted}"
+            if data.columns.messages is not None
+            else f"{data.columns.instruction} is the instruction, {data.columns.output} the output"
+        )
+        emit(Notice(f"columns: {found}"))
     if data.skipped:
         total, num_skipped = len(data.rows) + len(data.skipped), len(data.skipped)
         shown = "; ".join(data.skipped[:3])

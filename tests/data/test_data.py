@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -312,7 +311,7 @@ def test_too_few_rows_say_so():
 
 def encoded(rows, tokenizer=None, **settings):
     settings = {"template": "alpaca", "max_length": 512, "train_on": "all"} | settings
-    return encode_rows(rows, range(len(rows)), tokenizer or make_tokenizer(), SimpleNamespace(**settings))
+    return encode_rows(rows, range(len(rows)), tokenizer or make_tokenizer(), DataRecipe(path="rows.json", **settings))
 
 
 def test_whole_rows_end_in_eos_and_count_in_full():

@@ -1,0 +1,258 @@
+"""Conversations: which files are recognised, what the model reads of them, and which tokens count in the loss."""
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qdense.cli import main
+from qdense.data.examples import encode_rows
+from qdense.data.rows import Columns, Message, Row, read_rows
+from qdense.data.sources import DataSet
+from qdense.data.templates import CHAT_TEMPLATES, chat_template_for, prompt_ids, template_named
+from qdense.errors import DataError
+from qdense.events import Notice
+from qdense.modeling.adapter_files import read_card
+from qdense.ops.cross_entropy import IGNORED
+from qdense.recipe import DataRecipe, recipe_from_tables
+from qdense.training.run import train
+from tests.helpers.models import make_tokenizer
+
+OPENAI = [
+    {"role": "system", "content": "You are brief."},
+    {"role": "user", "content": "What is 2 + 2?"},
+    {"role": "assistant", "content": "4."},
+    {"role": "user", "content": "And 3 + 3?"},
+    {"role": "assistant", "content": "6."},
+]
+SHAREGPT = [
+    {"from": {"user": "human", "assistant": "gpt"}.get(turn["role"], turn["role"]), "value": turn["content"]}
+    for turn in OPENAI
+]
+MESSAGES = tuple(Message(turn["role"], turn["content"]) for turn in OPENAI)
+ROW = Row("What is 2 + 2?", "", "6.", messages=MESSAGES)
+
+
+def written(folder, *records):
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def chatting():
+    """A byte tokenizer with ChatML's tokens and its template."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATES["chatml"]
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("record", "column"),
+    [
+        ({"messages": OPENAI}, "messages"),
+        ({"conversations": SHAREGPT, "id": "7"}, "conversations"),
+        (
+            {"messages": [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in OPENAI]},
+            "messages",
+        ),
+    ],
+)
+def test_formats_are_recognised(tmp_path, record, column):
+    read = read_rows(written(tmp_path, record))
+    assert read.columns == Columns(messages=column)
+    assert read.rows == [ROW]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": []}, 'line 2: column "messages" must be a list of messages, not an empty one'),
+        ({"messages": "hello"}, "must be a list of messages, not text"),
+        ({"instruction": "a", "output": "b"}, 'line 2: no column "messages"'),
+        (
+            {"messages": [{"role": "user", "content": "hi"}]},
+            "has no message of the assistant, so there is nothing to learn",
+        ),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, "has no message of the user"),
+        ({"messages": ["hi"]}, "line 2, message 1: must be an object with role and content, not text"),
+        ({"messages": [{"role": "usr", "content": "hi"}]}, 'message 1: role "usr" is not known; known: system, user'),
+        ({"messages": [{"role": "tool", "content": "hi"}]}, 'role "tool" is not known'),
+        ({"messages": [{"role": 3, "content": "hi"}]}, "is not known"),
+        ({"messages": [{"role": ["user"], "content": "hi"}]}, "is not known"),
+        ({"messages": [{"role": "user", "content": None}]}, "content must be text, not null"),
+        ({"messages": [{"role": "user", "content": " "}]}, "message 1: content is blank"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "half a surrogate pair"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has a part that is not text"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, "has tool_calls"),
+        ({"messages": [{"from": "narrator", "value": "x"}]}, 'from "narrator" is not known'),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, record, message):
+    file = written(tmp_path, {"messages": OPENAI}, record)
+    with pytest.raises(DataError) as caught:
+        read_rows(file)
+    assert message in str(caught.value)
+    skipped = read_rows(file, skip_bad=True)
+    assert (len(skipped.rows), len(skipped.skipped)) == (1, 1)
+
+
+def test_a_checksum_knows_all_turns_and_rows_without_turns_keep_theirs():
+    other = ROW._replace(messages=(*MESSAGES[:2], Message("assistant", "5."), *MESSAGES[3:]))
+    assert DataSet([ROW], "x").checksum != DataSet([other], "x").checksum
+    # Runs of before there were conversations must be resumable.
+    expected = hashlib.sha256(b'["Add 1 and 1.", "", "2", "2"]\n').hexdigest()
+    assert DataSet([Row("Add 1 and 1.", "", "2", "2")], "x").checksum == expected
+
+
+def counted(example, tokenizer):
+    """The tokens that count in the loss, as texts of neighbours."""
+    texts, run = [], []
+    for token, label in zip([*example.input_ids, None], [*example.labels, IGNORED], strict=True):
+        if label != IGNORED:
+            run.append(token)
+        elif run:
+            texts.append(tokenizer.decode(run))
+            run = []
+    return texts
+
+
+def encoded(tokenizer, rows=(ROW,), **settings):
+    data = DataRecipe(path="x.jsonl", **({"template": "chat", "max_length": 4096} | settings))
+    return encode_rows(list(rows), range(len(rows)), tokenizer, data)
+
+
+def test_the_loss_is_on_the_answers_and_the_tokens_that_end_them(chatting):
+    (example,) = encoded(chatting).examples
+    assert chatting.decode(example.input_ids) == chatting.apply_chat_template(OPENAI, tokenize=False)
+    assert list(example.input_ids) == list(
+        chatting.apply_chat_template(OPENAI)["input_ids"]
+    )  # no BOS twice, no second EOS
+    assert counted(example, chatting) == ["4.<|im_end|>", "6.<|im_end|>"]
+    (example,) = encoded(chatting, train_on="last").examples
+    assert counted(example, chatting) == ["6.<|im_end|>"]
+    (example,) = encoded(chatting, train_on="all").examples
+    assert np.array_equal(example.labels, example.input_ids)
+
+
+def test_a_long_conversation_is_cut_after_an_answer(chatting):
+    whole = encoded(chatting).examples[0].input_ids
+    first_answer = len(chatting.apply_chat_template(OPENAI[:3])["input_ids"]) - 1  # without the newline after it
+    for max_length in (first_answer, first_answer + 5, len(whole) - 3):
+        result = encoded(chatting, max_length=max_length)
+        (example,) = result.examples
+        assert len(example.input_ids) == first_answer
+        assert counted(example, chatting) == ["4.<|im_end|>"]
+        assert (result.num_truncated, result.num_without_answer) == (1, 0)
+    with pytest.raises(DataError, match="no row has any of its response left"):
+        encoded(chatting, max_length=20)
+
+
+def test_what_is_evaluated_is_what_was_trained(chatting):
+    """The prompt of a question is the beginning of its training text, token for token."""
+    template = template_named("chat", chatting)
+    row = Row("Add 1 and 1.", "Use digits.", "2")
+    (example,) = encoded(chatting, [row]).examples
+    prompt = prompt_ids(template, row._replace(output=""), chatting)
+    assert list(example.input_ids[: len(prompt)]) == prompt
+    assert counted(example, chatting) == ["2<|im_end|>"]
+    assert template.end_token == "<|im_end|>"
+    assert prompt_ids(template, ROW, chatting) == list(
+        chatting.apply_chat_template(OPENAI[:4], add_generation_prompt=True)["input_ids"]
+    )
+
+
+def test_a_tokenizer_without_a_template_gets_one_by_its_tokens():
+    plain = make_tokenizer()
+    assert chat_template_for(plain) == "chatml"
+    with pytest.raises(DataError, match=r'template "chat": the tokenizer has none\. Use one of chatml, llama3'):
+        template_named("chat", plain)
+    assert template_named("chatml", plain).end_token is None  # its marks are plain text here
+    plain.add_special_tokens(
+        {
+            "additional_special_tokens": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+            "bos_token": "<|bos|>",
+        }
+    )
+    assert chat_template_for(plain) == "llama3"
+    template = template_named("llama3", plain)
+    assert template.end_token == "<|eot_id|>"
+    text = "".join(piece.text for piece in template.pieces(ROW))
+    assert text.startswith("<|bos|><|start_header_id|>system<|end_header_id|>\n\nYou are brief.<|eot_id|>")
+    assert [piece.text for piece in template.pieces(ROW) if piece.is_response] == ["4.<|eot_id|>", "6.<|eot_id|>"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ raise_exception('only users here') }}", "refuses a conversation of user, assistant: only users here"),
+        ("{{ ''.__class__.__mro__ }}", "refuses a conversation"),
+        ("{% for %}", "refuses a conversation"),
+        # As some that drop the thoughts of earlier answers.
+        (
+            "{% for m in messages %}[{{ m.role }}]{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}"
+            "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
+            "rewrites earlier turns",
+        ),
+    ],
+)
+def test_a_strangers_template_is_refused_well(chatting, source, message):
+    stranger = make_tokenizer()
+    stranger.chat_template = source
+    with pytest.raises(DataError, match=message):
+        encoded(stranger)
+
+
+def test_train_and_evaluate_conversations(tmp_path, tiny_model, monkeypatch):
+    """From a file of messages to scores: nothing in the recipe names their form, and what was chosen is recorded and reused."""
+    monkeypatch.chdir(tmp_path)
+    talks = [
+        {"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"{i}!"}]}
+        for i in range(24)
+    ]
+    recipe = recipe_from_tables(
+        {
+            "model": {"name": str(tiny_model), "device": "cpu"},
+            "data": {"path": str(written(tmp_path, *talks)), "validation_rows": 4, "max_length": 320},
+            "training": {"max_steps": 2, "batch_size": 4, "recompute": "none", "seed": 1},
+            "output": {"dir": "run"},
+        },
+        source="test",
+    )
+    events = []
+    train(recipe, resume=False, data_dir=None, emit=events.append)
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    assert "columns: conversations in messages; template chat, loss on all answers" in notices
+    assert any('has no chat template: conversations are written as "chatml"' in text for text in notices)
+    assert any("ends an answer with no special token" in text for text in notices)  # the byte tokenizer has none
+    recorded = tomllib.loads((tmp_path / "run/recipe.toml").read_text())["data"]
+    assert (recorded["template"], recorded["train_on"], recorded["columns"]["messages"]) == (
+        "chatml",
+        "response",
+        "messages",
+    )
+    assert read_card(tmp_path / "run/adapter").template == "chatml"
+    assert main(["evaluate", "rows.jsonl,wordproblems", "--adapter", "run", "--decoding", "greedy", "--limit", "2",
+                 "--max-new-tokens", "4", "--quiet"]) == 0  # fmt: skip
+    (summary,) = Path("run/eval").glob("*/summary.json")
+    assert json.loads(summary.read_text())["template"] == "chatml"
+    # A resumed run keeps what it began with.
+    longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": 3})})
+    (tmp_path / "run/adapter/qdense.json").unlink()
+    train(longer, resume=True, data_dir=None, emit=events.append, accept_changes=True)
+    assert tomllib.loads((tmp_path / "run/recipe.toml").read_text())["data"] == recorded
+
+
+def test_a_real_chat_model_reads_its_own_form(smollm2):
+    """SmolLM2's own tokenizer and template: its system prompt, its tokens, its end of turn."""
+    tokenizer = smollm2().tokenizer
+    (example,) = encoded(tokenizer, [ROW, ROW._replace(messages=MESSAGES[1:])][1:]).examples
+    assert tokenizer.decode(example.input_ids).startswith(
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM"
+    )
+    assert counted(example, tokenizer) == ["4.<|im_end|>", "6.<|im_end|>"]
+    assert template_named("chat", tokenizer).end_token == tokenizer.eos_token == "<|im_end|>"

@@ -1,4 +1,4 @@
-"""`qdense data`: with one command, `check`."""
+"""`qdense data`: `check` and `show`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,32 @@ import argparse
 import json
 import sys
 
-from qdense.cli.arguments import add_data_dir, add_json
+from qdense.cli.arguments import add_data_dir, add_json, add_recipe, positive
+from qdense.libraries import quiet_libraries
 
 HELP = "inspect data sets"
 DESCRIPTION = "Inspect data sets."
 EXAMPLES = """\
+  qdense data show questions.toml
   qdense data check math10k gsm8k,addsub
   qdense data check questions.jsonl all --json
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    check = parser.add_subparsers(metavar="COMMAND", required=True).add_parser(
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    show = commands.add_parser(
+        "show",
+        help="show rows as the model reads them",
+        description="Show rows as the model reads them, with what counts in the loss; their lengths; what is cut or skipped; and "
+        "whether the model learns to end its answers. The weights are not needed.",
+    )
+    add_recipe(show)
+    show.add_argument("-n", metavar="N", dest="num_rows", type=positive, default=3, help="rows to show (default: 3)")
+    add_data_dir(show)
+    add_json(show)
+    show.set_defaults(data_command=_show)
+    check = commands.add_parser(
         "check",
         help="find test items in a training set",
         description="Find the test items that a training set contains, exactly or nearly. The exit status is 0 whatever is "
@@ -27,9 +41,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("tasks", metavar="TASKS", help="comma-separated tasks: gsm8k, math, commonsense, all, ...")
     add_data_dir(check)
     add_json(check)
+    check.set_defaults(data_command=_check)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    arguments.data_command(arguments)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from qdense.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    quiet_libraries()
+    from dataclasses import asdict
+
+    from qdense.training.preview import preview
+    from qdense.ui.console import make_console
+    from qdense.ui.data import show_preview, warnings_of
+
+    shown = preview(recipe, arguments.data_dir, arguments.num_rows)
+    if arguments.json:
+        print(json.dumps(asdict(shown) | {"warnings": warnings_of(shown)}, indent=2))
+    else:
+        show_preview(make_console(), shown)
+
+
+def _check(arguments: argparse.Namespace) -> None:
     from qdense.benchmarks.tasks import load_items, tasks_named
 
     tasks = tasks_named(arguments.tasks)

@@ -17,7 +17,7 @@ from qdense.compat.bitsandbytes import never_repack
 from qdense.device import choose_device, memory_free
 from qdense.errors import ModelError
 from qdense.modeling.fingerprint import Fingerprint, fingerprint_of
-from qdense.modeling.locate import Tell, folder_name_for_peft, locate_model, require_data_only
+from qdense.modeling.locate import Tell, folder_name_for_peft, locate_model, locate_tokenizer, require_data_only
 
 if TYPE_CHECKING:
     from qdense.recipe import ModelRecipe
@@ -58,15 +58,10 @@ def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_trai
     Raises:
         ModelError: the model cannot be found, reached or read, or the device does not exist.
     """
-    from transformers import AutoTokenizer
-
     device = choose_device(recipe.device)
     folder, identity = locate_model(recipe.name, recipe.revision, notice)
     require_data_only(recipe.name, folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises plain Exceptions, missing converters ImportErrors
-        raise ModelError(f"{recipe.name}: the tokenizer in {folder} cannot be loaded: {_reason(error)}") from error
+    tokenizer = _tokenizer(recipe, folder)
     try:
         fingerprint = fingerprint_of(folder, tokenizer)
         if recipe.quantization == "none":
@@ -89,6 +84,20 @@ def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_trai
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     reference = os.path.abspath(recipe.name) if os.path.isdir(recipe.name) else recipe.name
     return BaseModel(recipe.name, reference, model, tokenizer, fingerprint, pad_token_id, device, stored_as)
+
+
+def load_tokenizer(recipe: ModelRecipe, notice: Tell) -> Any:
+    """The tokenizer alone. Raises ModelError."""
+    return _tokenizer(recipe, locate_tokenizer(recipe.name, recipe.revision, notice))
+
+
+def _tokenizer(recipe: ModelRecipe, folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exceptions, missing converters ImportErrors
+        raise ModelError(f"{recipe.name}: the tokenizer in {folder} cannot be loaded: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

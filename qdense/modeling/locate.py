@@ -35,6 +35,14 @@ def locate_model(name: str, revision: str | None, notice: Tell) -> tuple[Path, s
     return folder, f"hub commit {folder.name}"
 
 
+def locate_tokenizer(name: str, revision: str | None, notice: Tell) -> Path:
+    """The folder of a model's tokenizer. Of a model on the hub, the weights are not fetched."""
+    if os.path.isdir(name) or name == "smollm2-135m":
+        return locate_model(name, revision, notice)[0]
+    hub_id = CATALOG[name].hub_id if name in CATALOG else name
+    return _fetch_from_hub(hub_id, revision, notice, patterns=_TOKENIZER_FILES)
+
+
 def fetched_shape(recipe: ModelRecipe) -> CatalogModel:
     """The model's shapes. Its files are fetched if there is no other way to know them. Raises ModelError."""
     try:
@@ -44,7 +52,14 @@ def fetched_shape(recipe: ModelRecipe) -> CatalogModel:
         return model_shape(str(folder))
 
 
-def _fetch_from_hub(hub_id: str, revision: str | None, notice: Tell) -> Path:
+# Only files that are loaded: no pickles, no adapter, and not the second copy in original/ of Meta's repositories.
+_TOKENIZER_FILES = ("*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt")
+_MODEL_FILES = (*_TOKENIZER_FILES, "*.safetensors")
+
+
+def _fetch_from_hub(
+    hub_id: str, revision: str | None, notice: Tell, *, patterns: tuple[str, ...] = _MODEL_FILES
+) -> Path:
     """The snapshot folder of a hub model (its name is the commit), from the hub's own cache or downloaded into it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -62,8 +77,7 @@ def _fetch_from_hub(hub_id: str, revision: str | None, notice: Tell) -> Path:
             snapshot_download(
                 hub_id,
                 revision=revision,
-                # Only files that are loaded: no pickles, no adapter, and not the second copy in original/ of Meta's repositories.
-                allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"],
+                allow_patterns=list(patterns),
                 ignore_patterns=["original/*", "adapter_*"],
             )
         )

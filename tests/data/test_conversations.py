@@ -256,3 +256,73 @@ def test_a_real_chat_model_reads_its_own_form(smollm2):
     )
     assert counted(example, tokenizer) == ["4.<|im_end|>", "6.<|im_end|>"]
     assert template_named("chat", tokenizer).end_token == tokenizer.eos_token == "<|im_end|>"
+
+
+# --- qdense data show -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def talks(tmp_path, tiny_model, monkeypatch):
+    """A recipe of conversations of two lengths, for the byte tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    records = [
+        {
+            "messages": [
+                {"role": "user", "content": "?" * (5 + 100 * (i % 3 == 0))},
+                {"role": "assistant", "content": f"[{i}]"},
+            ]
+        }
+        for i in range(30)
+    ]
+    written(tmp_path, *records)
+    Path("talks.toml").write_text(
+        f'[model]\nname = "{tiny_model}"\n[data]\npath = "rows.jsonl"\nvalidation_rows = 3\nmax_length = 120\n'
+    )
+    return "talks.toml"
+
+
+def test_rows_are_shown_as_the_model_reads_them(talks, capsys):
+    assert main(["data", "show", talks, "--json", "-n", "27"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["template"], shown["train_on"], shown["columns"]) == ("chatml", "response", "messages")
+    assert (shown["num_training"], shown["num_validation"], shown["num_measured"]) == (27, 3, 27)
+    long_rows = [row for row in shown["rows"] if row["number"] % 3 == 0]
+    assert shown["num_cut"] == 27 - len([row for row in shown["rows"] if not row["is_cut"] and row["number"] % 3])
+    assert long_rows == []  # their answers are cut off, so they are dropped
+    assert shown["num_cut"] == shown["num_dropped"] == shown["num_without_answer"]
+    row = shown["rows"][0]
+    assert "".join(span["text"] for span in row["spans"]).endswith(
+        f"<|im_start|>assistant\n[{row['number']}]<|im_end|>\n"
+    )
+    assert [span["text"] for span in row["spans"] if span["counts"]] == [f"[{row['number']}]<|im_end|>"]
+    assert row["num_counted"] == len(f"[{row['number']}]<|im_end|>")  # a token is a byte
+    assert sum(count for _, count in shown["bins"]) == 27
+    assert shown["num_ended"] == 0
+    assert [text for text in shown["warnings"] if "do not teach the model to end its answer" in text]
+    assert [text for text in shown["warnings"] if f"Raise it to {shown['longest_tokens']}" in text]
+
+
+def test_what_a_person_sees(talks, capsys):
+    assert main(["data", "show", talks, "-n", "1", "--set", "data.max_length=400"]) == 0
+    printed = capsys.readouterr().out
+    for text in (
+        "<|im_start|>user",
+        "counts in the loss",
+        "27 to train on, 3 for validation",
+        "template",
+        "chatml",
+        "█",
+    ):
+        assert text in printed
+    assert "longer than data.max_length" not in printed
+
+
+def test_mistakes_of_data_show(talks, capsys):
+    for arguments, message in (
+        (["data", "show", "nothing.toml"], "nothing.toml: no such file"),
+        (["data", "show", talks, "--set", "data.path=none.jsonl"], "none.jsonl: no such file"),
+        (["data", "show", talks, "--set", "data.max_length=8"], "no row has any of its response left"),
+        (["data", "show", talks, "--set", "model.name=./nowhere"], "no such folder"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err

@@ -306,6 +306,7 @@ def printed(folder: Path, command: str) -> object:
         ("qdense params --json", "qdense params llama3-8b --json"),
         ("qdense tasks --json", "qdense tasks --json"),
         ("qdense doctor --json", "qdense doctor --json"),
+        ("qdense data show --json", "qdense data show my-rows.toml --json"),
         ("qdense data check --json", "qdense data check my-rows.jsonl wordproblems --json"),
         ("qdense compare --format json", "qdense compare runs/my-rows runs/base-smollm2-135m --format json"),
         ("qdense analyze --json", "qdense analyze runs/my-rows --output analysis --json"),

@@ -25,7 +25,11 @@ def test_the_run_is_sized_to_the_rows(tmp_path, monkeypatch, capsys, num_rows, v
     assert "Read it, then: qdense train own.toml" in capsys.readouterr().out
     recipe = load_recipe("own.toml")
     assert (recipe.model.name, recipe.adapter.method, recipe.data.path) == ("llama3-8b", "denselora", "own.jsonl")
-    assert recipe.data.columns.model_dump() == {"instruction": "prompt", "input": "input", "output": "completion"}
+    assert recipe.data.columns.model_dump(exclude_none=True) == {
+        "instruction": "prompt",
+        "input": "input",
+        "output": "completion",
+    }
     assert (recipe.data.validation_rows, recipe.training.batch_size) == (validation_rows, batch_size)
     assert recipe.training.keep == ("best" if validation_rows else "last")
     assert (recipe.training.learning_rate, recipe.training.warmup_steps) == ("auto", "auto")

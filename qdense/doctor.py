@@ -32,7 +32,12 @@ _REINSTALL = "pip install --upgrade --force-reinstall"
 LOW_MEMORY_BYTES = 2 * 2**30  # SmolLM2's demo takes 1.2 GiB
 LOW_DISK_BYTES = 2 * 2**30
 # What each extra is for, except `cuda`, which is checked with the kernels.
-_EXTRAS = {"endpoint": "qdense evaluate --endpoint", "plots": "qdense analyze"}
+_EXTRAS = {
+    "endpoint": "qdense evaluate --endpoint",
+    "experiments": "qdense sweep or report",
+    "plots": "qdense analyze",
+}
+_IMPORTED_AS = {"vl-convert-python": "vl_convert"}
 _TOLERANCE = 2e-2  # relative error of a bf16 product, which keeps 8 bits
 _BUILDING = re.compile(r"\..+\.(\d+)")  # a hidden name that ends in the id of the process that uses it
 
@@ -139,7 +144,7 @@ def _fault_of_package(requirement: Any) -> Check | None:
     if not requirement.specifier.contains(found, prereleases=True):
         return Check(name, BAD, f"{found}; {wanted} is needed", f'pip install --upgrade "{wanted}"')
     try:
-        importlib.import_module(name.replace("-", "_"))
+        importlib.import_module(_IMPORTED_AS.get(name) or name.replace("-", "_"))
     except Exception as error:  # broken packages raise anything
         return Check(name, BAD, f"{found} cannot be imported: {_one_line(error)}", f'{_REINSTALL} "{wanted}"')
     return None

@@ -105,8 +105,11 @@ def test_the_extras_of_pyproject_are_those_that_doctor_and_commands_name():
     extras = project["optional-dependencies"]
     assert [Requirement(text).name for text in extras["plots"]] == ["matplotlib"]
     assert [Requirement(text).name for text in extras["endpoint"]] == ["openai"]
-    assert not {"matplotlib", "openai"} & {Requirement(text).name for text in project["dependencies"]}
-    assert "qdense[docs,endpoint,plots,trackers]" in extras["dev"]
+    assert [Requirement(text).name for text in extras["experiments"]] == ["optuna", "altair", "vl-convert-python"]
+    assert not {"matplotlib", "openai", "optuna", "altair"} & {
+        Requirement(text).name for text in project["dependencies"]
+    }
+    assert "qdense[docs,endpoint,experiments,plots,trackers]" in extras["dev"]
 
 
 @pytest.mark.parametrize("package", ["torch", "peft", "rich", "packaging"])

@@ -310,7 +310,8 @@ class Data:
         def check() -> None:
             rows = read_rows(path, STANDARD_COLUMNS, gold="answer" if for_test else "output").rows
             assert rows
-            assert all(isinstance(value, str) for row in rows for value in row)
+            assert all(isinstance(value, str) for row in rows for value in row[:4])
+            assert not any(row.messages for row in rows)
             assert all(row.instruction.strip() for row in rows)
             if kind in (".json", ".jsonl") and path.stat().st_size < 2**20:
                 text = (gzip.decompress(content) if suffix.endswith(".gz") else content).decode("utf-8-sig")

@@ -91,12 +91,14 @@ def test_a_run_writes_what_it_says(tiny_model, tmp_path):
 
     saved = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
     provenance = saved.pop("provenance")
-    assert saved == recipe.resolved()
+    # What "auto" stands for is written down.
+    resolved = recipe.model_copy(update={"data": recipe.data.settled(has_conversations=False)}).resolved()
+    assert saved == resolved
     assert provenance["num_training_rows"] == 59  # 5% of 1,192
     assert len(provenance["data"]["sha256"]) == 64
     assert provenance["versions"]["torch"] == version("torch")
     assert provenance["git_hash"]
-    assert load_recipe(tmp_path / "run" / "recipe.toml").resolved() == recipe.resolved()
+    assert load_recipe(tmp_path / "run" / "recipe.toml").resolved() == resolved
 
     modes = {(tmp_path / "run" / name).stat().st_mode for name in ("adapter", "checkpoints")}
     assert len(modes) == 1  # no folder is more closed than an ordinary one

@@ -38,6 +38,8 @@ STAGED = {
     "tools/results/mutation.md": "results/mutation.md",
     "tools/results/tasks.md": "results/tasks.md",
     "tools/results/training.md": "results/training.md",
+    "tools/results/wordproblems/report.html": "results/wordproblems-charts.html",
+    "tools/results/wordproblems/report.md": "results/wordproblems.md",
     "tools/results/updates/README.md": "results/updates.md",
     "tools/results/updates/heatmaps.png": "results/heatmaps.png",
     "tools/results/updates/histograms.png": "results/histograms.png",

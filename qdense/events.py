@@ -129,7 +129,7 @@ class CellChanged:
         arm: what is trained; for a bare model, its name.
         stage: "search", "final" or "base".
         state: "training", "evaluating", "waiting" for another process that trains it, or how it ended: "trained", "evaluated",
-            "stopped", "diverged", "failed", "interrupted".
+            "stopped", "diverged", "failed".
         loss: the newest validation loss.
         text: why it failed.
     """

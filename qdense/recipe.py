@@ -36,7 +36,8 @@ from qdense.schema import (
 )
 
 Optimizer = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"]
-TemplateName = Literal["auto", "alpaca", "llm-adapters", "chat", "chatml", "llama3"]
+NamedTemplate = Literal["alpaca", "llm-adapters", "chat", "chatml", "llama3"]
+TemplateName = Literal["auto"] | NamedTemplate
 Quantization = Literal["nf4", "int8", "none"]
 DType = Literal["bfloat16", "float32"]
 _MOST = 10**6  # of what is counted or scaled: far beyond use, and nothing that is computed from it overflows
@@ -213,7 +214,7 @@ class DataRecipe(Table):
         120, ge=0, le=10**9, description="a whole number of rows, 0 or more, at most a billion"
     )
 
-    def settled(self, *, has_conversations: object) -> DataRecipe:
+    def settled(self, *, has_conversations: bool) -> DataRecipe:
         """With what "auto" stands for."""
         template = self.template if self.template != "auto" else "chat" if has_conversations else "alpaca"
         is_chat = template not in ("alpaca", "llm-adapters")
@@ -342,6 +343,12 @@ def builtin_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(recipes_folder().glob("*.toml"))}
 
 
+def named_file(name: str | Path, known: Mapping[str, Path]) -> Path | None:
+    """A file that is given by its path or, where there is no such file, by the name of a known one; None if it is neither."""
+    path = Path(name)
+    return path if path.is_file() else known.get(str(name).removeprefix("recipes/").removesuffix(".toml"))
+
+
 def find_recipe(name: str | Path) -> Path:
     """The file of a recipe that is given by its path or, where there is no such file, by the name of a built-in one.
 
@@ -349,9 +356,7 @@ def find_recipe(name: str | Path) -> Path:
         RecipeError: neither.
     """
     path, known = Path(name), builtin_recipes()
-    if path.is_file():
-        return path
-    found = known.get(str(name).removeprefix("recipes/").removesuffix(".toml"))
+    found = named_file(name, known)
     if found is not None:
         return found
     if path.suffix in (".json", ".jsonl", ".csv", ".parquet", ".gz"):

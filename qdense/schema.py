@@ -63,12 +63,21 @@ def apply_override(tables: dict[str, Any], override: str, *, least_parts: int = 
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         value = text.strip()
+    try:
+        put(tables, parts, value)
+    except KeyError as error:
+        raise RecipeError(f"--set {override}: {error.args[0]} is a value and not a table") from None
+
+
+def put(tables: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Set the value that these keys lead to, in tables that are made if they are missing. Raises KeyError for a key that leads to
+    a value and not a table."""
     table: Any = tables
-    for part in parts[:-1]:
-        table = table.setdefault(part, {})
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
         if not isinstance(table, dict):
-            raise RecipeError(f"--set {override}: {part} is a value and not a table")
-    table[parts[-1]] = value
+            raise KeyError(key)
+    table[keys[-1]] = value
 
 
 def validated(

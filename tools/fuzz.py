@@ -218,8 +218,7 @@ class Experiments:
 
         def check() -> None:
             experiment = load_experiment(self.path, overrides)
-            cells = list(experiment.known_cells())
-            finals = {cell.digest for cell in cells if cell.stage == "final"}
+            finals = {arm.cell("final", seed).digest for arm in experiment.arms for seed in experiment.seeds}
             assert len(finals) == len(experiment.arms) * len(experiment.seeds)
 
         return check

@@ -84,13 +84,15 @@ class Encoded:
     Attributes:
         num_truncated: rows longer than `max_length`; these have no EOS either.
         num_without_answer: of these, rows whose whole response was cut off.
-        num_dropped: of these, rows dropped because no label remained (only with train_on = "response").
+        num_dropped: of these, rows dropped because no label remained (unless train_on = "all").
+        lengths: row number -> its tokens before it is cut.
     """
 
     examples: list[Example]
     num_truncated: int
     num_without_answer: int
     num_dropped: int
+    lengths: dict[int, int]
 
 
 def encode_rows(rows: Sequence[Row], numbers: Sequence[int], tokenizer: Any, data: DataRecipe) -> Encoded:
@@ -104,6 +106,7 @@ def encode_rows(rows: Sequence[Row], numbers: Sequence[int], tokenizer: Any, dat
     data = data.settled(has_conversations=any(rows[number].messages for number in numbers))
     template = template_named(data.template, tokenizer)
     examples: list[Example] = []
+    lengths: dict[int, int] = {}
     num_truncated = num_without_answer = num_dropped = 0
     for start in range(0, len(numbers), 1000):
         chunk = numbers[start : start + 1000]
@@ -123,15 +126,16 @@ def encode_rows(rows: Sequence[Row], numbers: Sequence[int], tokenizer: Any, dat
         ):
             in_response = _in_spans(offsets, responses)
             first_of_response = next((i for i, inside in enumerate(in_response) if inside), len(ids))
-            if (
-                template.adds_special_tokens
-            ):  # one response, to the end, with special tokens that have no place in the text
+            if template.adds_special_tokens:
+                # One response, to the end, with special tokens that have no place in the text.
                 in_response = [i >= first_of_response for i in range(len(ids))]
+            needs_eos = template.adds_special_tokens and ids[-1] != tokenizer.eos_token_id
+            lengths[number] = len(ids) + needs_eos
             if len(ids) > data.max_length:
                 num_truncated += 1
                 ids = ids[: _cut(in_response, data.max_length) if rows[number].messages else data.max_length]
                 num_without_answer += first_of_response >= len(ids)
-            elif template.adds_special_tokens and len(ids) < data.max_length and ids[-1] != tokenizer.eos_token_id:
+            elif needs_eos and len(ids) < data.max_length:
                 ids = [*ids, tokenizer.eos_token_id]
                 in_response = [*in_response, True]
             input_ids = np.asarray(ids, dtype=np.int32)
@@ -146,7 +150,7 @@ def encode_rows(rows: Sequence[Row], numbers: Sequence[int], tokenizer: Any, dat
         raise DataError(
             f"no row has any of its response left within data.max_length = {data.max_length} tokens; raise it"
         )
-    return Encoded(examples, num_truncated, num_without_answer, num_dropped)
+    return Encoded(examples, num_truncated, num_without_answer, num_dropped, lengths)
 
 
 def _responses(pieces: Sequence[Piece], *, only_last: bool) -> list[tuple[int, int]]:

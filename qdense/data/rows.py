@@ -223,13 +223,7 @@ def _row(place: str, record: Any, columns: Columns, gold: str | None) -> Row:
             )
         if not isinstance(value, str):
             raise RowError(f'{place}: column "{column}" must be text, not {_kind(value)}')
-        if not value.isascii():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError:  # JSON can spell half a character, "\\ud800"; no tokenizer takes it
-                raise RowError(
-                    f'{place}: column "{column}" holds half a surrogate pair, which is not a character'
-                ) from None
+        _refuse_half_characters(f'{place}: column "{column}"', value)
         return value
 
     if columns.messages is not None:
@@ -245,6 +239,16 @@ def _row(place: str, record: Any, columns: Columns, gold: str | None) -> Row:
     if gold == "output" and not row.output.strip():
         raise RowError(f'{place}: column "{columns.output}" is blank')
     return row
+
+
+def _refuse_half_characters(what: str, text: str) -> None:
+    """JSON can spell half a character, "\\ud800", and no tokenizer takes it."""
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError(f"{what} holds half a surrogate pair, which is not a character") from None
 
 
 def _conversation(place: str, record: Mapping[Any, Any], column: str, *, needs_answer: bool) -> Row:
@@ -287,10 +291,7 @@ def _message(place: str, turn: Any) -> Message:
         raise RowError(f"{place}: has tool_calls, which are not supported")
     if not content.strip() and _ROLES[role] != "system":
         raise RowError(f"{place}: {content_key} is blank")
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError:
-        raise RowError(f"{place}: {content_key} holds half a surrogate pair, which is not a character") from None
+    _refuse_half_characters(f"{place}: {content_key}", content)
     return Message(_ROLES[role], content)
 
 

@@ -28,7 +28,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,7 +76,7 @@ class CellFolder:
     """The folder of one cell; it need not exist yet."""
 
     path: Path
-    cell: Cell | None = field(default=None, compare=False)
+    cell: Cell
 
     @property
     def recipe(self) -> Path:
@@ -98,10 +98,10 @@ class CellFolder:
     def _scores(self) -> Path:
         return self.path / _SCORES
 
-    def prepare(self, cell: Cell) -> None:
+    def prepare(self) -> None:
         """Write the recipe that `qdense train` reads."""
         self.path.mkdir(parents=True, exist_ok=True)
-        tables = cell.recipe.resolved()
+        tables = self.cell.recipe.resolved()
         del tables["output"]
         write_atomically(self.recipe, tomli_w.dumps(tables))
 
@@ -124,7 +124,7 @@ class CellFolder:
 
     def _refuse_other_defaults(self) -> None:
         """DIGEST is of what the recipe chooses. What it leaves to qdense must not have changed since."""
-        if self.cell is None or not self.recipe.is_file():
+        if not self.recipe.is_file():
             return
         try:
             before = flattened(tomllib.loads(self.recipe.read_text(encoding="utf-8")))
@@ -152,7 +152,7 @@ class CellFolder:
             problem=problem,
         )
         if state == "trained" and losses:
-            keeps_best = self.cell is not None and self.cell.recipe.training.keep == "best"
+            keeps_best = self.cell.recipe.training.keep == "best"
             outcome = replace(outcome, loss=min(losses) if keeps_best else losses[-1])
         values = asdict(outcome) | {"loss": outcome.loss if math.isfinite(outcome.loss) else None}
         write_atomically(self._outcome, json.dumps(values, indent=2) + "\n")

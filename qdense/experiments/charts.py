@@ -45,12 +45,12 @@ _ZOOM = alt.selection_interval(bind="scales", zoom="wheel![event.shiftKey]", nam
 Rows = Sequence[Mapping[str, Any]]
 
 
-def sizes(rows: Rows, *, x: str, x_title: str, y_title: str) -> dict[str, Any]:
+def sizes(rows: Rows, *, x_title: str, y_title: str) -> dict[str, Any]:
     """Trained parameters against the result; rows have `name`, `kind`, `x`, `y`, and of ours `low` and `high`."""
     base = alt.Chart(_data(rows))
     names = list(dict.fromkeys(row["name"] for row in rows))
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    at = alt.X(f"{x}:Q", title=x_title, scale=alt.Scale(type="log", nice=False, padding=30), axis=alt.Axis(tickCount=6))
+    at = alt.X("x:Q", title=x_title, scale=alt.Scale(type="log", nice=False, padding=30), axis=alt.Axis(tickCount=6))
     colour = _colour("name", names)
     points = base.mark_point(filled=True, size=90, opacity=1).encode(
         at,

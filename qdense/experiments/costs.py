@@ -7,20 +7,18 @@ import functools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from qdense.catalogs.datasets import TRAINING_SETS
 from qdense.data import wordproblems
-from qdense.data.rows import read_rows
+from qdense.data.sources import load_training_set
 from qdense.errors import DataError, ModelError
 from qdense.experiments.cells import SweepFolder
 from qdense.experiments.experiment import Experiment
-from qdense.experiments.search import next_rates
-from qdense.experiments.standing import ArmStanding
+from qdense.experiments.standing import ArmStanding, num_unknown
 from qdense.planning.parameters import count_parameters
 from qdense.planning.plan import Machine, Plan, make_plan
 from qdense.planning.shapes import model_shape
-from qdense.recipe import Recipe
+from qdense.recipe import DataRecipe, Recipe
 from qdense.training.metrics import read_metrics
 
 
@@ -73,16 +71,13 @@ def costs_of(
         tokens = measured
         if tokens is None and num_steps is not None:
             tokens = round(num_steps * recipe.training.batch_size * (tokens_of_row or recipe.data.max_length))
-        outcomes = [outcome for by_seed in each.search.values() for outcome in by_seed.values()] + list(
-            each.finals.values()
-        )
-        num_done = sum(outcome.state not in ("missing", "started", "failed") for outcome in outcomes)
-        num_failed = sum(outcome.state == "failed" for outcome in outcomes)
+        num_done = sum(outcome.is_settled for outcome in each.outcomes)
+        num_failed = len(each.problems)
         costs.append(
             ArmCost(
                 standing=each,
                 num_done=num_done,
-                num_left=_num_known(experiment, each) - num_done - num_failed,
+                num_left=len(each.outcomes) + num_unknown(experiment, [each]) - num_done - num_failed,
                 num_failed=num_failed,
                 num_steps=num_steps,
                 tokens=tokens,
@@ -95,34 +90,15 @@ def costs_of(
     return costs
 
 
-def _num_known(experiment: Experiment, each: ArmStanding) -> int:
-    """Cells of an arm that are certain: those of the search so far, and its final runs unless every rate diverged."""
-    num_search = sum(len(by_seed) for by_seed in each.search.values())
-    if each.finals:
-        return num_search + len(each.finals)
-    goes_on = experiment.search is not None and bool(next_rates(experiment.search.learning_rate, each.losses))
-    return num_search + (len(experiment.seeds) if goes_on else 0)
-
-
 def _seconds(each: ArmStanding) -> list[float]:
-    outcomes = [outcome for by_seed in each.search.values() for outcome in by_seed.values()] + list(
-        each.finals.values()
-    )
-    return [outcome.seconds for outcome in outcomes if outcome.state == "trained"]
+    return [outcome.seconds for outcome in each.outcomes if outcome.state == "trained"]
 
 
 def _measured_tokens(each: ArmStanding, folder: SweepFolder) -> int | None:
     """Tokens that a finished run of the arm has trained on."""
-    cells = [
-        each.arm.cell("search", seed, rate)
-        for rate, by_seed in each.search.items()
-        for seed, outcome in by_seed.items()
-        if outcome.state == "trained"
-    ]
-    cells += [each.final(seed) for seed, outcome in each.finals.items() if outcome.state == "trained"]
-    for cell in cells:
+    for cell, outcome in each.cells():
         metrics = folder.of(cell).run.metrics
-        if metrics.is_file():
+        if outcome.state == "trained" and metrics.is_file():
             return sum(line["num_tokens"] for line in read_metrics(metrics) if line["event"] == "step")
     return None
 
@@ -132,7 +108,7 @@ def _size_of_data(recipe: Recipe) -> tuple[int | None, float | None]:
     data = recipe.data
     tokens_of_row: float | None = None
     if data.path is not None:
-        num_rows = _rows_of_file(data.path)
+        num_rows = _rows_of_file(data)
     elif data.name == "wordproblems":
         num_rows = wordproblems.NUM_TRAINING_ROWS
     else:
@@ -145,10 +121,10 @@ def _size_of_data(recipe: Recipe) -> tuple[int | None, float | None]:
 
 
 @functools.lru_cache(maxsize=16)
-def _rows_of_file(path: str) -> int | None:
+def _rows_of_file(data: DataRecipe) -> int | None:
     try:
-        return len(read_rows(Path(path)))
-    except (DataError, OSError):
+        return len(load_training_set(data, None).rows)
+    except DataError:
         return None
 
 

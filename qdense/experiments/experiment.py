@@ -39,8 +39,8 @@ from pydantic import Field
 
 from qdense.benchmarks.tasks import tasks_named
 from qdense.errors import QDenseError, RecipeError, did_you_mean, shortened
-from qdense.recipe import Recipe, find_recipe, recipe_from_tables, recipes_folder
-from qdense.schema import AS_TUPLE, Problem, Table, apply_override, flattened, read_toml, refusal, validated
+from qdense.recipe import NamedTemplate, Recipe, find_recipe, named_file, recipe_from_tables, recipes_folder
+from qdense.schema import AS_TUPLE, Problem, Table, apply_override, flattened, put, read_toml, refusal, validated
 
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _RATE_LIMITS = (1e-12, 1.0)  # those of training.learning_rate
@@ -66,7 +66,7 @@ class EvaluateTable(Table):
         min_length=1, description="a list of tasks, groups of tasks, or files of your own"
     )
     decoding: Literal["beam4", "greedy"] = Field("beam4", description="beam4 (the authors') or greedy")
-    template: Literal["alpaca", "llm-adapters", "chat", "chatml", "llama3"] | None = Field(
+    template: NamedTemplate | None = Field(
         None, description="alpaca, llm-adapters, chat, chatml or llama3; omitted, the run's own"
     )
     limit: int | None = Field(None, ge=1, description="a positive whole number: only the first items of each task")
@@ -197,17 +197,6 @@ class Experiment:
         """The variant that others are compared with."""
         return self.report.reference or self.arms[0].variant
 
-    def known_cells(self) -> Iterator[Cell]:
-        """The cells that are certain before anything has run; of a search, without what the edges may add. Its final runs are
-        represented at the first rate."""
-        for arm in self.arms:
-            if arm.is_searched and self.search is not None:
-                for rate, seed in itertools.product(self.search.learning_rate, self.search.seeds):
-                    yield arm.cell("search", seed, rate)
-            rate_of_final = self.search.learning_rate[0] if arm.is_searched and self.search is not None else None
-            for seed in self.seeds:
-                yield arm.cell("final", seed, rate_of_final)
-
 
 def builtin_experiments() -> dict[str, Path]:
     """The experiments that come with qdense, by name ("paper/table1-llama3-8b")."""
@@ -218,9 +207,7 @@ def builtin_experiments() -> dict[str, Path]:
 def find_experiment(name: str | Path) -> Path:
     """The file of an experiment, given by its path or the name of a built-in one. Raises RecipeError."""
     path, known = Path(name), builtin_experiments()
-    if path.is_file():
-        return path
-    found = known.get(str(name).removeprefix("recipes/").removesuffix(".toml"))
+    found = named_file(name, known)
     if found is None:
         raise RecipeError(f"{path}: no such file, and no built-in experiment{did_you_mean(str(name), known)}")
     return found
@@ -329,24 +316,24 @@ def _arms(path: Path, tables: ExperimentTables, overrides: Sequence[str]) -> Ite
         base.pop("output", None)
     for variant, own in tables.variants.items():
         given = _merged(tables.set, own)
-        lists = {key: value for key, value in flattened(given).items() if isinstance(value, list)}
+        changes = flattened(given)
+        lists = {key: value for key, value in changes.items() if isinstance(value, list)}
+        common = _merged(base, {})
+        # An alpha of the base recipe belongs to its rank.
+        if "adapter.r" in changes and "adapter.alpha" not in changes and isinstance(common.get("adapter"), dict):
+            common["adapter"].pop("alpha", None)
+        common = _merged(common, given)
+        is_fixed = "training.learning_rate" in changes or any(
+            override.startswith("training.learning_rate") for override in overrides
+        )
         for values in itertools.product(*lists.values()):
             varied = dict(zip(lists, values, strict=True))
-            merged = copy.deepcopy(base)
-            # An alpha of the base recipe belongs to its rank.
-            changes = flattened(given)
-            if "adapter.r" in changes and "adapter.alpha" not in changes and isinstance(merged.get("adapter"), dict):
-                merged["adapter"].pop("alpha", None)
-            merged = _merged(merged, given)
+            merged = copy.deepcopy(common)
             for key, value in varied.items():
-                table, _, rest = key.partition(".")
-                _put(merged.setdefault(table, {}), rest, value)
+                put(merged, key.split("."), value)
             for override in overrides:
                 apply_override(merged, override)
             rate = merged.get("training", {}).get("learning_rate") if isinstance(merged.get("training"), dict) else None
-            is_fixed = "training.learning_rate" in changes or any(
-                override.startswith("training.learning_rate") for override in overrides
-            )
             yield Arm(
                 name=" ".join([variant, *(_shown(key, value) for key, value in varied.items())]),
                 variant=variant,
@@ -381,14 +368,6 @@ def _merged(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
         else:
             merged[key] = copy.deepcopy(value)
     return merged
-
-
-def _put(table: dict[str, Any], key: str, value: Any) -> None:
-    first, _, rest = key.partition(".")
-    if rest:
-        _put(table.setdefault(first, {}), rest, value)
-    else:
-        table[first] = value
 
 
 def _shown(key: str, value: Any) -> str:

@@ -24,7 +24,15 @@ from qdense.experiments.cells import CellFolder, SweepFolder
 from qdense.experiments.costs import ArmCost, costs_of
 from qdense.experiments.experiment import Experiment
 from qdense.experiments.search import best_rate, is_at_edge
-from qdense.experiments.standing import ArmStanding, base_key, base_settings, jobs_of, reference_arm, standing
+from qdense.experiments.standing import (
+    ArmStanding,
+    base_key,
+    base_settings,
+    jobs_of,
+    num_unknown,
+    reference_arm,
+    standing,
+)
 from qdense.planning.plan import Machine
 from qdense.runs import EvaluationFolder
 from qdense.training.metrics import read_metrics
@@ -166,7 +174,7 @@ def _results(experiment: Experiment, folder: SweepFolder) -> _Results:
         ]
         found = [groups[path.resolve()] for path in each.evaluations.values() if path.resolve() in groups]
         arms.append(_Arm(each, runs, cost, found[0] if found else None))
-    num_left = len(list(jobs_of(experiment, folder, stands))) + sum(not each.finals for each in stands)
+    num_left = len(list(jobs_of(experiment, folder, stands))) + num_unknown(experiment, stands)
     return _Results(experiment, arms, comparison, num_left)
 
 
@@ -358,7 +366,7 @@ def _sizes(results: _Results) -> Iterator[Block]:
     yield Chart(
         f"Trained parameters against {'accuracy' if is_evaluated else 'validation loss'}",
         f"A point for each method: {x_title} on a logarithmic axis, {y_title} upward, with intervals.",
-        charts.sizes(rows, x="x", x_title=x_title, y_title=y_title),
+        charts.sizes(rows, x_title=x_title, y_title=y_title),
         _numbers(rows, {"name": "method", "kind": "kind", "x": x_title, "y": y_title, "low": "low", "high": "high"}),
     )
 
@@ -425,7 +433,6 @@ def _module_text(value: Any) -> str:
 def _tests(results: _Results) -> Iterator[Block]:
     comparison = results.comparison
     if comparison is not None and comparison["groups"]:
-        by_label = {group["label"]: group for group in comparison["groups"]}
         rows = []
         for name, group in _named_groups(results):
             if group["difference"] is None:
@@ -447,7 +454,7 @@ def _tests(results: _Results) -> Iterator[Block]:
                 )
         if rows:
             first = next(name for name, group in _named_groups(results) if group["difference"] is None)
-            tests = ", ".join(dict.fromkeys(g["difference"]["test"] for g in by_label.values() if g["difference"]))
+            tests = ", ".join(dict.fromkeys(g["difference"]["test"] for g in comparison["groups"] if g["difference"]))
             columns = ["method", "task", "accuracy, %", f"minus {first}", "95%", "p", "p (Holm)"]
             yield Table(
                 f"Accuracy against {first}",
@@ -662,7 +669,7 @@ def _leaks(results: _Results) -> Iterator[Block]:
     if rows:
         yield Table(
             "Accuracy without the items in the training set",
-            ["", "seed", "task", "contained", "all, %", "clean, %"],
+            ["method", "seed", "task", "contained", "all, %", "clean, %"],
             rows,
         )
 
@@ -675,7 +682,6 @@ def _cost(results: _Results, prices: Mapping[str, float]) -> Iterator[Block]:
     rows = []
     totals = dict.fromkeys(cards, 0.0)
     for arm in results.arms:
-        outcomes = [outcome for outcome in arm.standing.outcomes if outcome.seconds]
         num_runs = arm.cost.num_done + arm.cost.num_left
         tokens = statistics.fmean(run.num_tokens for run in arm.runs) if arm.runs else None
         seconds = statistics.fmean(run.seconds for run in arm.runs) if arm.runs else None
@@ -686,7 +692,7 @@ def _cost(results: _Results, prices: Mapping[str, float]) -> Iterator[Block]:
             [
                 arm.name,
                 f"{arm.cost.num_done} of {num_runs}",
-                f"{sum(outcome.seconds for outcome in outcomes) / 3600:.2f}",
+                f"{sum(outcome.seconds for outcome in arm.standing.outcomes) / 3600:.2f}",
                 f"{tokens:,.0f}" if tokens else "",
                 f"{tokens / seconds:,.0f}" if tokens and seconds else "",
                 *(f"{value:.3g}" if value is not None else "" for value in hours.values()),

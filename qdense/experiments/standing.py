@@ -34,11 +34,23 @@ class ArmStanding:
     @property
     def losses(self) -> dict[float, float]:
         """Mean validation loss over the search's seeds of each rate that all its seeds have tried."""
-        return mean_losses(self.search)
+        return _mean_losses(self.search)
 
     def final(self, seed: int) -> Cell:
         """The final run with this seed, at the rate that was found."""
-        return final_cell(self.arm, seed, self.learning_rate)
+        return _final(self.arm, seed, self.learning_rate)
+
+    def searched(self) -> Iterator[tuple[Cell, Outcome]]:
+        """The runs of the search."""
+        for rate, by_seed in self.search.items():
+            for seed, outcome in by_seed.items():
+                yield self.arm.cell("search", seed, rate), outcome
+
+    def cells(self) -> Iterator[tuple[Cell, Outcome]]:
+        """The runs of the search, then the final ones."""
+        yield from self.searched()
+        for seed, outcome in self.finals.items():
+            yield self.final(seed), outcome
 
     @property
     def outcomes(self) -> list[Outcome]:
@@ -59,11 +71,11 @@ class Job:
     evaluates: bool
 
 
-def final_cell(arm: Arm, seed: int, rate: float | str | None) -> Cell:
+def _final(arm: Arm, seed: int, rate: float | str | None) -> Cell:
     return arm.cell("final", seed, rate if isinstance(rate, float) else None)
 
 
-def mean_losses(search: Mapping[float, Mapping[int, Outcome]]) -> dict[float, float]:
+def _mean_losses(search: Mapping[float, Mapping[int, Outcome]]) -> dict[float, float]:
     return {
         rate: statistics.fmean(outcome.loss for outcome in by_seed.values())
         for rate, by_seed in sorted(search.items())
@@ -88,18 +100,18 @@ def _arm_standing(experiment: Experiment, arm: Arm, folder: SweepFolder) -> ArmS
     if arm.is_searched and experiment.search is not None:
         grid = experiment.search.learning_rate
         rate = None
-        while wanted := next_rates(grid, mean_losses(search)):
+        while wanted := next_rates(grid, _mean_losses(search)):
             new = [each for each in wanted if each not in search]
             if not new:
                 break  # what is to be tried next is not settled yet
             for each in new:
                 search[each] = {seed: outcome(arm.cell("search", seed, each)) for seed in experiment.search.seeds}
         else:
-            rate = best_rate(mean_losses(search))
+            rate = best_rate(_mean_losses(search))
     finals, evaluations = {}, {}
     if rate is not None:
         for seed in experiment.seeds:
-            cell = final_cell(arm, seed, rate)
+            cell = _final(arm, seed, rate)
             finals[seed] = outcome(cell)
             found = folder.of(cell).evaluation(experiment.evaluate) if experiment.evaluate is not None else None
             if found is not None:
@@ -115,10 +127,9 @@ def base_key(model: ModelRecipe) -> str:
 def jobs_of(experiment: Experiment, folder: SweepFolder, stands: Sequence[ArmStanding]) -> Iterator[Job]:
     """What is known to be left, in the order in which it is to be done: searches, final runs, and last the bare model."""
     for each in stands:
-        for rate, by_seed in each.search.items():
-            for seed, outcome in by_seed.items():
-                if outcome.state in ("missing", "started"):
-                    yield Job(each.arm.cell("search", seed, rate), each.arm, evaluates=False)
+        for cell, outcome in each.searched():
+            if outcome.state in ("missing", "started"):
+                yield Job(cell, each.arm, evaluates=False)
     for each in stands:
         for seed, outcome in each.finals.items():
             is_trained = outcome.state == "trained"
@@ -144,10 +155,10 @@ def base_settings(arm: Arm, how: EvaluateTable) -> EvaluateTable:
 
 def num_unknown(experiment: Experiment, stands: Sequence[ArmStanding]) -> int:
     """Final runs that wait for their arm's learning rate."""
-    return sum(len(experiment.seeds) for each in stands if each.learning_rate is None and is_open(experiment, each))
+    return sum(len(experiment.seeds) for each in stands if each.learning_rate is None and _is_open(experiment, each))
 
 
-def is_open(experiment: Experiment, each: ArmStanding) -> bool:
+def _is_open(experiment: Experiment, each: ArmStanding) -> bool:
     """Whether the arm's search still goes on."""
     assert experiment.search is not None
     return bool(next_rates(experiment.search.learning_rate, each.losses)) and not each.problems

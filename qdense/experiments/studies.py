@@ -24,12 +24,6 @@ from qdense.experiments.cells import Outcome
 from qdense.experiments.experiment import Arm, Cell, Experiment
 
 _RATES: dict[str, BaseDistribution] = {"learning_rate": FloatDistribution(1e-12, 1.0, log=True)}
-_STATES = {
-    "trained": TrialState.COMPLETE,
-    "stopped": TrialState.PRUNED,
-    "diverged": TrialState.FAIL,
-    "failed": TrialState.FAIL,
-}
 
 
 def open_storage(storage: str) -> BaseStorage:
@@ -80,9 +74,8 @@ class ArmStudy:
             trial = self._study.ask(_RATES)
             if trial.user_attrs.get("cell") == cell.digest:
                 return trial
-            self._study.tell(
-                trial, state=TrialState.FAIL
-            )  # left by a worker that was killed between the two lines above
+            # It was left by a worker that was killed between the two lines above.
+            self._study.tell(trial, state=TrialState.FAIL)
 
     def end(self, trial: optuna.Trial, outcome: Outcome) -> None:
         trial.set_user_attr("outcome", outcome.state)
@@ -91,7 +84,7 @@ class ArmStudy:
         if outcome.state == "trained":
             self._study.tell(trial, outcome.loss)
         else:
-            self._study.tell(trial, state=_STATES[outcome.state])
+            self._study.tell(trial, state=TrialState.PRUNED if outcome.state == "stopped" else TrialState.FAIL)
 
     def record(self, cell: Cell, outcome: Outcome) -> None:
         """Add a cell that was trained elsewhere, unless the study has it."""

@@ -40,7 +40,7 @@ from qdense.experiments.standing import (
     standing,
 )
 from qdense.experiments.studies import ArmStudy, is_storage_failure, open_storage
-from qdense.training.metrics import read_metrics
+from qdense.training.metrics import parse_metrics
 
 _LEAST_FREE_BYTES = 256 * 2**20
 _POLL_SECONDS, _WAIT_SECONDS = 0.2, 1.0
@@ -83,7 +83,7 @@ class Sweep:
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._failures: list[BaseException] = []
         self._given_up: dict[str, str] = {}  # cells and models whose evaluation failed in this process -> why
-        self._seconds: dict[str, list[float]] = {}  # of jobs that this process has done, by stage
+        self._seconds: list[float] = []  # of jobs that this process has done
         self._children: set[subprocess.Popen[bytes]] = set()
         self._guard = threading.Lock()
 
@@ -119,11 +119,6 @@ class Sweep:
         if self._failures:
             raise self._failures[0]
 
-    @property
-    def is_stopped(self) -> bool:
-        """Whether it ended before everything was done."""
-        return self._stop.is_set()
-
     def problems(self) -> list[tuple[str, str]]:
         """(what, why) of everything that failed, by this process or before."""
         found = []
@@ -156,13 +151,7 @@ class Sweep:
 
     def _forget_failures(self, stands: Sequence[ArmStanding]) -> None:
         for each in stands:
-            cells = [
-                (each.arm.cell("search", seed, rate), outcome)
-                for rate, by_seed in each.search.items()
-                for seed, outcome in by_seed.items()
-            ]
-            cells += [(each.final(seed), outcome) for seed, outcome in each.finals.items()]
-            for cell, outcome in cells:
+            for cell, outcome in each.cells():
                 if outcome.state == "failed":
                     self.folder.of(cell).forget()
 
@@ -170,19 +159,18 @@ class Sweep:
         """Cells that another experiment trained, or whose study was lost, become trials."""
         with self.folder.choosing():
             for each in stands:
-                for rate, by_seed in each.search.items():
-                    for seed, outcome in by_seed.items():
-                        self._studies[each.arm.name].record(each.arm.cell("search", seed, rate), outcome)
+                for cell, outcome in each.searched():
+                    self._studies[each.arm.name].record(cell, outcome)
 
     # --- in a worker's thread ---------------------------------------------------------------------------------------------
 
     def _work(self, number: int) -> None:
         try:
             while not self._stop.is_set():
-                claimed = self._claim()
+                claimed, is_done = self._claim()
+                if is_done:
+                    return
                 if claimed is None:
-                    if not self._left():
-                        return
                     self._stop.wait(_WAIT_SECONDS)  # others have what is left; more may follow from it
                     continue
                 start = time.monotonic()
@@ -190,8 +178,7 @@ class Sweep:
                     self._do(claimed, number)
                 finally:
                     claimed.lock.release()
-                stage = claimed.job.cell.stage if claimed.job.cell else "base"
-                self._seconds.setdefault(stage, []).append(time.monotonic() - start)
+                self._seconds.append(time.monotonic() - start)
                 self._tell_progress()
         except _StoppedError:
             pass
@@ -208,11 +195,12 @@ class Sweep:
         stands = standing(self.experiment, self.folder)
         return [job for job in jobs_of(self.experiment, self.folder, stands) if _key(job) not in self._given_up]
 
-    def _claim(self) -> _Claimed | None:
-        """Lock the first job that no other worker has; None if there is none."""
+    def _claim(self) -> tuple[_Claimed | None, bool]:
+        """Lock the first job that no other worker has, if there is one; and whether nothing is left for anyone."""
         require_free_space(self.folder.path, _LEAST_FREE_BYTES, "the sweep's next run")
         with self.folder.choosing():
-            for job in self._left():
+            left = self._left()
+            for job in left:
                 lock = (
                     self.folder.of(job.cell).lock()
                     if job.cell is not None
@@ -225,8 +213,8 @@ class Sweep:
                 trial = None
                 if job.cell is not None and job.cell.stage == "search":
                     trial = self._studies[job.arm.name].start(job.cell)
-                return _Claimed(job, lock, trial)
-        return None
+                return _Claimed(job, lock, trial), False
+        return None, not left
 
     def _do(self, claimed: _Claimed, number: int) -> None:
         job = claimed.job
@@ -256,7 +244,7 @@ class Sweep:
                 raise _StoppedError
         if folder.run.is_finished:
             return folder.settle("trained")
-        folder.prepare(job.cell)
+        folder.prepare()
         command = ["train", str(folder.recipe), "--output", str(folder.run.path), "--resume", "--quiet"]
         watch = _Watch(folder, trial)
         self._tell(job, "training")
@@ -394,16 +382,16 @@ class Sweep:
     def _tell_progress(self) -> None:
         stands = standing(self.experiment, self.folder)
         left = list(jobs_of(self.experiment, self.folder, stands))
-        num_left = len(left) + num_unknown(self.experiment, stands)
-        outcomes = [outcome for each in stands for outcome in each.outcomes]
-        num_known = len(outcomes) + num_unknown(self.experiment, stands)
+        unknown = num_unknown(self.experiment, stands)
+        num_left = len(left) + unknown
+        num_known = sum(len(each.outcomes) for each in stands) + unknown
         num_known += self.experiment.evaluate is not None and self.experiment.evaluate.base
-        seconds = [each for stage in self._seconds.values() for each in stage]
+        seconds = self._seconds
         self._events.put(
             SweepProgress(
                 num_done=num_known - num_left,
                 num_left=num_left,
-                num_failed=sum(outcome.state == "failed" for outcome in outcomes) + len(self._given_up),
+                num_failed=sum(len(each.problems) for each in stands) + len(self._given_up),
                 seconds_left=statistics.fmean(seconds) * num_left / self.num_jobs if seconds else None,
             )
         )
@@ -414,33 +402,42 @@ class _Watch:
 
     def __init__(self, folder: CellFolder, trial: optuna.Trial | None) -> None:
         self._folder, self._trial = folder, trial
-        self._size = -1
-        self._num_reported = 0
+        self._offset = 0  # what was read of the file, in bytes
+        self._num_validations = self._num_reported = 0
         self.step, self.loss, self.is_pruned = 0, None, False
         self._num_steps: int | None = None
 
     def read_on(self) -> bool:
         """Whether there is news."""
-        file = self._folder.run.metrics
+        lines = parse_metrics(self._new_text())
+        for line in lines:
+            self.step = line["step"]
+            if line["event"] == "validation" and line["loss"] is not None:
+                self.loss = line["loss"]
+                self._num_validations += 1
+                self._report(line)
+        return bool(lines)
+
+    def _new_text(self) -> str:
+        """The whole lines that were added since. A resumed run first writes its file again, without what it will repeat."""
         try:
-            size = file.stat().st_size
-        except OSError:
-            return False
-        if size == self._size:
-            return False
-        self._size = size
-        lines = read_metrics(file)
-        validations = [line for line in lines if line["event"] == "validation" and line["loss"] is not None]
-        self.step = max((line["step"] for line in lines), default=0)
-        self.loss = validations[-1]["loss"] if validations else None
-        if self._trial is not None:
-            for number, line in enumerate(validations, start=1):
-                if number > self._num_reported:
-                    self._trial.report(line["loss"], number)
-                    self._num_reported = number
-                    is_last = line["step"] == self.num_steps()
-                    self.is_pruned = self.is_pruned or (not is_last and self._trial.should_prune())
-        return True
+            with open(self._folder.run.metrics, "rb") as stream:
+                if stream.seek(0, os.SEEK_END) < self._offset:
+                    self._offset = self._num_validations = 0
+                stream.seek(self._offset)
+                whole, newline, _ = stream.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return ""
+        self._offset += len(whole) + len(newline)
+        return whole.decode("utf-8", errors="replace")
+
+    def _report(self, line: Mapping[str, Any]) -> None:
+        if self._trial is None or self._num_validations <= self._num_reported:
+            return
+        self._trial.report(line["loss"], self._num_validations)
+        self._num_reported = self._num_validations
+        is_last = line["step"] == self.num_steps()
+        self.is_pruned = self.is_pruned or (not is_last and self._trial.should_prune())
 
     def num_steps(self) -> int | None:
         if self._num_steps is None and self._folder.run.recipe.is_file():

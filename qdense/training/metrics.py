@@ -44,8 +44,13 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file. A crash may have cut one short, in the middle of the file after a resume; lines that are not
     an event are skipped."""
+    return parse_metrics(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def parse_metrics(content: str) -> list[dict[str, Any]]:
+    """The lines of part of a metrics file. See `read_metrics`."""
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in content.splitlines():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):

@@ -97,9 +97,7 @@ def preview(recipe: Recipe, data_dir: Path | None, num_shown: int, emit: Emit = 
     step = max(1, len(split.training) // _MOST_MEASURED)
     measured = split.training[::step][:_MOST_MEASURED]
     encoded = encode_rows(data.rows, measured, tokenizer, settings)
-    # Once more without the limit, to know how long rows are and which are cut.
-    whole = encode_rows(data.rows, measured, tokenizer, settings.model_copy(update={"max_length": 2**22}))
-    lengths = {example.row: len(example.input_ids) for example in whole.examples}
+    lengths = list(encoded.lengths.values())
     end_token = template_named(settings.template, tokenizer).end_token
     ends = {tokenizer.eos_token_id} | ({tokenizer.convert_tokens_to_ids(end_token)} if end_token else set())
     columns = data.columns
@@ -113,14 +111,14 @@ def preview(recipe: Recipe, data_dir: Path | None, num_shown: int, emit: Emit = 
         num_skipped=len(data.skipped),
         first_skipped=data.skipped[0] if data.skipped else "",
         rows=[
-            _shown(example, tokenizer, is_cut=len(example.input_ids) < lengths.get(example.row, 0))
+            _shown(example, tokenizer, is_cut=len(example.input_ids) < encoded.lengths[example.row])
             for example in encoded.examples[:num_shown]
         ],
         num_measured=len(measured),
-        mean_tokens=statistics.fmean(lengths.values()),
-        longest_tokens=max(lengths.values()),
+        mean_tokens=statistics.fmean(lengths),
+        longest_tokens=max(lengths),
         max_length=recipe.data.max_length,
-        bins=_bins(list(lengths.values())),
+        bins=_bins(lengths),
         num_cut=encoded.num_truncated,
         num_without_answer=encoded.num_without_answer,
         num_dropped=encoded.num_dropped,

@@ -7,7 +7,7 @@ import pytest
 from qdense.cli import main
 from qdense.errors import RecipeError
 from qdense.experiments.experiment import builtin_experiments, load_experiment
-from tests.helpers.experiments import write_experiment
+from tests.helpers.experiments import known_cells, write_experiment
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_set_reaches_recipes_and_the_file(experiment_file):
     assert {arm.recipe.training.max_steps for arm in experiment.arms} == {7}
     assert (experiment.seeds, experiment.evaluate.limit) == ((5,), 2)
     assert experiment.search.learning_rate == (1e-4, 1e-3)
-    cells = list(experiment.known_cells())
+    cells = list(known_cells(experiment))
     assert [(cell.stage, cell.learning_rate, cell.seed) for cell in cells] == [
         ("search", 1e-4, 101),
         ("search", 1e-3, 101),
@@ -66,7 +66,7 @@ def test_set_reaches_recipes_and_the_file(experiment_file):
 def test_equal_cells_of_two_experiments_are_one():
     """DenseLoRA r 32 on QKVUD is in Tables 1, 3 and 4 and in Figures 3 and 4."""
     digests = {
-        name: {cell.digest for cell in load_experiment(f"paper/{name}").known_cells()}
+        name: {cell.digest for cell in known_cells(load_experiment(f"paper/{name}"))}
         for name in ("table1-llama3-8b", "table3", "table4", "figure3", "figure4")
     }
     shared = set.intersection(*digests.values())
@@ -78,7 +78,7 @@ def test_a_cell_is_another_with_other_data(tmp_path, tiny_model):
     file = write_experiment(tmp_path, tiny_model, **{'name = "wordproblems"': f'path = "{rows}"'})
 
     def digest():
-        return next(load_experiment(file).known_cells()).digest
+        return next(known_cells(load_experiment(file))).digest
 
     digests = []
     for answer in "12":
@@ -123,6 +123,19 @@ def test_the_prediction_is_of_the_data_that_is_known(capsys):
     assert arm["steps"] == 2 * -(-(170_420 - 120) // 16)
     assert arm["tokens"] == pytest.approx(2 * 170_300 * 114, rel=1e-3)
     assert not arm["tokens_are_a_bound"]
+
+
+def test_the_prediction_counts_the_rows_of_a_file(tmp_path, tiny_model, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"Say {i}.", "completion": str(i)}) + "\n" for i in range(88)))
+    changes = {
+        'name = "wordproblems"': f'path = "{rows}"',
+        "fraction = 0.05": "fraction = 1.0",
+        "max_steps = 4": "epochs = 2",
+    }
+    file = write_experiment(tmp_path, tiny_model, **changes)
+    assert main(["sweep", str(file), "--dry-run", "--json", "--memory", "24GiB"]) == 0
+    assert json.loads(capsys.readouterr().out)["arms"][0]["steps"] == 2 * (88 - 8) // 4
 
 
 def test_the_table_of_a_dry_run(experiment_file, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -73,6 +74,16 @@ def write_experiment(folder: Path, model: Path, text: str = "", steps: int = 4, 
     file = folder / "tiny.toml"
     file.write_text(content, encoding="utf-8")
     return file
+
+
+def known_cells(experiment):
+    """The cells that are certain before anything has run; a searched arm's final runs are represented at the first rate."""
+    for arm in experiment.arms:
+        grid = experiment.search.learning_rate if arm.is_searched else ()
+        for rate, seed in itertools.product(grid, experiment.search.seeds if grid else ()):
+            yield arm.cell("search", seed, rate)
+        for seed in experiment.seeds:
+            yield arm.cell("final", seed, grid[0] if grid else None)
 
 
 def start_sweep(file: Path, *options: str, cwd: Path) -> subprocess.Popen[str]:

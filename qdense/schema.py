@@ -1,4 +1,4 @@
-"""Tables of a TOML file with checked keys: how they are read, overridden and validated, and how their problems are told.
+"""Tables of a TOML file with checked keys: how they are read, overridden and validated, and how their problems are reported.
 
 Recipes and experiments are such files. Each field's description says what is accepted; errors show it.
 """
@@ -37,7 +37,7 @@ AS_TUPLE = BeforeValidator(lambda value: tuple(value) if isinstance(value, list)
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """The tables of a file. `what` it should be ("recipe") is named if it does not exist. Raises RecipeError."""
+    """The tables of a file; `what` names it ("recipe") in the error if it does not exist. Raises RecipeError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

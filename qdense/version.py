@@ -1,3 +1,3 @@
-"""In a module of its own, so that the lowest layers can ask without importing the package's whole face."""
+"""In a module of its own, so that the lowest layers can ask without importing the whole package."""
 
 __version__ = "0.1.0"

@@ -109,7 +109,7 @@ class EndpointModel:
                     http_client=httpx.AsyncClient(transport=LimitedTransport(TIMEOUT_SECONDS), timeout=TIMEOUT_SECONDS),
                 )
             except (httpx.InvalidURL, ValueError) as fault:
-                raise EvaluationError(f"--endpoint: not an address that can be asked: {fault}") from None
+                raise EvaluationError(f"--endpoint: not a usable address: {fault}") from None
             under_way: set[asyncio.Task[Completion]] = set()
             while True:
                 while failure is None and len(under_way) < self.endpoint.concurrency:
@@ -170,7 +170,7 @@ class EndpointModel:
 
         text = self._without_key(error)
         place = f"{self.settings['endpoint']}, model {self.endpoint.model}"
-        again = "What arrived is kept: the same command continues."
+        again = "What has arrived is kept; run the same command again to continue."
         if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
             return EvaluationError(f"{place}: the key is refused ({text}). Set {KEY_VARIABLE}. {again}")
         if isinstance(error, openai.NotFoundError):

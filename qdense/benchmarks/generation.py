@@ -1,4 +1,4 @@
-"""Completions for prompts: greedy, 4 beams as the authors', or sampled; always full batches, sorted by length.
+"""Completions for prompts: greedy, with 4 beams like the authors', or sampled; always full batches, sorted by length.
 
 Sequences that end leave their batch at once and the next prompts take their places (continuous batching on one padded
 cache), so no step is spent on finished ones. Padding is on the left and masked. A sequence depends on the others only

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import httpx2 as httpx
 
-MOST_BYTES = 16 * 2**20  # of one reply; a completion of 100,000 tokens has half a megabyte
+MOST_BYTES = 16 * 2**20  # of one reply; a completion of 100,000 tokens is half a megabyte
 
 
 class LimitedTransport(httpx.AsyncBaseTransport):
@@ -28,7 +28,7 @@ class LimitedTransport(httpx.AsyncBaseTransport):
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding not in ("", "identity"):
             await response.aclose()
-            raise httpx.DecodingError(f"the reply is compressed ({encoding[:20]}), although it was asked not to be")
+            raise httpx.DecodingError(f"the reply is compressed ({encoding[:20]}), but qdense asked for no compression")
         assert isinstance(response.stream, httpx.AsyncByteStream)
         response.stream = _LimitedStream(response.stream, deadline, request)
         return response

@@ -19,7 +19,7 @@ They differ, for instance, in:
     "... $90 - $200 = -$110. The answer is -$110."                 110         -110
     "Rationale: Bill's average speed is ... The answer is (D)."    B           D           (the B of "Bill")
     'The answer to the question "..." is "true/false"'             true        no answer
-    made ones
+    invented ones
     "about .5 litres", "1e-3", "7=10-3"                            5, -3, -3   0.5, 0.001, 3
     "1 1/2", "\frac{3}{4}", "5*10^3"                               2, 4, 3     1.5, 0.75, 5000
     "solution1 is wrong; the correct answer is solution2"          solution1   solution2

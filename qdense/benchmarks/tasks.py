@@ -291,7 +291,7 @@ WORDPROBLEMS = Task(
     file=TEST_SETS["wordproblems"],
     answers=NUMBER,
     max_new_tokens=48,
-    source="qdense/data/wordproblems.py: made problems of one addition or subtraction",
+    source="qdense/data/wordproblems.py: generated problems of one addition or subtraction",
 )
 
 TASKS: dict[str, Task] = {

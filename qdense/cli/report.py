@@ -11,8 +11,8 @@ from qdense.libraries import quiet_libraries, require_library
 
 HELP = "write a page with all results of experiments"
 DESCRIPTION = (
-    "Write one HTML page, which needs no network, and the same as Markdown, with the saved results of experiments: tables beside "
-    "published rows, charts, paired tests, how each learning rate was found, cost. Nothing is trained or evaluated."
+    "Write the saved results of experiments as one HTML page, which needs no network, and as Markdown: tables beside "
+    "published rows, charts, paired tests, how each learning rate was found, and cost. Nothing is trained or evaluated."
 )
 EXAMPLES = """\
   qdense report small/wordproblems --open

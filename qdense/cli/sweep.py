@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 HELP = "train and evaluate all runs of an experiment"
 DESCRIPTION = (
-    "Train and evaluate the runs of an experiment that are missing. It can be stopped, killed and started again at any time, "
+    "Train and evaluate the missing runs of an experiment. It can be stopped, killed and started again at any time, "
     "and any number of processes may work on one experiment. The exit status is 1 if a run failed."
 )
 EXAMPLES = """\
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="runs at a time: one for each GPU, or a share of the cores each",
     )
     parser.add_argument("--budget", metavar="TIME", type=duration, help="stop after this time: 3h, 45m, 90s")
-    parser.add_argument("--retry", action="store_true", help="try again the runs that failed")
+    parser.add_argument("--retry", action="store_true", help="retry the runs that failed")
     parser.add_argument(
         "--storage",
         metavar="URL",
@@ -118,7 +118,7 @@ def _costs(arguments: argparse.Namespace, experiment: Experiment, folder: SweepF
     recipe = experiment.arms[0].recipe
     try:
         machine = machine_for(recipe, model_shape(recipe.model.name), memory_bytes)
-    except ModelError:  # a model whose shapes are known once it is downloaded
+    except ModelError:  # a model whose shapes are known only once it is downloaded
         machine = None
     return costs_of(experiment, standing(experiment, folder), machine, folder)
 

@@ -14,7 +14,7 @@ from qdense.benchmarks.tasks import GROUPS
 
 _TABLE_1 = "arXiv:2505.23808, Table 1"
 _TABLE_2 = "arXiv:2505.23808, Table 2"
-_DORA = "arXiv:2402.09353 (DoRA), beside which DenseLoRA is compared"
+_DORA = "arXiv:2402.09353 (DoRA), which DenseLoRA is compared with"
 _LLM_ADAPTERS = "arXiv:2304.01933 (LLM-Adapters)"
 _RANDLORA = "RandLoRA (ICLR 2025), Table 1: the same model and data, other settings"
 _INDEPENDENT = "bscny/NLP_Final_Project on GitHub"

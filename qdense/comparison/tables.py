@@ -114,7 +114,7 @@ def p_value(p: float) -> str:
 
 
 def parts_of(group: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
-    """(task, its accuracy, its difference to the reference) of each task, then of the average; {} for no difference."""
+    """(task, its accuracy, its difference from the reference) of each task, then the average; {} for no difference."""
     difference = group["difference"] or {"tasks": {}, "average": {}}
     for task, accuracy in group["tasks"].items():
         yield task, accuracy, difference["tasks"].get(task, {})

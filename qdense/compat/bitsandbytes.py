@@ -33,10 +33,10 @@ def unpacked_weight(layer: Any) -> Tensor:
 
 
 def native_library() -> str | None:
-    """The path of bitsandbytes' native library for this machine; None if none fits, when only its first call would fail.
+    """The path of bitsandbytes' native library for this machine; None if none fits: then only its first call fails.
 
     The loaded library is `cextension.lib._lib`; where loading failed, `lib` is an object that raises when it is called.
-    Without this, `qdense doctor` could not tell a missing library from one that computes wrong.
+    Without this, `qdense doctor` could not tell a missing library from one that computes wrongly.
     """
     from bitsandbytes import cextension
 

@@ -81,7 +81,7 @@ def download(
         if num_corrupt == 2:
             break
     raise DataError(
-        f"download of {url} failed: {failure}. Run again to go on from where it stopped, or fetch the file by other means "
+        f"download of {url} failed: {failure}. Run again to continue from where it stopped, or fetch the file by other means "
         f"and put it at {target}."
     )
 

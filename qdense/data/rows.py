@@ -264,9 +264,9 @@ def _conversation(place: str, record: Mapping[Any, Any], column: str, *, needs_a
     questions = [message.content for message in messages if message.role == "user"]
     answers = [message.content for message in messages if message.role == "assistant"]
     if not questions:
-        raise RowError(f'{place}: column "{column}" has no message of the user')
+        raise RowError(f'{place}: column "{column}" has no message from the user')
     if needs_answer and not answers:
-        raise RowError(f'{place}: column "{column}" has no message of the assistant, so there is nothing to learn')
+        raise RowError(f'{place}: column "{column}" has no message from the assistant, so there is nothing to learn')
     return Row(questions[0], "", answers[-1] if answers else "", messages=messages)
 
 

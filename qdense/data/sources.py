@@ -88,8 +88,8 @@ def _data_set(read: Rows, origin: str) -> DataSet:
 
 
 def load_named_or_file(name: str, data_dir: Path | None, emit: Emit = ignore) -> DataSet:
-    """The questions of a training set that is given on the command line: a known name, the path of a file, or a recipe, whose
-    data is meant. Rows without an output are kept, and rows that cannot be read are skipped. Raises DataError or RecipeError.
+    """The questions of a training set that is given on the command line: a known name, the path of a file, or a recipe, for
+    its data. Rows without an output are kept, and rows that cannot be read are skipped. Raises DataError or RecipeError.
     """
     from qdense.recipe import DataRecipe, load_recipe
 

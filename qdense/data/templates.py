@@ -90,7 +90,7 @@ def _turns(render: _Renderer, messages: Sequence[Message]) -> list[Piece]:
         end = len(turn.rstrip())  # after the token that ends the turn
         if not (turn.startswith(prompt) and whole.startswith(turn[:end])):
             raise DataError(
-                f'the chat template "{render.name}" rewrites earlier turns when later ones follow, so it cannot be said which '
+                f'the chat template "{render.name}" rewrites earlier turns when later ones follow, so it is unclear which '
                 'tokens are the assistant\'s. Use data.template = "chatml", or rows of one question and one answer'
             )
         pieces += [Piece(whole[start : len(prompt)], False), Piece(whole[len(prompt) : end], True)]
@@ -122,7 +122,7 @@ class _Renderer:
                     add_generation_prompt=is_open,
                 )
             )
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template may raise anything
             roles = ", ".join(message.role for message in messages)
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f'the chat template "{self.name}" refuses a conversation of {roles}: {reason}') from None
@@ -207,9 +207,7 @@ def template_named(name: str, tokenizer: Any = None) -> Template:
     if name in TEMPLATES:
         return TEMPLATES[name]
     if tokenizer is None:
-        raise DataError(
-            f'template "{name}" needs a tokenizer, which there is none of here; known: {", ".join(TEMPLATES)}'
-        )
+        raise DataError(f'template "{name}" needs a tokenizer, and there is none here; known: {", ".join(TEMPLATES)}')
     if name == "chat" and not tokenizer.chat_template:
         raise DataError(f'template "chat": the tokenizer has none. Use one of {", ".join(CHAT_TEMPLATES)}')
     return _chat_template(name, tokenizer)

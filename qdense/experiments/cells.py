@@ -6,17 +6,17 @@ The folder of `qdense sweep` (--runs, by default runs/sweeps):
     bases/DIGEST/        evaluations of a bare model, with scores.json, log.txt and .lock as below
     reports/NAME/        pages of `qdense report`
     studies.db           Optuna's record of the searches
-    .lock                held for moments, while a worker chooses its next cell
+    .lock                held briefly, while a worker chooses its next cell
 
 cells/DIGEST/:
     recipe.toml          the resolved recipe that `qdense train` was given
     run/                 the run's folder
-    cell.json            how it ended; written last, so that a cell without it is to be trained or continued
+    cell.json            how it ended; written last: a cell without it must be trained or continued
     scores.json          the run's evaluations by their settings
     log.txt              what `qdense train` and `qdense evaluate` printed
     .lock                held by the worker that has the cell; the system releases it however the worker ends
 
-Equal cells of several experiments are the same folder, so what one trained serves the others.
+Equal cells of several experiments share a folder, so what one has trained serves the others.
 """
 
 from __future__ import annotations
@@ -120,10 +120,10 @@ class CellFolder:
             loss = found.pop("loss")
             return Outcome(**found, loss=math.inf if loss is None else loss)
         except (TypeError, KeyError, ValueError):
-            raise RunError(f"{self._outcome}: damaged. Remove it; the cell is then looked at again.") from None
+            raise RunError(f"{self._outcome}: damaged. Remove it; the cell is then checked again.") from None
 
     def _refuse_other_defaults(self) -> None:
-        """DIGEST is of what the recipe chooses. What it leaves to qdense must not have changed since."""
+        """DIGEST covers what the recipe chooses; what it leaves to qdense must not have changed since."""
         if not self.recipe.is_file():
             return
         try:
@@ -134,8 +134,8 @@ class CellFolder:
         for key in sorted(before.keys() & now.keys()):
             if before[key] != now[key]:
                 raise RunError(
-                    f"{self.path}: was trained with {key} = {before[key]!r}, which another version of qdense had as its "
-                    f"default; now it is {now[key]!r}. Set {key} in the experiment, or remove this folder to train it again."
+                    f"{self.path}: was trained with {key} = {before[key]!r}, the default of another version of qdense; "
+                    f"now it is {now[key]!r}. Set {key} in the experiment, or remove this folder to train it again."
                 )
 
     def settle(self, state: State, problem: str = "") -> Outcome:
@@ -163,7 +163,7 @@ class CellFolder:
         self._outcome.unlink(missing_ok=True)
 
     def drop_checkpoints(self) -> None:
-        """A finished run needs none, and a sweep would fill the disk with them."""
+        """Remove the run's checkpoints: once finished it needs none, and a sweep would fill the disk with them."""
         shutil.rmtree(self.run.checkpoints, ignore_errors=True)
 
     # --- evaluations ------------------------------------------------------------------------------------------------------
@@ -230,8 +230,8 @@ class SweepFolder:
             lock.acquire(timeout=_LONGEST_CHOICE_SECONDS)
         except Timeout:
             raise RunError(
-                f"{self.path / LOCK_FILE}: held by another process for {_LONGEST_CHOICE_SECONDS:.0f} seconds, where a worker "
-                "holds it for moments. Look for one that hangs, or is stopped (Ctrl-Z)."
+                f"{self.path / LOCK_FILE}: held by another process for {_LONGEST_CHOICE_SECONDS:.0f} seconds, although "
+                "a worker needs it only briefly. Look for one that hangs, or is stopped (Ctrl-Z)."
             ) from None
         try:
             yield
@@ -260,5 +260,5 @@ def _read_object(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise RunError(f"{file}: damaged. Remove it; what it recorded is then looked at again.")
+        raise RunError(f"{file}: damaged. Remove it; what it recorded is then checked again.")
     return found

@@ -155,7 +155,7 @@ def by_value(rows: Rows, *, x_title: str, y_title: str, is_number: bool) -> dict
 
 
 def update_map(values: Sequence[Sequence[float]], largest: float) -> dict[str, Any]:
-    """|change| of each element of a square slice, in its root mean square."""
+    """|change| of each element of a square slice, in units of its root mean square."""
     rows = [
         {"row": i, "column": j, "change": round(value, 3)}
         for i, line in enumerate(values)
@@ -195,7 +195,7 @@ def _data(rows: Rows) -> Any:
 
 
 def _chosen(field: str) -> Any:
-    """A click on the legend brings out a series."""
+    """A click on the legend highlights a series."""
     return alt.selection_point(fields=[field], bind="legend", name="chosen")
 
 
@@ -214,7 +214,7 @@ def _dash(field: str, names: Sequence[str]) -> Any:
 
 
 def _tooltip(rows: Rows) -> list[Any]:
-    """Everything that the rows say."""
+    """Every field of the rows."""
     shown = [key for key in rows[0] if key not in ("is_best",)] if rows else []
     kinds = {key: "Q" if isinstance(rows[0][key], int | float) else "N" for key in shown}
     return [

@@ -24,12 +24,12 @@ from qdense.training.metrics import read_metrics
 
 @dataclass(frozen=True)
 class ArmCost:
-    """What is done of an arm, and what each of its runs takes.
+    """How much of an arm is done, and what each of its runs takes.
 
     Attributes:
         num_left: cells that are known to be left; a search may add rates beyond its edges.
         tokens: that a run trains on, about; None if the data's size is not known.
-        is_bound: whether `tokens` counts every row as long as data.max_length, since nothing better is known.
+        is_bound: whether `tokens` counts every row as data.max_length tokens, since nothing better is known.
         measured_seconds: mean training time of the arm's finished runs, or without one, of the experiment's.
         trainable_parameters: None for a model whose shapes are not known.
         plan: None likewise.

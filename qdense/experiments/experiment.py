@@ -266,7 +266,7 @@ def _own_problems(tables: ExperimentTables) -> Iterator[Problem]:
         if shared := sorted(set(search.seeds) & set(tables.seeds)):
             yield (
                 f"search.seeds = {list(search.seeds)}",
-                f"must be other seeds than `seeds`: {', '.join(map(str, shared))} would choose the rate and be judged at it",
+                f"must be other seeds than `seeds`: {', '.join(map(str, shared))} would both choose the rate and test it",
             )
     reference = tables.report.reference
     if reference is not None and reference not in tables.variants:

@@ -664,7 +664,7 @@ def _leaks(results: _Results) -> Iterator[Block]:
                 )
     if any(not row[3].startswith("0 ") for row in rows):
         yield Text(
-            "The training set contains items of the tests; accuracies without them stand beside.", is_warning=True
+            "The training set contains items of the tests; accuracies without them are shown too.", is_warning=True
         )
     if rows:
         yield Table(

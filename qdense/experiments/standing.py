@@ -92,7 +92,7 @@ def _arm_standing(experiment: Experiment, arm: Arm, folder: SweepFolder) -> ArmS
     def outcome(cell: Cell) -> Outcome:
         found = folder.of(cell).outcome()
         halves = experiment.search is not None and experiment.search.halving
-        # Stopped by another experiment's halving, a run goes on where it was stopped.
+        # A run that another experiment's halving stopped continues where it was stopped.
         return replace(found, state="started") if found.state == "stopped" and not halves else found
 
     search: dict[float, dict[int, Outcome]] = {}
@@ -159,6 +159,6 @@ def num_unknown(experiment: Experiment, stands: Sequence[ArmStanding]) -> int:
 
 
 def _is_open(experiment: Experiment, each: ArmStanding) -> bool:
-    """Whether the arm's search still goes on."""
+    """Whether the arm's search is still in progress."""
     assert experiment.search is not None
     return bool(next_rates(experiment.search.learning_rate, each.losses)) and not each.problems

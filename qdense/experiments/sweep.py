@@ -1,4 +1,4 @@
-"""Trains and evaluates the cells of an experiment that are missing.
+"""Trains and evaluates the missing cells of an experiment.
 
 A worker claims one cell after another: it locks the cell's folder, which the system unlocks however the worker ends, runs
 `qdense train` and `qdense evaluate` as a user would type them, and records how they ended. Any number of workers, in one
@@ -259,7 +259,7 @@ class Sweep:
         return folder.settle("failed", text or _died(status))
 
     def _watched(self, job: Job, watch: _Watch) -> bool:
-        """Tell of new steps; whether the run is to stop."""
+        """Report new steps; returns whether the run is to stop."""
         if watch.read_on():
             self._tell(job, "training", step=watch.step, num_steps=watch.num_steps(), loss=watch.loss)
         return watch.is_pruned

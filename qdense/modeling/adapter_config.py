@@ -55,7 +55,7 @@ def checked_configuration(folder: Path, base_name: str, module_names: Iterable[s
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(f"{path}: not a readable adapter configuration: {error!r}") from None
     if not isinstance(found, str) or found not in PEFT_TYPES:
-        raise AdapterError(f"{path}: peft_type = {shortened(repr(found))}: known are {', '.join(sorted(PEFT_TYPES))}")
+        raise AdapterError(f"{path}: peft_type = {shortened(repr(found))}: known: {', '.join(sorted(PEFT_TYPES))}")
     start = config.get("init_lora_weights")
     if not isinstance(start, bool | str | None) or start not in _INERT_STARTS:
         raise AdapterError(
@@ -88,7 +88,7 @@ def _check_sizes(path: Path, config: Mapping[str, Any], folder: Path, base_name:
 
 
 def _patterns(config: Mapping[str, Any]) -> Iterator[str]:
-    """The regular expressions in a configuration, as PEFT completes them (peft 0.21); plain names are none."""
+    """The regular expressions in a configuration, as PEFT completes them (peft 0.21), without plain names."""
     templates = {
         "target_modules": "(?:{})$",  # a text is an expression, a list holds names
         "exclude_modules": "(?:{})$",

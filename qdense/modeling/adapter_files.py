@@ -177,8 +177,8 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
         raise AdapterError(f"{folder}: the adapter does not fit {base.name}: {error}") from error
     if changed := before.changed(model):
         raise AdapterError(
-            f"{folder}: loading it changed the weights of {base.name} ({changed}), so neither would be what it is called. The "
-            "base in memory must not be used any more."
+            f"{folder}: loading it changed the weights of {base.name} ({changed}), so neither would be what its name says. "
+            "The base in memory must no longer be used."
         )
     weights = _read_weights(model, folder)
     config = model.peft_config["default"]

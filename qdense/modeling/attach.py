@@ -61,7 +61,8 @@ def _trainable_base(base: BaseModel, recipe: AdapterRecipe) -> Any:
     targets = METHODS[recipe.method].targets(recipe)
     if not targets:
         raise AdapterError(
-            f'adapter.method = "{recipe.method}": trains nothing. Score the base by `qdense evaluate TASKS --model {base.name}`.'
+            f'adapter.method = "{recipe.method}": trains nothing. Score the base with '
+            f"`qdense evaluate TASKS --model {base.name}`."
         )
     for name, module in base.model.named_modules():
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets:

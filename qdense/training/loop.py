@@ -362,7 +362,7 @@ class TrainingLoop:
         if not self.job.folder.recipe.is_file():
             raise RunError(
                 f"step {self.step}: the run's folder {self.job.folder.path} was moved or removed during the run, so nothing "
-                "more can be saved there. If it was moved, continue with --resume and --output and its new place."
+                "more can be saved there. If it was moved, continue with --resume and its new place as --output."
             )
         needed_bytes = checkpoint_bytes(self.job.model, has_schedule=self.job.method.schedule is not None)
         require_free_space(folder, needed_bytes, f"checkpoint {self.step}")

@@ -405,7 +405,7 @@ def _template(recipe: Recipe, base: BaseModel, emit: Emit) -> Any:
         emit(
             Notice(
                 f'the chat template "{name}" ends an answer with no special token of this tokenizer, so the model cannot learn '
-                "where an answer ends, and will write on",
+                "where an answer ends, and will keep writing",
                 "warning",
             )
         )

@@ -12,7 +12,7 @@ S^-1 goes into the input side. Three ways of splitting, U Sigma V^T S^-1 = B_out
     left     B_out = U Sigma         A_out = V^T S^-1
     right    B_out = U               A_out = Sigma V^T S^-1
 
-Departures: B_in starts at zero, so that training starts from the base model (the released CLIP code draws it by randn);
+Departures: B_in starts at zero, so training starts from the base model (the released CLIP code draws it with randn);
 alpha / r_inner is LoRA's scaling.
 
     config = NoraConfig(r=64, r_inner=32, target_modules=["q_proj", "v_proj"])

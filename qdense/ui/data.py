@@ -74,6 +74,6 @@ def warnings_of(preview: Preview) -> list[str]:
     if preview.num_ended < num_whole:
         found.append(
             f"{num_whole - preview.num_ended:,} of {num_whole:,} whole rows do not teach the model to end its answer: the last "
-            "token that counts is none at which generation stops."
+            "token that counts does not stop generation."
         )
     return found

@@ -62,7 +62,7 @@ def show_costs(console: Console, experiment: Experiment, costs: Sequence[ArmCost
     if is_measured:
         lines.append("took: mean of the runs that are done")
     if any(each.is_bound for each in costs):
-        lines.append("<= counts every row as long as data.max_length")
+        lines.append("<= counts every row as data.max_length tokens")
     totals = []
     for card in speeds:
         hours = [each.hours(card) for each in costs]

@@ -76,9 +76,9 @@ def test_formats_are_recognised(tmp_path, record, column):
         ({"instruction": "a", "output": "b"}, 'line 2: no column "messages"'),
         (
             {"messages": [{"role": "user", "content": "hi"}]},
-            "has no message of the assistant, so there is nothing to learn",
+            "has no message from the assistant, so there is nothing to learn",
         ),
-        ({"messages": [{"role": "assistant", "content": "hi"}]}, "has no message of the user"),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, "has no message from the user"),
         ({"messages": ["hi"]}, "line 2, message 1: must be an object with role and content, not text"),
         ({"messages": [{"role": "usr", "content": "hi"}]}, 'message 1: role "usr" is not known; known: system, user'),
         ({"messages": [{"role": "tool", "content": "hi"}]}, 'role "tool" is not known'),

@@ -153,7 +153,7 @@ def test_the_table_of_a_dry_run(experiment_file, capsys):
         (
             "seeds = [101]",
             "seeds = [2]",
-            "must be other seeds than `seeds`: 2 would choose the rate and be judged at it",
+            "must be other seeds than `seeds`: 2 would both choose the rate and test it",
         ),
         ("[3e-2, 1e-1, 3e-1]", "[1e-1, 3e-2]", "must rise, each rate once"),
         ("[3e-2, 1e-1, 3e-1]", "[3e-2]", "a list of at least two rates"),

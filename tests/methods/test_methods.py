@@ -252,7 +252,7 @@ def test_what_cannot_work_is_refused_with_the_reason(tiny_model, tmp_path, chang
 
 def test_the_base_alone_is_not_trained(tiny_model, tmp_path):
     with pytest.raises(
-        QDenseError, match=r'adapter.method = "none": trains nothing\. Score the base by `qdense evaluate'
+        QDenseError, match=r'adapter.method = "none": trains nothing\. Score the base with `qdense evaluate'
     ):
         run(method_recipe(tiny_model, tmp_path / "run", "none", "none"))
 

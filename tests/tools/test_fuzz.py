@@ -301,7 +301,7 @@ def test_an_unknown_template_is_named_with_its_adapter(saved, tmp_path):
         ("rank_pattern", {"q_proj": 200_000}, r"adapter_config\.json: q_proj = 200000: no tensor"),
         ("lora_alpha", float("inf"), r"lora_alpha = inf: must be a finite number"),
         ("alora_invocation_tokens", "/etc/passwd", "an activated LoRA"),
-        ("peft_type", ["LORA"], "known are ADALORA"),
+        ("peft_type", ["LORA"], "known: ADALORA"),
         ("target_modules", {"a": {}}, "does not fit"),
     ],
 )

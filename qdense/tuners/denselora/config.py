@@ -21,7 +21,7 @@ class DenseLoraConfig(LinearTunerConfig):
 
     r: int = field(default=32, metadata={"help": "Rank: encoder (r, d_in), M (r, r), decoder (d_out, r)."})
     alpha: float | None = field(
-        default=None, metadata={"help": "The adapter's output is scaled by alpha / r. Default: 2 * r, as the authors'."}
+        default=None, metadata={"help": "The adapter's output is scaled by alpha / r. Default: 2 * r, the authors'."}
     )
     dropout: float = field(default=0.0, metadata={"help": "On the input, the encoding and the output, in training."})
     activation: str = field(
@@ -81,7 +81,7 @@ class DenseLoraConfig(LinearTunerConfig):
             self.zero_init = "none"
         if self.activation == "relu" and self.zero_init != "none":
             raise ValueError(
-                "DenseLoraConfig.activation = 'relu': needs zero_init = \"none\". ReLU has zero slope at 0, so behind a "
+                "DenseLoraConfig.activation = 'relu': needs zero_init = \"none\". ReLU has zero slope at 0, so after a "
                 "factor that starts at zero nothing would ever get a gradient."
             )
         if self.init == "balanced" and self.zero_init != "decoder":

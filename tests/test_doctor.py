@@ -1,4 +1,4 @@
-"""`qdense doctor`: what is broken becomes a line with its remedy, and no line tells a secret."""
+"""`qdense doctor`: what is broken becomes a line with its remedy, and no line reveals a secret."""
 
 import importlib
 import importlib.metadata
@@ -124,7 +124,7 @@ def test_a_package_that_cannot_be_imported_is_a_line(package, tmp_path):
     assert "Traceback" not in outcome.stderr
     printed = " ".join(outcome.stdout.split())
     assert "libfoo.so.1" in printed
-    if package != "packaging":  # which only doctor itself reads with
+    if package != "packaging":  # which only doctor itself uses
         assert f'--force-reinstall "{package}' in printed
 
 
@@ -137,7 +137,7 @@ def test_a_native_library_that_is_missing(monkeypatch):
     assert "python -m bitsandbytes" in check.remedy
 
 
-def test_a_4_bit_layer_that_computes_wrong_is_bad(monkeypatch):
+def test_a_4_bit_layer_that_computes_wrongly_is_bad(monkeypatch):
     from bitsandbytes.nn import Linear4bit
 
     forward = Linear4bit.forward
@@ -186,7 +186,7 @@ def test_no_room(monkeypatch):
     assert "QDENSE_CACHE" in bad["disk, cache"].remedy
 
 
-def test_neither_token_nor_home_is_told(tmp_path, monkeypatch, capsys):
+def test_neither_token_nor_home_is_shown(tmp_path, monkeypatch, capsys):
     home = tmp_path / "home" / "jane.doe"
     (home / "cache" / "models" / "x").mkdir(parents=True)
     for name, value in {

@@ -1,4 +1,4 @@
-"""What only a GPU can tell: kernels of others that have no CPU form, and whole runs on CUDA. tools/gpu/measure.py runs these."""
+"""What only a GPU can tell: others' kernels that have no CPU form, and whole runs on CUDA. tools/gpu/measure.py runs these."""
 
 import tomllib
 

@@ -1,4 +1,4 @@
-"""Recipes: everything wrong is said at once, and every recipe in the tree is right."""
+"""Recipes: everything wrong is reported at once, and every recipe in the tree is right."""
 
 import tomllib
 
@@ -53,7 +53,7 @@ def test_paper_recipes_follow_the_authors(name):
     assert (training.eval_steps, training.keep, recipe.model.device) == (80, "best", "auto")
 
 
-def test_all_problems_are_told_together_with_the_closest_names():
+def test_all_problems_are_reported_together_with_the_closest_names():
     text = problems_of(
         {
             "model": {"name": "llama3-8"},
@@ -79,7 +79,7 @@ def test_without_validation_rows_the_last_weights_are_kept():
         assert recipe_from_tables(tables, "x").resolved()["training"]["keep"] == keep
 
 
-def test_values_that_do_not_fit_together_are_told_with_the_others():
+def test_values_that_do_not_fit_together_are_reported_with_the_others():
     text = problems_of(
         MINIMAL
         | {"adapter": {"r": 0}, "training": {"micro_batch_size": 0, "keep": "best"}, "data": {"validation_rows": 0}}
@@ -205,7 +205,7 @@ def test_unreadable_files_are_errors_not_tracebacks(tmp_path, content):
 
 
 @pytest.mark.parametrize("value", ['"some"', "-1", "2.5", "true", "[1]"])
-def test_alternatives_are_told_in_one_line(value):
+def test_alternatives_are_listed_in_one_line(value):
     import tomllib
 
     settings = tomllib.loads(f"micro_batch_size = {value}\nrecompute = {value}")

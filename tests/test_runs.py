@@ -43,7 +43,7 @@ def finished(folder, *, age=0):
 
 
 def test_names():
-    """What is on the disks of users, and in the README."""
+    """What is on users' disks, and in the README."""
     run = RunFolder(Path("r"))
     evaluation = run.evaluation("0123")
     paths = (run.recipe, run.metrics, run.initial, run.adapter, run.card, run.checkpoints, run.logs, run.analysis.path)
@@ -175,7 +175,7 @@ def test_facts_are_left_by_a_process_that_was_killed_only(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"\xff", b"[" * 100_000], ids=lambda text: text[:4])
-def test_damaged_facts_are_none(tmp_path, content):
+def test_damaged_facts_are_ignored(tmp_path, content):
     (tmp_path / ".running").write_bytes(content)
     assert RunFolder(tmp_path).left_behind() == {}
 

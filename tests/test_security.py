@@ -1,4 +1,4 @@
-"""Adapters, models, checkpoints and data of others are data: none runs code, reaches out of its folder, or steers the terminal.
+"""Others' adapters, models, checkpoints and data are only data: none runs code, leaves its folder, or steers the terminal.
 And no secret of ours gets into what is written or printed.
 
 Each attack is a real one: what it carries leaves a file when it is run, and a first test shows that it would.
@@ -443,7 +443,7 @@ def test_a_bomb_is_not_unpacked(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", None])
-def test_a_wheel_that_is_none(tmp_path, content):
+def test_a_wheel_that_is_not_one(tmp_path, content):
     path = tmp_path / "x.whl"
     if content is None:
         wheel_of(path, [("other", b"")])
@@ -515,14 +515,14 @@ def test_no_secret_is_in_a_run_or_an_evaluation(tiny_model, tmp_path, monkeypatc
         "http://host:99999/?api_key=SecretSecret",
     ],
 )
-def test_no_key_of_an_address_is_told(url, tmp_path, monkeypatch, capsys):
+def test_no_key_of_an_address_is_shown(url, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["evaluate", "wordproblems", "--endpoint", url, "--model", "m"]) == 2
     assert "SecretSecret" not in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_no_error_tells_a_secret(monkeypatch, capsys, secrets):
+def test_no_error_reveals_a_secret(monkeypatch, capsys, secrets):
     def fail(*arguments):
         raise QDenseError(f"cannot reach https://me:pass-word@hub.example/x with {' '.join(SECRETS.values())}")
 

@@ -29,7 +29,7 @@ def update(change, layer=0, module="q_proj", factor="M", initial=None):
     return Update(layer, module, factor, part.initial, part.final)
 
 
-# --- what is said of a slice --------------------------------------------------------------------------------------------
+# --- statistics of a slice ----------------------------------------------------------------------------------------------
 
 
 def test_effective_rank():

@@ -79,7 +79,7 @@ def test_runs_of_an_endpoint_can_be_compared(workplace, capsys):
     assert [group["model"] for group in json.loads(capsys.readouterr().out)["groups"]] == ["org/one:latest", "two"]
 
 
-def test_faults_that_pass_are_retried(workplace, capsys):
+def test_passing_faults_are_retried(workplace, capsys):
     with server(workplace / "log") as url:
         assert evaluate(url, "flaky", "--limit", "12") == 0
     summary = json.loads(capsys.readouterr().out)
@@ -116,7 +116,7 @@ def test_what_came_before_a_fault_is_kept(workplace, capsys, monkeypatch):
         assert evaluate(url, "mortal", "--limit", "12", "--concurrency", "1") == 2
     error = capsys.readouterr().err
     assert "cannot be reached" in error
-    assert "the same command continues" in error
+    assert "run the same command again to continue" in error
     on_file = next(workplace.glob("runs/*/eval/*/wordproblems.jsonl")).read_text().splitlines()
     assert [json.loads(line)["index"] for line in on_file] == [0, 1, 2, 3, 4]
 
@@ -136,7 +136,7 @@ def test_what_came_before_a_fault_is_kept(workplace, capsys, monkeypatch):
         ("nested", "the reply to item 0 is nested too deeply"),
     ],
 )
-def test_faults_that_stay_are_told_and_never_show_the_key(workplace, capsys, monkeypatch, model, message):
+def test_lasting_faults_are_reported_and_never_show_the_key(workplace, capsys, monkeypatch, model, message):
     monkeypatch.setattr(endpoint, "NUM_RETRIES", 1)
     monkeypatch.setattr(endpoint, "TIMEOUT_SECONDS", 0.3)
     with server(workplace / "log") as url:
@@ -211,7 +211,7 @@ def test_without_a_key_none_is_sent(workplace, monkeypatch, capsys):
 
 
 def test_ctrl_c_leaves_no_request_behind(workplace):
-    """The real command: it stops at once, with what came on file."""
+    """The real command: it stops at once, and what arrived is on file."""
     import signal
     import time
 

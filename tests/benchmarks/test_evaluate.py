@@ -191,7 +191,7 @@ def test_another_adapter_or_other_data_in_the_same_place_go_elsewhere(finished_r
     assert len(set(folders)) == 3
 
 
-def test_each_start_is_told_by_itself(finished_run, tmp_path, monkeypatch):
+def test_each_session_is_recorded_separately(finished_run, tmp_path, monkeypatch):
     """Two commits of qdense, two batch sizes, weights stored in two ways: all are recorded, and the mix is reported."""
     shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
     request = request_for(tmp_path / "run")
@@ -300,7 +300,7 @@ def test_adapters_that_cannot_be_read(finished_run, tmp_path):
         evaluate(request_for(tmp_path / "broken"), ignore)
 
 
-def test_labels_that_are_no_answers_are_named(tmp_path):
+def test_labels_that_are_not_answers_are_named(tmp_path):
     path = tmp_path / "dataset" / "AQuA" / "test.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps([{"instruction": "x", "answer": "A"}, {"instruction": "y", "answer": "F"}]))
@@ -369,7 +369,7 @@ def test_the_batch_is_as_large_as_the_memory_allows(finished_run, monkeypatch):
     assert settings_with(2**20) == 1
 
 
-# --- a person's own rows ----------------------------------------------------------------------------------------------------
+# --- a user's own rows ------------------------------------------------------------------------------------------------------
 
 
 def write_own(path, rows, names=("prompt", "completion")):
@@ -440,7 +440,7 @@ def test_columns_of_own_rows_come_from_their_names_or_from_the_run(tmp_path):
         ("a/x.jsonl,b/x.jsonl", "two files of one name"),
     ],
 )
-def test_own_files_that_cannot_be_are_told(tmp_path, monkeypatch, text, message):
+def test_own_files_that_cannot_be_used_are_reported(tmp_path, monkeypatch, text, message):
     monkeypatch.chdir(tmp_path)
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

@@ -308,7 +308,7 @@ def test_places_are_filled_as_they_come_free(base, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
-def test_memory_that_does_not_do_for_one_sequence_is_told(base, error):
+def test_too_little_memory_for_one_sequence_is_reported(base, error):
     def fail(**inputs):
         raise error
 

@@ -258,7 +258,7 @@ def test_a_group_is_the_plain_mean_of_its_tasks(shared_data, tmp_path):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """A DenseLoRA adapter on SmolLM2 that changes what it writes, yet leaves it sense."""
+    """A DenseLoRA adapter on SmolLM2 that changes what it writes without making it nonsense."""
     model = {"name": "smollm2-135m", "quantization": "none", "dtype": "float32", "device": "cpu"}
     base = load_base(ModelRecipe(**model))
     torch.manual_seed(0)

@@ -50,7 +50,7 @@ def test_the_model_is_the_largest_that_fits(tmp_path, monkeypatch):
     assert len(set(chosen)) == 3
 
 
-def test_long_rows_and_broken_rows_are_told_in_the_recipe(tmp_path, monkeypatch):
+def test_long_rows_and_broken_rows_are_noted_in_the_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "own.jsonl", 99, length=1500)
     with (tmp_path / "own.jsonl").open("a") as stream:

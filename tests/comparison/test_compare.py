@@ -1,4 +1,4 @@
-"""`qdense compare` on folders as evaluations leave them: grouping, numbers by hand, refusals, every format."""
+"""`qdense compare` on folders as evaluations leave them: grouping, hand-computed numbers, refusals, every format."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ from qdense.errors import EvaluationError
 from qdense.ui.comparison import show_comparison
 from tests.helpers.evaluations import recipe_tables, write_evaluation
 
-# A run right on 12 of 20 items, and one right on 7 more of them and wrong on 0 of its: McNemar 2 / 2^7.
+# A run that is right on 12 of 20 items, and one that is right on these and 7 more: McNemar 2 / 2^7.
 HALF = [1] * 12 + [0] * 8
 MORE = [1] * 19 + [0]
 
@@ -119,7 +119,7 @@ def test_one_run_alone_has_no_difference(runs):
     ],
     ids=str,
 )
-def test_other_recipes_and_settings_are_not_pooled_and_the_difference_is_told(tmp_path, change):
+def test_other_recipes_and_settings_are_not_pooled_and_the_difference_is_reported(tmp_path, change):
     first = write_evaluation(tmp_path / "a", {"gsm8k": HALF}, recipe=recipe_tables(1))
     tables = recipe_tables(2, **change.get("recipe", {}))
     tables["training"]["learning_rate"] = change.get("learning_rate", 3e-4)
@@ -131,7 +131,7 @@ def test_other_recipes_and_settings_are_not_pooled_and_the_difference_is_told(tm
     assert any(told.match(note) and "(A)" in note and "(B)" in note for note in result["notes"])
 
 
-def test_what_says_nothing_of_how_it_was_scored_does_not_part_seeds(tmp_path):
+def test_settings_that_do_not_say_how_it_was_scored_do_not_separate_seeds(tmp_path):
     first = write_evaluation(tmp_path / "a", {"gsm8k": HALF, "aqua": [1]}, recipe=recipe_tables(1))
     other = write_evaluation(
         tmp_path / "b", {"gsm8k": HALF}, recipe=recipe_tables(2), versions={"torch": "9"}, model="/elsewhere", limit=20
@@ -245,7 +245,7 @@ def test_folders_that_hold_no_evaluation(tmp_path):
         ({"model": "gpt", "endpoint": "http://host/v1"}, "--endpoint http://host/v1 --model gpt"),
     ],
 )
-def test_the_command_that_goes_on_is_the_right_one(tmp_path, settings, command):
+def test_the_command_to_continue_is_the_right_one(tmp_path, settings, command):
     run = write_evaluation(tmp_path / "base", {"gsm8k": HALF}, adapter_sha256=None, **settings)
     next(run.glob("eval/*/summary.json")).unlink()
     with pytest.raises(EvaluationError, match=re.escape(f"Run `qdense evaluate TASKS {command}` again")):
@@ -332,13 +332,13 @@ def test_published_rows_add_up():
     for row in whole:
         assert tuple(row.percents) == GROUPS[row.group], row
         mean = sum(row.percents.values()) / len(row.percents)
-        # each average was rounded, from figures that were; SIQA worked back is good to 0.5 / 8
+        # each average was rounded, from rounded figures; SIQA worked back is good to 0.5 / 8
         assert abs(mean - row.average) < 0.06 + 0.0625 * bool(row.doubts), row
 
 
 def test_published_figures_that_are_not_certain_say_so():
     by_name = {(row.model, row.group, row.name): row for row in PUBLISHED}
-    assert len(by_name) == len(PUBLISHED)  # no two rows are called alike
+    assert len(by_name) == len(PUBLISHED)  # no two rows have the same name
     vera = by_name["llama3-8b", "commonsense", "VeRA"]
     assert vera.doubts == {"siqa": WORKED_BACK, "winogrande": UNCERTAIN}
     assert vera.percents["winogrande"] == 61.8
@@ -365,7 +365,7 @@ def test_which_published_rows_are_shown():
     assert published_rows("llama2-7b", ["gsm8k"]) == []
 
 
-def test_published_averages_stand_beside_the_same_tasks_only(tmp_path):
+def test_published_averages_are_shown_beside_the_same_tasks_only(tmp_path):
     tasks = {task: [1, 0] for task in GROUPS["math"]}
     run = write_evaluation(tmp_path / "x", tasks, recipe=recipe_tables(), model="elsewhere")
     result = comparison_of(run, published="llama3-8b")

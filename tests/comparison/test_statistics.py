@@ -87,7 +87,7 @@ def test_many_items_under_several_seeds_against_whole_numbers():
 
 
 def test_the_largest_task_under_several_seeds_is_within_reach():
-    # hellaswag, and no item alike: as extreme as it gets
+    # hellaswag, and every item differs: as extreme as it gets
     p = paired_p_value(np.zeros((3, 10_042), dtype=np.int8), np.ones((3, 10_042), dtype=np.int8))
     assert 0 < p < 1e-300
 
@@ -107,7 +107,7 @@ def test_p_values_are_right_as_often_as_they_say():
         p_values.append(paired_p_value(first, second))
     for level in (0.05, 0.2, 0.5):
         share = np.mean(np.array(p_values) <= level)
-        # sums of few values tie, so an exact test keeps a little below its level
+        # sums of few values tie, so an exact test stays a little below its level
         assert 0.75 * level < share < level + 0.03, level
 
 
@@ -154,7 +154,7 @@ def test_bootstrap_of_one_run_is_near_the_normal_interval():
     outcomes = np.array([[1] * 600 + [0] * 400])
     margin = 1.96 * math.sqrt(0.6 * 0.4 / 1000)
     assert bootstrap_interval([outcomes]) == pytest.approx((0.6 - margin, 0.6 + margin), abs=0.002)
-    # of two tasks alike the average varies by 1 / sqrt(2) of that, however many items each has
+    # the average of two equal tasks varies by 1 / sqrt(2) of that, however many items each has
     margin /= math.sqrt(2)
     assert bootstrap_interval([outcomes, outcomes]) == pytest.approx((0.6 - margin, 0.6 + margin), abs=0.002)
 

@@ -34,7 +34,7 @@ def denselora(**changes):
 
 
 def overrides_of(classes, base):
-    """What our classes define that `base` has too, what is Python's or torch's left out."""
+    """What our classes define that `base` has too, without what is Python's or torch's."""
     ours = {cls for given in classes for cls in given.__mro__ if cls.__module__.startswith("qdense.")}
     defined = {name for cls in ours for name in vars(cls)}
     pefts = [cls for cls in base.__mro__ if cls.__module__.startswith("peft.")]
@@ -119,7 +119,7 @@ def test_pefts_own_registration_still_refuses_new_names():
     from peft.utils import register_peft_method
 
     with pytest.raises(ValueError, match="Unknown PEFT type"):
-        # If this passes, PEFT takes names of others now: use it in place of compat.register.
+        # If this passes, PEFT accepts others' names now: use it in place of compat.register.
         register_peft_method(name="densest", config_cls=DenseLoraConfig, model_cls=DenseLoraModel)
 
 
@@ -220,7 +220,7 @@ def test_adaloras_averages_are_these(tiny_model):
     names = {name for name, _ in model.base_model.model.named_parameters() if "lora_" in name}
     for values in averages.values():
         assert set(values) == names, (
-            "AdaLoRA averages something else, or under other names: a resumed run would be cut otherwise"
+            "AdaLoRA averages something else, or under other names: a resumed run would be cut differently"
         )
     state = vars(model.base_model.rankallocator)
     kept = {

@@ -30,7 +30,7 @@ def imported(tree):
 
 
 def private_imports(tree):
-    """Those of private modules, or of private names, of whomever."""
+    """Imports of private modules or private names, whoever's they are."""
     for line, module, name in imported(tree):
         if any(map(is_private, module.split("."))) or (name is not None and is_private(name)):
             yield line, module, name
@@ -54,7 +54,7 @@ def is_own(node):
 
 
 def private_uses(tree):
-    """(line, name, whether it is asked of self, cls or super()) of each private attribute, by getattr and the like too."""
+    """(line, name, whether it is read from self, cls or super()) of each private attribute, by getattr and the like too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             yield node.lineno, node.attr, is_own(node.value)
@@ -69,7 +69,7 @@ def private_uses(tree):
 
 
 def foreign_uses(tree, own):
-    """Private names that are nobody's here; and of PEFT's methods that our tuners override, those asked of another object."""
+    """Private names not defined here; and of PEFT's methods that our tuners override, those called on another object."""
     overridden = {*TUNER_OVERRIDES, *LAYER_OVERRIDES}
     for line, name, is_of_self in private_uses(tree):
         if name not in own or (name in overridden and not is_of_self):

@@ -131,7 +131,7 @@ def test_operations_of_the_backward_pass_are_watched_too():
 
 
 def test_the_object_of_a_storage_lives_as_long_as_its_memory():
-    """tests/helpers/memory.py knows memory by it."""
+    """tests/helpers/memory.py identifies memory by it."""
     tensor = torch.zeros(4)
     freed = []
     weakref.finalize(tensor.untyped_storage(), freed.append, 1)

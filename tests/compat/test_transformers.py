@@ -37,7 +37,7 @@ def test_another_attention_is_given_what_the_model_is_and_no_mask(model):
     before = model(input_ids=IDS).logits
     with attention_set_to(model, "qdense_test"):
         model(input_ids=IDS, marker="ours", use_cache=False)
-    assert seen == [("ours", None)] * 2, "not each layer, not with the model's further arguments, or with a mask"
+    assert seen == [("ours", None)] * 2, "not in each layer, without the model's further arguments, or with a mask"
     assert torch.equal(model(input_ids=IDS).logits, before)
     with pytest.raises(KeyError), attention_set_to(model, "qdense_test"):
         raise KeyError
@@ -135,7 +135,7 @@ def test_a_cache_is_made_of_layers_of_ours_that_it_only_updates(model):
     model(input_ids=IDS[:, :4], past_key_values=cache, use_cache=True)
     assert [type(layer) for layer in cache.layers] == [Doubled, Doubled]
     assert cache.get_seq_length() == 4
-    # Other keys of the same shape are taken for what they are: nothing else is kept.
+    # Other keys of the same shape are used as they are: nothing else is kept.
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:1], layer.values[:1]
     rest = {"input_ids": IDS[:1, 4:], "position_ids": torch.tensor([[4, 5]])}

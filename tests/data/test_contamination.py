@@ -112,7 +112,7 @@ def test_near_with_the_same_numbers_and_with_others():
     match = check(rows(other, same, item, item), rows(item)).matches[0]
     assert (match.row, match.kind, match.share) == (2, EXACT, 1.0)
     assert kinds([STORY.format(12, 12)], [STORY.format(12, 5)]) == {0: OTHER_NUMBERS}
-    assert kinds([STORY.format(12, 5)], [STORY.format(12, 12)]) == {0: OTHER_NUMBERS}, "12 is there once only"
+    assert kinds([STORY.format(12, 5)], [STORY.format(12, 12)]) == {0: OTHER_NUMBERS}, "12 occurs only once"
 
 
 def clean(training, test):
@@ -464,7 +464,7 @@ def test_all_local_test_sets_are_looked_through(data_dir, no_download):
     }
 
 
-def test_test_sets_that_cannot_be_read_are_told_once_each(data_dir, tmp_path, no_download):
+def test_test_sets_that_cannot_be_read_are_reported_once_each(data_dir, tmp_path, no_download):
     training = DataSet(rows(STORY.format(1, 2)), "train")
     (data_dir / TASKS["svamp"].file.path).write_text("[{")
     found, (fault,) = local_overlaps(training, data_dir)

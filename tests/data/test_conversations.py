@@ -104,7 +104,7 @@ def test_a_bad_row_is_named(tmp_path, record, message):
 def test_a_checksum_knows_all_turns_and_rows_without_turns_keep_theirs():
     other = ROW._replace(messages=(*MESSAGES[:2], Message("assistant", "5."), *MESSAGES[3:]))
     assert DataSet([ROW], "x").checksum != DataSet([other], "x").checksum
-    # Runs of before there were conversations must be resumable.
+    # Runs from before conversations existed must be resumable.
     expected = hashlib.sha256(b'["Add 1 and 1.", "", "2", "2"]\n').hexdigest()
     assert DataSet([Row("Add 1 and 1.", "", "2", "2")], "x").checksum == expected
 
@@ -192,7 +192,7 @@ def test_a_tokenizer_without_a_template_gets_one_by_its_tokens():
         ("{{ raise_exception('only users here') }}", "refuses a conversation of user, assistant: only users here"),
         ("{{ ''.__class__.__mro__ }}", "refuses a conversation"),
         ("{% for %}", "refuses a conversation"),
-        # As some that drop the thoughts of earlier answers.
+        # Like some templates, which drop the thoughts of earlier answers.
         (
             "{% for m in messages %}[{{ m.role }}]{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}"
             "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",

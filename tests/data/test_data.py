@@ -76,7 +76,7 @@ def test_columns_are_recognised_by_their_names(tmp_path, names, columns):
     assert (read.rows[0].instruction, read.rows[0].output) == (f"the {columns.instruction}", f"the {columns.output}")
 
 
-def test_bad_rows_are_skipped_and_each_is_told(tmp_path):
+def test_bad_rows_are_skipped_and_each_is_reported(tmp_path):
     lines = [
         json.dumps(ROW),
         "{oops}",

@@ -134,7 +134,7 @@ def test_nobody_there(tmp_path):
         download("http://127.0.0.1:9/x", tmp_path / "x", BLOB, pause_seconds=0.01)
 
 
-def test_a_full_disk_is_told_before_it_is_full(server, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_it_is_full(server, tmp_path, monkeypatch):
     from qdense.errors import QDenseError
 
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())

@@ -1,6 +1,6 @@
 """README.md and docs/: every command, recipe and example that a page prints is run or checked as it is printed.
 
-What a fenced block is tells its language:
+A fenced block's language says what it is:
 
     sh        runs under bash, after the blocks above it on its page
     console   "$ command" runs, and the lines below it must be its output; "..." stands for any lines
@@ -196,7 +196,7 @@ def test_unrun_commands_are_valid(block, capsys) -> None:
 
 
 def check_names(arguments: argparse.Namespace) -> None:
-    """That the recipe, the overrides and the tasks of a command are known. Files of the reader's own are not here."""
+    """Check that a command's recipe, overrides and tasks are known. Files of the reader's own are not here."""
     from qdense.benchmarks.tasks import tasks_named
 
     recipe = getattr(arguments, "recipe", None)
@@ -269,7 +269,7 @@ def paths_in(value: object, at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...
 
 
 def assert_documented(heading: str, value: object) -> None:
-    """Every key is in the table, or below one that the table does not take apart; and every key of the table is there."""
+    """Every key is in the table, or below one whose parts the table does not list; and every key of the table is there."""
     keys = documented(heading)
 
     def fits(pattern: tuple[str, ...], path: tuple[str, ...]) -> bool:
@@ -281,7 +281,7 @@ def assert_documented(heading: str, value: object) -> None:
         assert is_known, f"{heading}: {'.'.join(path)} is not documented"
     for key in keys:
         is_there = any(fits(key.path, path) for path in found)
-        assert is_there or key.is_optional, f"{heading}: {'.'.join(key.path)} is documented, and not there"
+        assert is_there or key.is_optional, f"{heading}: {'.'.join(key.path)} is documented, but not there"
 
 
 def commands(parser: argparse.ArgumentParser, name: str = "qdense") -> Iterator[tuple[str, argparse.ArgumentParser]]:
@@ -350,5 +350,5 @@ def test_each_json_output_is_documented() -> None:
 def test_a_missing_and_an_unknown_key_are_found() -> None:
     with pytest.raises(AssertionError, match="surprise is not documented"):
         assert_documented("qdense params --json", {"surprise": 1})
-    with pytest.raises(AssertionError, match="is documented, and not there"):
+    with pytest.raises(AssertionError, match="is documented, but not there"):
         assert_documented("qdense params --json", {"method": "lora"})

@@ -1,4 +1,4 @@
-"""The documentation as a site: it builds without a warning, its reference names everything, and it asks no network."""
+"""The documentation as a site: it builds without a warning, its reference names everything, and it needs no network."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_link_to_a_missing_file_of_the_repository_fails(builder, monkeypatch, 
         builder._with_site_links("docs/page.md", "page.md", {})
 
 
-def test_pages_ask_no_network(built) -> None:
+def test_pages_need_no_network(built) -> None:
     """Whatever a browser loads by itself is in the site; links that a reader follows may lead anywhere."""
     files = [path for path in (built / "site").rglob("*") if path.suffix in {".html", ".css", ".svg"}]
     assert len(files) > 30

@@ -73,7 +73,7 @@ def test_equal_cells_of_two_experiments_are_one():
     assert len(shared) == 3  # its three seeds
 
 
-def test_a_cell_is_another_with_other_data(tmp_path, tiny_model):
+def test_other_data_makes_another_cell(tmp_path, tiny_model):
     rows = tmp_path / "rows.json"
     file = write_experiment(tmp_path, tiny_model, **{'name = "wordproblems"': f'path = "{rows}"'})
 

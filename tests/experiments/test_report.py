@@ -96,7 +96,7 @@ def test_nothing_has_run_yet(tmp_path, monkeypatch, capsys):
     assert "Paired tests" not in sections
 
 
-def test_a_failed_run_is_told(copied, capsys):
+def test_a_failed_run_is_reported(copied, capsys):
     experiment = load_experiment(copied)
     folder = SweepFolder(Path("runs/sweeps"))
     lora, _ = standing(experiment, folder)
@@ -109,7 +109,7 @@ def test_a_failed_run_is_told(copied, capsys):
 
 def test_the_committed_page_is_what_the_committed_runs_say(tmp_path):
     """tools/results/wordproblems: made again from the records of its runs, every number is the same. The weights are not in the
-    repository, so that maps of the updates are missing; and the planner's hours may change with the planner."""
+    repository, so maps of the updates are missing; and the planner's hours may change with the planner."""
     results = ROOT / "tools" / "results"
     assert main(["report", "small/wordproblems", "--runs", str(results / "sweeps"), "--output", str(tmp_path)]) == 0
     again = sections_of((tmp_path / "report.md").read_text())
@@ -183,7 +183,7 @@ def browser():
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     from playwright.sync_api import sync_playwright
 
-    # Without these, it asks hosts of its makers for updates.
+    # Without these, it asks its makers' hosts for updates.
     quiet = [
         "--no-sandbox",
         "--disable-gpu",

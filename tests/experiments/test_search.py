@@ -40,7 +40,7 @@ def test_a_search_that_never_turns_ends_at_the_edge():
     assert is_at_edge(losses)
 
 
-def test_rates_that_diverged_are_no_best():
+def test_rates_that_diverged_are_never_the_best():
     losses = searched(lambda rate: math.inf if rate > 5e-3 else -rate)
     assert best_rate(losses) == 3e-3
     assert searched(lambda rate: math.inf).keys() == set(GRID)

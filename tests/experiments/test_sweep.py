@@ -220,7 +220,7 @@ def test_a_full_disk_stops_the_sweep_and_loses_nothing(copied, capsys, monkeypat
         assert main(["sweep", str(copied), "--quiet"]) == 2
         assert "not enough disk space for the sweep's next run" in capsys.readouterr().err
         assert cell.outcome().state == "missing"
-    # It fills up while a run goes on: the run fails, and is not counted as failed.
+    # It fills up during a run: the run fails, and is not counted as failed.
     experiment = load_experiment(copied)
     sweep = Sweep(experiment, SweepFolder(RUNS), f"sqlite:///{Path(RUNS, 'studies.db').resolve()}")
 
@@ -296,7 +296,7 @@ def test_a_sweep_with_halving(tmp_path, tiny_model, monkeypatch):
     assert [job.cell.learning_rate for job in left] == [3e-1]
 
 
-def test_a_default_that_has_changed_is_told(copied):
+def test_a_default_that_has_changed_is_reported(copied):
     _, (lora, _), _ = state_of(copied)
     recipe = SweepFolder(RUNS).of(lora.final(1)).recipe
     recipe.write_text(recipe.read_text().replace("max_grad_norm = 1.0", "max_grad_norm = 2.0"))

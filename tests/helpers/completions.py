@@ -93,7 +93,7 @@ TRUTHS = [
     ("yes", None, None),
 ]
 
-# The `output` column of the test files, all there are here: completions of an old model for arithmetic (none for mawps), and
+# The `output` column of the test files, all that are here: completions of an old model for arithmetic (none for mawps), and
 # "the correct answer is ..." for commonsense. By the authors' rule and by ours.
 STORED = {
     "gsm8k": (771, 771, 1319),

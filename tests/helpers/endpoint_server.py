@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(
                 200, {"id": "x", "object": "chat.completion", "created": 1, "model": model, "choices": []}
             )
-        if model == "odd":  # each time another reply that is none
+        if model == "odd":  # for each question another reply that is not a completion
             return self.reply(200, ODD[hash(question) % len(ODD)] | {"model": model})
         if model == "parts":
             content = [

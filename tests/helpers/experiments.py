@@ -96,6 +96,6 @@ def start_sweep(file: Path, *options: str, cwd: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # A shell starts what it puts into the background deaf to Ctrl-C, and so would be this.
+        # A shell starts background jobs deaf to Ctrl-C, and this would be, too.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )

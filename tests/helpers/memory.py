@@ -1,4 +1,4 @@
-"""The bytes of a process's own tensors, and host memory as offloaded inputs see it on CUDA, played on a CPU."""
+"""The bytes of a process's own tensors, and host memory as offloaded inputs see it on CUDA, simulated on a CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _hidden = 0  # depth of `unseen`
 
 @contextmanager
 def unseen():
-    """Within it, TensorMemory does not look: for what is not to count, as host buffers beside a device's memory."""
+    """Within it, TensorMemory does not look: for what must not count, such as host buffers beside a device's memory."""
     global _hidden
     _hidden += 1
     try:
@@ -27,7 +27,7 @@ def unseen():
 
 
 class TensorMemory(ExitStack):
-    """Within it, `live_bytes` are the tensors that operations have made and that still live, `peak_bytes` their maximum.
+    """Within it, `live_bytes` are the tensors that operations have made and that are still alive, `peak_bytes` their maximum.
 
     Memory inside an operation (a kernel's workspace) is not seen; on CUDA, the allocator's own figures are better.
     """

@@ -62,7 +62,7 @@ def killed_run(recipe, step):
 
 
 def change_losses(monkeypatch, change):
-    """Have each micro-batch of training lose what `change(loop, loss, number)` says; the step's micro-batches count from 0."""
+    """Give each training micro-batch the loss that `change(loop, loss, number)` returns; `number` counts from 0 in a step."""
     original, seen = TrainingLoop.token_loss, {}
 
     def token_loss(self, model, batch, num_labels):

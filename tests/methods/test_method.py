@@ -1,4 +1,4 @@
-"""What each method says of itself, held to its own layers."""
+"""What each method says about itself, checked against its own layers."""
 
 import pytest
 import torch

@@ -125,12 +125,12 @@ def test_it_is_scored(tiny_model, tmp_path, method, monkeypatch):
             evaluate(replace(request, with_base=True), lambda event: None)
 
 
-# --- what a method must say of itself ---------------------------------------------------------------------------------
+# --- what a method must say about itself ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["costs", "quantizations", "peft_type", "size_keys", "reads_base_weights", "factors"])
-def test_a_method_that_is_silent_is_refused(name):
-    """None is taken for LoRA's."""
+def test_a_method_that_omits_a_field_is_refused(name):
+    """Nothing is assumed to be as LoRA's."""
     stated = {field.name: getattr(METHODS["lora"], field.name) for field in fields(Method)}
     Method(**stated)
     del stated[name]
@@ -139,7 +139,7 @@ def test_a_method_that_is_silent_is_refused(name):
 
 
 @pytest.mark.parametrize("costs", [Costs, ModuleCosts, WeightCosts])
-def test_costs_that_are_silent_are_refused(costs):
+def test_costs_that_omit_a_field_are_refused(costs):
     optional = {"has_fused_kernels", "has_weight_penalty"}
     for field in fields(costs):
         stated = {other.name: 0 for other in fields(costs) if other is not field}
@@ -193,7 +193,7 @@ def test_scored_on_a_packed_base_it_says_what_it_said_in_training(tiny_model, tm
     assert base.stored_as == "nf4"
     linear = base.model.model.layers[0].mlp.up_proj
     could_repack = linear.support_avx512bf16_for_cpu
-    linear.support_avx512bf16_for_cpu = True  # on any CPU: what decides is looked at, not run
+    linear.support_avx512bf16_for_cpu = True  # on any CPU: the switch is inspected, not used
     loaded = load_adapter(base, folder, read_card(folder))
     reads_weights = method in ("dora", "hira")
     assert linear.support_avx512bf16_for_cpu is not reads_weights
@@ -325,7 +325,7 @@ def test_freezing_trains_m_alone_and_needs_another_start(tiny_model, tmp_path, z
 
 
 def test_nora_looks_at_training_rows_first(tiny_model, tmp_path):
-    """The frozen pair of a calibrated run is another one than the plain SVD's."""
+    """The frozen pair of a calibrated run differs from the plain SVD's."""
     frozen = []
     for rows in (0, 4):
         own = {"calibration_rows": rows}
@@ -408,7 +408,7 @@ def test_merged_it_is_a_model_that_says_the_same(runs, tiny_model, tmp_path, met
     assert config["adapter"] == str(runs / method / "adapter")
 
 
-def test_merged_into_nf4_the_loss_is_told(runs, tiny_model, tmp_path, capsys):
+def test_merged_into_nf4_the_loss_is_reported(runs, tiny_model, tmp_path, capsys):
     command = ["merge", str(runs / "lora"), str(tmp_path / "nf4"), "--onto", "nf4", "--into-nf4-with-loss", "--json"]
     assert main(command) == 0
     packed = json.loads(capsys.readouterr().out)

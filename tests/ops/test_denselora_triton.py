@@ -148,7 +148,7 @@ def test_activations_at_large_and_tiny_numbers(activation):
     (slope,) = torch.autograd.grad(result.sum(), mixed)
     exact = mixed.detach().double().requires_grad_()
     expected = ACTIVATIONS[activation](exact)
-    # GELU's 1 + erf, and its likes, cancel in fp32: at large negative numbers, as in PyTorch.
+    # GELU's 1 + erf, and the like, cancel in fp32: at large negative numbers, as in PyTorch.
     torch.testing.assert_close(result.double(), expected, rtol=3e-6, atol=3e-7)
     torch.testing.assert_close(slope.double(), *torch.autograd.grad(expected.sum(), exact), rtol=3e-6, atol=1e-6)
     small = (mixed.abs() < 1e-3) & (mixed != 0)
@@ -322,7 +322,7 @@ def test_the_output_may_have_another_dtype(base, adapter, r):
 @pytest.mark.parametrize("shape", [(10,), (2, 5)])
 def test_adds_to_the_projections_gradient_in_place(shape, r):
     group = make_group(shape, 24, (r, 3))
-    x = 1 * group.x  # not a leaf: its gradient goes on
+    x = 1 * group.x  # not a leaf: its gradient flows on
     addresses = []
     again, encoded = fused.encode(x, group.encoders)
     again.register_hook(lambda gradient: addresses.append(gradient.data_ptr()))
@@ -351,7 +351,7 @@ def test_a_gradient_that_others_hold_is_not_written():
         summed = earlier + again.view(-1) if views[1] else (earlier.view(6, 24) + again).view(-1)
         (summed.sum() + summed.square().sum() / 2 + encoded.sum()).backward()
         torch.testing.assert_close(leaf.grad, 2 * (1 + summed.view(6, 24)))
-    # One that is asked for itself.
+    # One that is requested itself.
     again, (encoded,) = fused.encode(group.x, group.encoders)
     total = F.linear(again, group.weights[0]).sum() + encoded.sum()
     own, _ = torch.autograd.grad(total, (again, group.x))

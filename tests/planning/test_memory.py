@@ -61,13 +61,13 @@ def small_llama(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def chosen_kernels():
-    """Whatever a test chooses is for it alone."""
+    """Whatever a test chooses applies to it alone."""
     yield
     use_kernels("auto")
 
 
 class NoLaunch:
-    """Stands for a Triton kernel: of memory, only what is allocated around it counts."""
+    """Stands in for a Triton kernel: of memory, only what is allocated around it counts."""
 
     def __getitem__(self, grid):
         return lambda *arguments, **constants: None
@@ -90,7 +90,7 @@ def fused(monkeypatch):
             monkeypatch.setattr(module, name, NoLaunch())
             replaced += 1
     assert replaced >= 12
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # only now: kernels that others use are not made by it
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # only now, so that no kernel of other tests is made with it
 
 
 def measured_peak(recipe, layout, *, has_liger=False):

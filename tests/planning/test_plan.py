@@ -132,7 +132,7 @@ def test_a_fast_card_is_given_fewer_and_larger_passes():
 
 
 def test_methods_are_not_taken_for_the_fused_one():
-    """A matrix as large as the weight, made anew or met by every token, is time; so are plain PyTorch's passes."""
+    """A matrix as large as the weight, made anew or met by every token, takes time; so do plain PyTorch's passes."""
 
     def speed(method, kernels=ON_CUDA):
         recipe = recipe_of(data__max_length=2048, adapter__method=method)
@@ -306,7 +306,7 @@ def test_a_resumed_run_keeps_the_choice_on_a_machine_with_less_memory(tiny_model
     assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
 
 
-def test_a_run_that_will_not_fit_is_told_before_the_model_is_loaded(tiny_model, tmp_path, monkeypatch):
+def test_a_run_that_will_not_fit_is_reported_before_the_model_is_loaded(tiny_model, tmp_path, monkeypatch):
     small = Machine("a small card", Kernels(True, True, True), 2**20, 0)
     monkeypatch.setattr(run_module, "this_machine", lambda recipe, shape: small)
 
@@ -361,7 +361,7 @@ def test_json_of_the_command(capsys):
     assert StepLayout(**printed["layout"]) == plan.layout
 
 
-def test_the_moment_of_the_peak_is_told(capsys):
+def test_the_moment_of_the_peak_is_shown(capsys):
     """Few tokens, and matrices as large as a weight: the peak is in a module's own forward."""
     small = ["--set", "adapter.method=dora", "--set", "data.max_length=64", "--set", "training.batch_size=1"]
     assert main(["plan", MATH10K, "--memory", "40GiB", *small, "--set", "training.recompute=none"]) == 0
@@ -428,7 +428,7 @@ def test_mistakes(arguments, message, capsys):
 
 
 @pytest.mark.parametrize("change", [{"num_hidden_layers": "many"}, {"hidden_size": -4}, {"vocab_size": 1e400}])
-def test_configurations_that_are_none(change, tmp_path, capsys):
+def test_configurations_that_are_invalid(change, tmp_path, capsys):
     config = {
         "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 258,

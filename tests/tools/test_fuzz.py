@@ -86,7 +86,7 @@ def test_numbers_of_thousands_of_digits(tmp_path, suffix):
         (".csv", "instruction,output,output\na,b,c", "rows.csv, line 1: the column"),
     ],
 )
-def test_what_stands_twice(tmp_path, suffix, content, place):
+def test_what_appears_twice(tmp_path, suffix, content, place):
     (tmp_path / f"rows{suffix}").write_text(content)
     with pytest.raises(DataError, match=rf'{place} "output" appears twice'):
         read_rows(tmp_path / f"rows{suffix}")
@@ -128,7 +128,7 @@ def test_packed_text_is_read(tmp_path):
 
 
 def test_large_values_that_parquet_holds_once(tmp_path):
-    """380 KB that were 4 GiB in memory before their size was looked at."""
+    """380 KB that took 4 GiB of memory before their size was checked."""
     import pyarrow
     import pyarrow.parquet
 
@@ -272,7 +272,7 @@ def test_tensors_that_no_whole_model_has(saved, tmp_path, change, message):
 
 
 def test_a_card_that_names_another_method(tiny_model, tmp_path):
-    """PEFT's LoKr fails on NF4 unless it is mended, which went by the card: it loaded, and broke at its first use."""
+    """PEFT's LoKr fails on NF4 unless it is mended, which depended on the card: it loaded, and broke at first use."""
 
     def base():
         return load_base(ModelRecipe(name=str(tiny_model), device="cpu"))

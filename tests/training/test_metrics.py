@@ -12,7 +12,7 @@ def step(number, seconds=1.0, loss=0.5, **changes):
     return StepDone(number, number / 4, loss, 1e-3, 1.0, 10, 5.0, 100, seconds, **changes)
 
 
-def test_steps_and_validations_are_on_file_as_soon_as_they_are_told(tmp_path):
+def test_steps_and_validations_are_on_file_as_soon_as_they_are_reported(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     assert metrics.seconds == 0
     for event in (step(1), Notice("no metric"), Validated(1, 0.25, True), step(2, loss=math.nan)):

@@ -50,7 +50,7 @@ def begun(tmp_path):
     return Begun(tmp_path / "run")
 
 
-def test_a_run_is_resumed_from_its_checkpoint_and_cut_up_as_it_was(begun):
+def test_a_run_is_resumed_from_its_checkpoint_and_divided_as_it_was(begun):
     assert begun.resume() == Resumed(begun.checkpoint, StepLayout(4, 2, offload=True), begun.recipe())
     assert begun.notices == [("info", f"resuming from {begun.checkpoint}")]
 
@@ -76,7 +76,7 @@ def test_an_empty_folder_is_a_fresh_start(tmp_path):
     assert "nothing to resume, starting afresh" in notices[0].text
 
 
-def test_a_folder_in_use_wants_resume_and_one_of_others_is_refused(begun):
+def test_a_folder_in_use_needs_resume_and_a_foreign_one_is_refused(begun):
     with pytest.raises(RunError, match=r"is not empty\. Resume it with --resume"):
         begun.resume(resume=False)
     begun.run.recipe.unlink()
@@ -103,7 +103,7 @@ def test_a_finished_run_is_not_resumed(begun):
         ({"data__max_length": 100}, False),
     ],
 )
-def test_changes_are_refused_with_old_and_new_or_taken_and_told(begun, changes, keeps_layout):
+def test_changes_are_refused_with_old_and_new_or_accepted_and_reported(begun, changes, keeps_layout):
     (name, value), key = next(iter(changes.items())), next(iter(changes)).replace("__", ".")
     old = begun.recipe().flattened()[key]
     told = rf"with the same recipe; changed since the run began:\n  {key}: was {old!r}, now {value!r}\nRestore"
@@ -134,7 +134,7 @@ def test_where_results_go_and_who_draws_them_is_no_change(begun, tmp_path):
     assert begun.resume(training__trackers=["tensorboard"], output__dir=str(tmp_path / "moved"))
 
 
-def test_other_versions_are_refused_or_told(tmp_path):
+def test_other_versions_are_refused_or_reported(tmp_path):
     begun = Begun(tmp_path / "run", versions=package_versions() | {"torch": "1.0", "gone": "2"})
     with pytest.raises(
         RunError, match=r"with the same versions; .*\n  gone: was '2', now None\n  torch: was '1\.0', now"
@@ -185,7 +185,7 @@ def leave(begun, facts, steps=(1, 2)):
     begun.run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_a_killed_process_is_told_of_with_what_it_planned_and_used(begun):
+def test_a_killed_process_is_reported_with_what_it_planned_and_used(begun):
     leave(begun, KILLED)
     begun.resume(data__max_length=300, accept_changes=True)
     (told,) = [text for _, text in begun.notices if "was killed" in text]
@@ -200,7 +200,7 @@ def test_a_killed_process_is_told_of_with_what_it_planned_and_used(begun):
 @pytest.mark.parametrize(
     "facts", [{}, [], 3, *({**KILLED, key: None} for key in KILLED), {**KILLED, "micro_batch_size": "many"}]
 )
-def test_a_killed_process_that_left_no_sense_is_not_told_of(begun, facts):
+def test_a_killed_process_that_left_nonsense_is_not_reported(begun, facts):
     leave(begun, facts)
     begun.resume()
     assert not any("was killed" in text for _, text in begun.notices)
@@ -210,7 +210,7 @@ def test_a_killed_process_that_left_no_sense_is_not_told_of(begun, facts):
     assert not any("was killed" in text for _, text in begun.notices)
 
 
-def test_other_rows_or_another_base_are_refused_or_told(begun):
+def test_other_rows_or_another_base_are_refused_or_reported(begun):
     same = {"data_checksum": "a" * 64, "data": "rows.json", "fingerprint": FINGERPRINT, "base": "tiny"}
     rest = {"accept_changes": False, "emit": begun.emit}
     refuse_other_inputs(begun.run, **same, **rest)

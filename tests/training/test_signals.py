@@ -43,7 +43,7 @@ def test_the_first_is_a_request_and_the_second_leaves_at_once(number):
     assert {signal.getsignal(each) for each in TAKEN} == {signal.default_int_handler}
 
 
-def test_a_display_that_hangs_keeps_nobody():
+def test_a_display_that_hangs_holds_up_nobody():
     """It is reported in a thread that ends with the process."""
     threads, release = [], threading.Event()
 

@@ -64,7 +64,7 @@ def ordinary_signals():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_stops_behind_the_step_with_a_checkpoint(tiny_model, tmp_path, uncut, number):
+def test_a_signal_stops_after_the_step_with_a_checkpoint(tiny_model, tmp_path, uncut, number):
     recipe = recipe_for(tiny_model, tmp_path / "run")
     events = []
 
@@ -143,7 +143,7 @@ def test_a_second_process_in_a_folder_is_refused_and_changes_nothing(tiny_model,
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(uncut)
 
 
-def test_the_lock_of_a_dead_process_is_none(tmp_path):
+def test_a_stale_lock_is_ignored(tmp_path):
     folder = tmp_path / "run"
     script = (
         "import os, sys\nfrom pathlib import Path\nfrom qdense.runs import RunFolder\n"
@@ -230,7 +230,7 @@ def test_other_versions_are_refused(tiny_model, tmp_path, monkeypatch):
     assert any("although the versions changed" in text for text in notices(events))
 
 
-def test_a_folder_that_disappears_in_mid_run_is_told(tiny_model, tmp_path):
+def test_a_folder_that_disappears_in_mid_run_is_reported(tiny_model, tmp_path):
     recipe = recipe_for(tiny_model, tmp_path / "run")
 
     def emit(event):
@@ -263,7 +263,7 @@ def test_a_smaller_micro_batch_is_taken_on_resume(tiny_model, tmp_path):
     assert saved["layout"]["micro_batch_size"] == 1
 
 
-def test_a_killed_process_is_told_of_with_its_memory(tiny_model, tmp_path):
+def test_a_killed_process_is_reported_with_its_memory(tiny_model, tmp_path):
     recipe = recipe_for(tiny_model, tmp_path / "run")
     killed_run(recipe, step=3)
     facts = {
@@ -350,7 +350,7 @@ def test_steps_are_not_skipped_for_ever(tiny_model, tmp_path, monkeypatch):
         run(recipe_for(tiny_model, tmp_path / "run", training__on_nonfinite="skip", training__max_steps=20))
 
 
-def test_a_loss_that_explodes_is_told_once(tiny_model, tmp_path, monkeypatch):
+def test_a_loss_that_explodes_is_reported_once(tiny_model, tmp_path, monkeypatch):
     assert not [text for text in notices(run(recipe_for(tiny_model, tmp_path / "calm"))) if "exploded" in text]
     poisoned_at(monkeypatch, *range(4, 13), factor=40.0)
     events = run(recipe_for(tiny_model, tmp_path / "run", training__max_steps=12, training__learning_rate=1e-5))
@@ -375,7 +375,7 @@ def test_a_run_outlives_the_reader_of_its_output(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_a_display_whose_stream_fails_draws_on(is_terminal):
+def test_a_display_whose_stream_fails_keeps_drawing(is_terminal):
     attempts = []
 
     class Gone(io.StringIO):

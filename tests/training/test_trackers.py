@@ -20,7 +20,7 @@ from tests.helpers.runs import adapter_bytes, killed_run, recipe_for, run
 
 
 def of_run(events):
-    """(step, loss) of training and validation, as a run told them."""
+    """(step, loss) of training and validation, as a run reported them."""
     return [[(e.step, pytest.approx(e.loss)) for e in events if isinstance(e, kind)] for kind in (StepDone, Validated)]
 
 
@@ -86,7 +86,7 @@ def test_a_missing_package_is_named_before_anything_is_done(tiny_model, tmp_path
         recipe_for(tiny_model, tmp_path / "run", training__trackers=["tensorbord"])
 
 
-def test_a_tracker_that_fails_ends_no_run_and_is_told_once(tiny_model, tmp_path, monkeypatch):
+def test_a_tracker_that_fails_ends_no_run_and_is_reported_once(tiny_model, tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise OSError("no route to host")
 
@@ -134,7 +134,7 @@ def test_trackers_may_change_at_a_resume(tiny_model, tmp_path):
 
 
 class Asked:
-    """Stands for the Accelerator and its one tracker: writes down what it is asked for, and fails at the calls given."""
+    """Stands in for the Accelerator and its one tracker: writes down what it is asked for, and fails at the calls given."""
 
     name = "one"
 
@@ -194,7 +194,7 @@ def test_steps_and_validations_are_passed_on_without_what_is_not_finite(tmp_path
     ]
 
 
-def test_a_tracker_that_fails_is_told_once_and_not_asked_again(tmp_path):
+def test_a_tracker_that_fails_is_reported_once_and_not_used_again(tmp_path):
     accelerator, notices = Asked(fails=("log", "end")), []
     trackers = trackers_of(tmp_path, ["wandb"], accelerator, notices)
     for event in EVENTS:

@@ -101,7 +101,7 @@ def test_a_run_writes_what_it_says(tiny_model, tmp_path):
     assert load_recipe(tmp_path / "run" / "recipe.toml").resolved() == resolved
 
     modes = {(tmp_path / "run" / name).stat().st_mode for name in ("adapter", "checkpoints")}
-    assert len(modes) == 1  # no folder is more closed than an ordinary one
+    assert len(modes) == 1  # no folder has stricter permissions than an ordinary one
     weights = safetensors.torch.load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     card = json.loads((tmp_path / "run" / "adapter" / "qdense.json").read_text())
@@ -312,7 +312,7 @@ def test_each_kind_of_tensor_has_its_own_rate_and_resumes_with_it(tiny_model, tm
     assert adapter_bytes(cut.output.dir) == adapter_bytes(whole.output.dir)
 
 
-def test_a_warm_up_as_long_as_the_run_is_told(tiny_model, tmp_path):
+def test_a_warm_up_as_long_as_the_run_is_reported(tiny_model, tmp_path):
     for name, warmup_steps, is_told in (("long", 2, True), ("longer", 3, True), ("short", 1, False)):
         settings = {"training__max_steps": 2, "training__warmup_steps": warmup_steps}
         events = run(recipe_for(tiny_model, tmp_path / name, **settings))
@@ -431,7 +431,7 @@ def test_resuming_with_other_rows_or_another_base_is_refused(tiny_model, other_t
         run(recipe, resume=True)
 
 
-def test_a_disk_that_fills_up_in_a_checkpoint_is_told(tiny_model, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_in_a_checkpoint_is_reported(tiny_model, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
@@ -526,7 +526,7 @@ def test_cuda_that_is_not_there_is_named(tiny_model, tmp_path):
         run(recipe_for(tiny_model, tmp_path / "run", model__device="cuda"))
 
 
-def test_a_full_disk_is_told_before_the_start(tiny_model, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_the_start(tiny_model, tmp_path, monkeypatch):
     recipe = recipe_for(tiny_model, tmp_path / "run")
     load_base(recipe.model)  # its cache is there
     # Four checkpoints of a little more than 1 MiB, and 64 MiB for all else.
@@ -544,7 +544,7 @@ def test_truncated_rows_are_reported(tiny_model, tmp_path):
     assert "59 of 59 training rows are longer than data.max_length = 200" in warning.text
 
 
-def test_a_disk_that_is_full_at_the_end_is_told_and_a_resume_writes_the_adapter(tiny_model, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_at_the_end_is_reported_and_a_resume_writes_the_adapter(tiny_model, tmp_path, monkeypatch):
     recipe = recipe_for(tiny_model, tmp_path / "run", training__max_steps=2)
 
     def full(*arguments, **named):

@@ -1,4 +1,4 @@
-"""What stops a run, what is only told, and what is let pass: with numbers made up for each."""
+"""What stops a run, what is only reported, and what passes: with numbers made up for each."""
 
 import math
 
@@ -122,7 +122,7 @@ def test_at_twice_the_lowest_and_a_half_nothing_has_exploded():
     assert run.told() == []
 
 
-def test_an_explosion_is_told_once():
+def test_an_explosion_is_reported_once():
     run = Run()
     for loss in (1.0, 100.0, 1000.0, 10.0):
         run.step(losses=(loss,) * 2)

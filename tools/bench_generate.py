@@ -159,7 +159,7 @@ def table(title: str, seconds: dict[str, list[float]], texts: dict[str, Texts]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--adapter", type=Path, help="a run; its base is taken")
+    parser.add_argument("--adapter", type=Path, help="a run; its base is used")
     parser.add_argument("--task", default="svamp")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--greedy-items", type=int, default=128)

@@ -2,7 +2,7 @@
 
     python tools/capture_display.py runs/demo/seed-42-... --step 30 --width 100 --output tools/results/display.svg
 
-Nothing is made up: the panel is rebuilt from recipe.toml, the rest are the run's recorded events up to the step.
+Nothing is made up: the panel is rebuilt from recipe.toml, the rest is the run's recorded events up to the step.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Faults of a night's run, injected for real: kill -9, signals, damaged checkpoints, full disks, two processes.
+"""Faults of an overnight run, injected for real: kill -9, signals, damaged checkpoints, full disks, two processes.
 
     .venv/bin/python tools/faults.py                     all of them, minutes on 2 cores
     .venv/bin/python tools/faults.py kill --times 50
 
-Each trains (or evaluates) a tiny LLaMA by the command a user types, in a process of its own, does the fault, goes on by
-`--resume`, and holds the outcome to that of a run that nothing befell: the adapter byte by byte, the metrics in step, epoch,
+Each trains (or evaluates) a tiny LLaMA by the command a user types, in a process of its own, injects the fault, continues with
+`--resume`, and compares the outcome with that of an undisturbed run: the adapter byte by byte, the metrics in step, epoch,
 loss, learning rate, gradient norm and tokens. It prints one table; the exit status is 1 if anything was lost. `disk` needs root,
 for a small tmpfs. Commands are forked from this process, which has imported everything and computed nothing: they start fast.
 """
@@ -141,7 +141,7 @@ class Faults:
         return self.folder / f"run-{self.num_runs}"
 
     def differs(self, run_dir: Path) -> str:
-        """What of a finished run is not as in the undisturbed one; empty if nothing."""
+        """What differs between a finished run and the undisturbed one; empty if nothing."""
         run, whole = RunFolder(run_dir), RunFolder(self.whole)
         if not (run.adapter / PEFT_WEIGHTS_FILE).is_file():
             return "no adapter"
@@ -280,7 +280,7 @@ class Faults:
                 if status == 2:
                     told += 1
                     if "space" not in said.lower():
-                        fault = fault or f"not told: {said[-200:]}"
+                        fault = fault or f"not reported: {said[-200:]}"
                 bad = [str(path) for path in checkpoints(RunFolder(run_dir).checkpoints) if fault_of(path)]
                 fault = fault or ", ".join(bad)
                 for path in (filler, disk / "more"):
@@ -391,7 +391,7 @@ def _fill(filler: Path, disk: Path, leaving: int) -> None:
 def main() -> int:
     kinds = {"kill": 50, "signals": 20, "damage": 30, "disk": 20, "two": 10, "evaluation": 20}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", choices=[*kinds, []], help="all where left out")
+    parser.add_argument("kinds", nargs="*", choices=[*kinds, []], help="default: all")
     parser.add_argument("--times", type=int, help=f"how often (default: {kinds})")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()

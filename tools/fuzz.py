@@ -9,7 +9,7 @@ standard library reads, a recipe says the same when written and read again, an a
 is a fault: another exception, more than ten seconds, more than 1 GiB above the process before the case. The input of a fault is
 kept, with how to repeat it.
 
-Memory is the peak that the kernel has seen (Linux: it can be set back), not a limit alone: beneath a limit, a reader that
+Memory is the peak that the kernel has seen (Linux: it can be reset), not a limit alone: beneath a limit, a reader that
 asks for too much gets a MemoryError, makes a polite refusal of it, and on a larger machine takes it all.
 """
 
@@ -80,7 +80,7 @@ _VALUES: list[Any] = [
     200_000, 2**40, [], {}, [[]], {"a": 1}, ["q_proj"], "../..", "/etc/passwd", "\x1b]0;x\x07",
     2**31, 2**32 - 1, 2**32, -(2**63), 1e308, -1e308, 1e30, 5e-324, 1e-7, 10**6, 10**6 + 1, "olora", "pissa_niter_4", "loftq",
 ]  # fmt: skip
-# Regular expressions that never end on some text, that end, and that are none.
+# Regular expressions that never end on some text, that end, and that are invalid.
 _EXPRESSIONS = [
     r"((\w+\.?)+)+!", r"(a|a)*b", r"(.*)*x", r"(?:[a-z_]+\.?)+\d{30}", r"(?=(\w+))\1!", r".*\.(q|k|v)_proj$",
     "[a-z.]*" * 40 + "!",
@@ -94,7 +94,7 @@ _EXPRESSION_KEYS = [
     "rank_pattern",
     "alpha_pattern",
 ]
-# Pieces of completions, repeated into long ones: on some, a search of an answer took the square of the length or worse.
+# Pieces of completions, repeated into long ones: on some, the search for an answer was quadratic or worse.
 _LONG_PIECES = [
     " ", "\n", "\t \n", "1", "1,", "1,111", "9/", "-", "$", "answer ", "answer is ", "the answer to ", "not ", "(",
     "option ", "A ",
@@ -263,7 +263,7 @@ class Data:
         }
 
     def bomb(self, mutator: Mutator, suffix: str) -> bytes:
-        """A small file of much: far more than is taken, or as much as is."""
+        """A small file that unpacks to far more than is accepted, or to just as much as is."""
         if suffix == ".parquet":
             import pyarrow
             import pyarrow.parquet
@@ -519,7 +519,7 @@ def _memory(name: str) -> int:
 
 
 def _lacked_memory(error: BaseException | None) -> bool:
-    """Whether it, or what it was made of, is memory that was not given."""
+    """Whether the error, or one that led to it, is memory that was refused."""
     while error is not None:
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             return True
@@ -529,7 +529,7 @@ def _lacked_memory(error: BaseException | None) -> bool:
 
 def outcome_of(check: Callable[[], None], folder: Path) -> tuple[str, str]:
     """One of OUTCOMES, and what there is to say about it."""
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before, started = _memory("VmRSS"), time.monotonic()
     outcome, text = ACCEPTED, ""
     try:
@@ -581,7 +581,7 @@ def fuzz(kind: str, numbers: Iterable[int], seed: int, keep: Path) -> tuple[Coun
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", choices=KINDS, action="append", help="may be repeated; all where left out")
+    parser.add_argument("--kind", choices=KINDS, action="append", help="may be repeated; default: all")
     parser.add_argument(
         "--cases", type=int, help=f"of each kind (default: {sum(n for _, n in KINDS.values()):,} in all)"
     )

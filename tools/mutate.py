@@ -487,7 +487,7 @@ def main() -> None:
     parser.add_argument("command", choices=("survey", "run", "report"))
     parser.add_argument("files", nargs="*", help="survey: test files (default: all that matter); run: modules")
     parser.add_argument(
-        "--sample", type=int, default=0, help="so many mutants of each module, drawn by --seed (default: all)"
+        "--sample", type=int, default=0, help="this many mutants of each module, drawn by --seed (default: all)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=float, default=40.0, help="seconds of tests a mutant")

@@ -2,9 +2,9 @@
 
     .venv/bin/python tools/soak.py --steps 2000
 
-One process trains a tiny LLaMA in parts of 500 steps, draws the live display, validates and saves every 25 steps, and behind each
+One process trains a tiny LLaMA in parts of 500 steps, draws the live display, validates and saves every 25 steps, and after each
 part evaluates its adapter. Memory (resident), open files and threads are noted every 50 steps; the first part's are left out
-of the growth, for caches fill in it.
+of the growth, since caches fill during it.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def main() -> int:
     growth = (last[1] - first[1]) / (last[0] - first[0]) * 1000
     print(
         f"{watch.steps} steps in {time.monotonic() - started:.0f} s; commit {git_hash()}, torch {package_versions()['torch']}\n\n"
-        "| behind step | resident memory | open files | threads |\n|---|---|---|---|"
+        "| after step | resident memory | open files | threads |\n|---|---|---|---|"
     )
     for step, memory, files, threads in watch.noted[4 :: max(1, len(watch.noted) // 8)]:
         print(f"| {step} | {memory:,.0f} MiB | {files} | {threads} |")

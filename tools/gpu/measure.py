@@ -48,7 +48,7 @@ _SHAPE = CATALOG["llama3-8b"]
 _UNSLOTH = {24: 78_475, 16: 40_724, 12: 21_848, 8: 2_972}  # longest context, batch 1: Unsloth's published figures
 _COMMAND = "python tools/gpu/measure.py --lengths .gpu/lengths.json --output tools/gpu/RESULTS.md --only"
 
-# What is claimed of a GPU, and the stage that measures it.
+# What is claimed about a GPU, and the stage that measures it.
 GOALS = {
     "kernels, offload and packing are right on a GPU": "checks",
     "a step over the bare base's, same recomputation: at most 1.05": "full",
@@ -132,7 +132,7 @@ class Stages:
     # --- stages -------------------------------------------------------------------------------------------------------------
 
     def checks(self) -> str:
-        """The tests that want a GPU, and the kernels' tests compiled instead of interpreted."""
+        """The tests that need a GPU, and the kernels' tests compiled instead of interpreted."""
         tests = [
             "tests/ops/test_denselora_triton.py",
             "tests/modeling/test_recompute.py",
@@ -423,7 +423,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=9.5, help="no stage begins after these")
     parser.add_argument("--commit", help="of this copy, where git does not know it")
-    parser.add_argument("--list", action="store_true", help="write what is to be measured; needs no GPU")
+    parser.add_argument("--list", action="store_true", help="write what remains to be measured; needs no GPU")
     arguments = parser.parse_args()
     arguments.started = time.monotonic()
     quiet_libraries()
@@ -432,7 +432,7 @@ def main() -> None:
         report.write()
         return
     if not torch.cuda.is_available():
-        sys.exit("no CUDA device here; --list writes what is to be measured")
+        sys.exit("no CUDA device here; --list writes what remains to be measured")
     measured = Stages(arguments, report)
     for name in arguments.only:
         if measured.seconds_left < 0:

@@ -23,7 +23,7 @@ import safetensors.torch
 import tomli_w
 import torch
 
-from qdense.benchmarks.generation import DECODINGS, Prompt, generate
+from qdense.inference.generation import DECODINGS, Prompt, generate
 from qdense.benchmarks.scoring import LETTER, NUMBER, TEXT, numbered, options
 from qdense.cli import main
 from qdense.data.rows import Columns, rows_from_records

@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
-from qdense.benchmarks.generation import DECODINGS, Prompt, generate, longest_first
+from qdense.inference.generation import DECODINGS, Prompt, generate, longest_first
 from qdense.benchmarks.tasks import load_items, task_named
 from qdense.data.templates import template_named
 from qdense.libraries import quiet_libraries
@@ -102,7 +102,7 @@ def by_qdense(
     *,
     refill: bool = True,
 ) -> Texts:
-    """The search of qdense/benchmarks/generation.py."""
+    """The search of qdense/inference/generation.py."""
     parts = [prompts]
     if not refill:
         ordered = longest_first(prompts)

@@ -27,7 +27,7 @@ import psutil
 from rich.console import Console
 
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
-from qdense.benchmarks.generation import DECODINGS
+from qdense.inference.generation import DECODINGS
 from qdense.benchmarks.tasks import TASKS
 from qdense.events import StepDone
 from qdense.libraries import quiet_libraries

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from qdense.benchmarks.generation import Completion
+from qdense.inference.generation import Completion
 from qdense.benchmarks.results import parse_completion
 from qdense.benchmarks.scoring import RULES
 from qdense.benchmarks.tasks import Task

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from qdense.benchmarks.generation import Completion, Decoding
+from qdense.inference.generation import Completion, Decoding
 from qdense.benchmarks.tasks import Task
 from qdense.data.rows import Row
 from qdense.errors import EvaluationError

@@ -15,7 +15,7 @@ from typing import Any
 
 from qdense.benchmarks.completions import CompletionSource, CompletionStore
 from qdense.benchmarks.endpoint import EndpointModel
-from qdense.benchmarks.generation import Completion
+from qdense.inference.generation import Completion
 from qdense.benchmarks.local_model import LocalModel, load_model
 from qdense.benchmarks.request import EvaluationRequest
 from qdense.benchmarks.results import Outcomes, average, score_task

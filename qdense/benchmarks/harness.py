@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qdense.benchmarks.generation import Decoding
+from qdense.inference.generation import Decoding
 from qdense.benchmarks.scoring import AnswerKind
 from qdense.benchmarks.tasks import GROUPS, Task, load_items
 from qdense.cache import write_atomically

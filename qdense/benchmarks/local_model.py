@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdense.benchmarks.generation import Completion, Prompt, generate
+from qdense.inference.generation import Completion, Prompt, generate
 from qdense.benchmarks.request import EvaluationRequest
 from qdense.benchmarks.tasks import Task
 from qdense.data.rows import Row

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdense.benchmarks.endpoint import Endpoint
-from qdense.benchmarks.generation import DECODINGS, Decoding
+from qdense.inference.generation import DECODINGS, Decoding
 from qdense.benchmarks.tasks import Task
 
 

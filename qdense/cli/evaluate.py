@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
         quiet_libraries()
         from qdense.benchmarks.endpoint import Endpoint
         from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
-        from qdense.benchmarks.generation import DECODINGS
+        from qdense.inference.generation import DECODINGS
         from qdense.events import Notice
         from qdense.runs import newest_finished_run
 

@@ -70,7 +70,7 @@ def _export(arguments: argparse.Namespace, tasks: Sequence[Task]) -> None:
     if not folder:
         raise QDenseError("--export lm-eval: name the folder to write into")
 
-    from qdense.benchmarks.generation import DECODINGS
+    from qdense.inference.generation import DECODINGS
     from qdense.benchmarks.harness import export
     from qdense.cache import cache_dir
     from qdense.data.templates import template_named

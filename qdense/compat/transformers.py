@@ -3,7 +3,7 @@
 Used elsewhere, without a private name, and tested by tests/compat/test_transformers.py:
 
 - A cache is a list `layers`, made by `layer_class_to_replicate`, on which a model only calls `update`, and whose length is
-  that of `keys`: qdense/benchmarks/generation.py, or every token of a batch copies its whole cache.
+  that of `keys`: qdense/inference/generation.py, or every token of a batch copies its whole cache.
 - A registered attention function gets further arguments of the model's call, and no mask unless one is registered for it:
   qdense/modeling/packing.py, or packed rows see each other.
 - A model computes its logits by its output layer's `forward`, once, and passes them to its loss: qdense/modeling/loss.py.

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from qdense.benchmarks import completions as completions_module
 from qdense.benchmarks import local_model as local_model_module
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
-from qdense.benchmarks.generation import DECODINGS, generate
+from qdense.inference.generation import DECODINGS, generate
 from qdense.benchmarks.tasks import TASKS, load_items, tasks_named
 from qdense.data.rows import Columns
 from qdense.errors import AdapterError, DataError, EvaluationError, QDenseError

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
-from qdense.benchmarks.generation import DECODINGS
+from qdense.inference.generation import DECODINGS
 from qdense.benchmarks.harness import export
 from qdense.benchmarks.tasks import GROUPS, TASKS, load_items, tasks_named
 from qdense.cli import main

@@ -13,7 +13,7 @@ import torch
 
 import qdense
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
-from qdense.benchmarks.generation import DECODINGS
+from qdense.inference.generation import DECODINGS
 from qdense.benchmarks.tasks import TASKS
 from qdense.cli import main
 from qdense.errors import EvaluationError, QDenseError, RecipeError

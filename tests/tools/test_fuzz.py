@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
-from qdense.benchmarks.generation import DECODINGS
+from qdense.inference.generation import DECODINGS
 from qdense.benchmarks.results import read_completions
 from qdense.benchmarks.tasks import TASKS
 from qdense.data.rows import read_rows

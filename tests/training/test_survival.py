@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
-from qdense.benchmarks.generation import DECODINGS
+from qdense.inference.generation import DECODINGS
 from qdense.benchmarks.tasks import TASKS
 from qdense.errors import EvaluationError, RunError, RunStopped
 from qdense.events import CheckpointSaved, EvaluationProgress, Notice, StepDone, TrainingStarted, Validated

@@ -284,7 +284,7 @@ class Stages:
 
     def generate(self) -> str:
         """Greedy completion with an adapter, prompts of 200 tokens, 128 new ones."""
-        from qdense.benchmarks.generation import DECODINGS, Prompt, generate
+        from qdense.inference.generation import DECODINGS, Prompt, generate
         from qdense.modeling.attach import attach_adapter
         from qdense.planning.generation import sequences_that_fit
 

@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig
 
-from qdense.benchmarks.generation import DECODINGS, Prompt, generate, longest_first
+from qdense.inference.generation import DECODINGS, Prompt, generate, longest_first
 from qdense.errors import EvaluationError
 from qdense.modeling.load import load_base
 from qdense.recipe import ModelRecipe

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
@@ -125,14 +125,26 @@ def generate(
         EvaluationError: not even one sequence fits in memory.
     """
     queue = longest_first(prompts)[::-1]
-    endings = _Endings(base, stop, max_new_tokens, end_token)
-    search: _Tokens | _Beams
+    endings = Endings(base, stop, max_new_tokens, end_token)
+    search: Tokens | _Beams
     while queue:
-        search = _Beams(decoding, endings) if decoding.num_beams > 1 else _Tokens(decoding, endings)
+        search = _Beams(decoding, endings) if decoding.num_beams > 1 else Tokens()
+        generation = Generation(base, model, search)
         try:
-            yield from _batches(base, model, queue, search, batch_size)
+            while queue or search.prompts:
+                free = batch_size - len(search.prompts)
+                # A prefill pauses all others, so wait until half the places are free (tools/results/generation.md).
+                if queue and free >= (batch_size + 1) // 2:
+                    new = [queue.pop() for _ in range(min(free, len(queue)))]
+                    if isinstance(search, Tokens):
+                        search.take(Running(prompt, decoding, endings) for prompt in new)
+                    else:
+                        search.take(new)
+                    generation.read(new)
+                yield from generation.choose()
+                generation.forward()
         except RuntimeError as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
+            if not is_out_of_memory(error):
                 raise
             queue += longest_first(search.prompts)[::-1]
             longest = max(len(prompt.input_ids) for prompt in queue)
@@ -149,36 +161,56 @@ def generate(
             smaller_batch(batch_size)
 
 
-@torch.no_grad()
-def _batches(
-    base: BaseModel, model: Any, queue: list[Prompt], search: _Tokens | _Beams, batch_size: int
-) -> Iterator[Completion]:
-    """Work on `queue` from its end. `search.prompts` are always those taken and not finished."""
-    batch: _Batch | None = None
-    logits = torch.empty(0)
-    while queue or search.prompts:
-        free = batch_size - len(search.prompts)
-        # A prefill pauses all others, so wait until half the places are free (tools/results/generation.md).
-        if queue and free >= (batch_size + 1) // 2:
-            new = [queue.pop() for _ in range(min(free, len(queue)))]
-            search.take(new)
-            added, added_logits = _prefill(base, model, new, search.width)
-            batch = added if batch is None else _joined(batch, added)
-            logits = torch.cat([logits.to(added_logits), added_logits])
-        assert batch is not None
-        if not torch.isfinite(logits).all():
-            row = int((~torch.isfinite(logits)).any(dim=-1).nonzero()[0])
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the card's, or the machine's, memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+class Generation:
+    """A batch in progress: `read` adds prompts to it, `choose` and `forward` in turn advance all of it by one token.
+
+    Args:
+        search: decides on the next tokens. Its `prompts` are always those taken and not finished, also if memory runs out.
+    """
+
+    def __init__(self, base: BaseModel, model: Any, search: Tokens | _Beams) -> None:
+        self.base, self.model, self.search = base, model, search
+        self._batch: _Batch | None = None
+        self._logits = self._chosen = torch.empty(0)
+        self._rows: list[int] = []
+
+    @torch.no_grad()
+    def read(self, prompts: Iterable[Prompt]) -> None:
+        """Add prompts that the search has just taken, in the same order."""
+        added, logits = _prefill(self.base, self.model, list(prompts), self.search.width)
+        self._batch = added if self._batch is None else _joined(self._batch, added)
+        self._logits = torch.cat([self._logits.to(logits), logits])
+
+    @torch.no_grad()
+    def choose(self) -> list[Completion]:
+        """Choose each sequence's next token; returns those that it ends, which leave the batch.
+
+        Raises:
+            EvaluationError: the model's logits are not finite.
+        """
+        if not torch.isfinite(self._logits).all():
+            row = int((~torch.isfinite(self._logits)).any(dim=-1).nonzero()[0])
             raise EvaluationError(
-                f"item {search.prompts[row // search.width].index}: the model's logits are not finite. "
+                f"item {self.search.prompts[row // self.search.width].index}: the model's logits are not finite. "
                 "Its adapter has absurd values (see alpha in its adapter_config.json), or its training diverged."
             )
-        rows, tokens, completions = search.advance(logits)
-        yield from completions
-        if not rows:
-            batch, logits = None, torch.empty(0)
-            continue
-        batch.select(rows)
-        logits = batch.forward(model, tokens)
+        self._rows, self._chosen, completions = self.search.advance(self._logits)
+        return completions
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        """Read the chosen tokens."""
+        assert self._batch is not None
+        if not self._rows:
+            self._batch, self._logits = None, torch.empty(0)
+            return
+        self._batch.select(self._rows)
+        self._logits = self._batch.forward(self.model, self._chosen)
 
 
 # --- the batch: one padded cache --------------------------------------------------------------------------------------------
@@ -306,8 +338,13 @@ def _joined(first: _Batch, second: _Batch) -> _Batch:
 # --- when a sequence ends -----------------------------------------------------------------------------------------------------
 
 
-class _Endings:
-    """Decides whether a sequence has ended, and turns it into a completion."""
+class Endings:
+    """Decides whether a sequence has ended, and turns it into a completion.
+
+    Args:
+        stop: texts that end it.
+        end_token: a token that ends it, besides the tokenizer's and the model's own EOS.
+    """
 
     def __init__(self, base: BaseModel, stop: Sequence[str], max_new_tokens: int, end_token: str | None) -> None:
         self.tokenizer, self.stop, self.max_new_tokens = base.tokenizer, tuple(stop), max_new_tokens
@@ -345,53 +382,91 @@ class _Endings:
 Advance = tuple[list[int], torch.Tensor, list[Completion]]
 
 
-class _Tokens:
+@dataclass(eq=False)
+class Running:
+    """A prompt and what has been written after it, one token at a time.
+
+    Attributes:
+        num_logprobs: how many of the likeliest tokens to record at each place, besides the chosen one; None records nothing.
+        logprobs: for each token its log probability, and the likeliest tokens with theirs, at temperature 1.
+    """
+
+    prompt: Prompt
+    decoding: Decoding
+    endings: Endings
+    num_logprobs: int | None = None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # A generator for each sequence, so that its samples do not depend on the batch or on earlier work.
+        self.generator = random.Random(f"{self.decoding.seed}:{self.prompt.index}:{self.prompt.sample}")
+
+    def record(self, logits: torch.Tensor) -> None:
+        """The log probability of the newest token, from logits (vocabulary,)."""
+        assert self.num_logprobs is not None
+        logprobs = torch.log_softmax(logits, dim=-1)
+        values, tokens = logprobs.topk(self.num_logprobs)
+        best = list(zip(tokens.tolist(), values.tolist(), strict=True))
+        self.logprobs.append((float(logprobs[self.tokens[-1]]), best))
+
+
+class Tokens:
     """One token at a time for each sequence: the most likely one, or a sampled one."""
 
     width = 1
 
-    def __init__(self, decoding: Decoding, endings: _Endings) -> None:
-        self.decoding, self.endings = decoding, endings
-        self.prompts: list[Prompt] = []
-        self.tokens: list[list[int]] = []
-        self.generators: list[random.Random] = []
+    def __init__(self) -> None:
+        self.sequences: list[Running] = []
 
-    def take(self, prompts: Sequence[Prompt]) -> None:
-        self.prompts += prompts
-        self.tokens += [[] for _ in prompts]
-        # A generator for each sequence, so that its samples do not depend on the batch or on earlier work.
-        self.generators += [random.Random(f"{self.decoding.seed}:{p.index}:{p.sample}") for p in prompts]
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [sequence.prompt for sequence in self.sequences]
+
+    def take(self, sequences: Iterable[Running]) -> None:
+        self.sequences += sequences
 
     def advance(self, logits: torch.Tensor) -> Advance:
         chosen = self._choose(logits)
         rows, completions = [], []
-        for row, token in enumerate(chosen.tolist()):
-            self.tokens[row].append(token)
-            finish = self.endings.finish(self.tokens[row])
+        for row, (sequence, token) in enumerate(zip(self.sequences, chosen.tolist(), strict=True)):
+            sequence.tokens.append(token)
+            if sequence.num_logprobs is not None:
+                sequence.record(logits[row])
+            finish = sequence.endings.finish(sequence.tokens)
             if finish is None:
                 rows.append(row)
             else:
-                completions.append(self.endings.completion(self.prompts[row], self.tokens[row], finish))
+                completions.append(sequence.endings.completion(sequence.prompt, sequence.tokens, finish))
         if completions:
             chosen = chosen[rows]  # before any sequence is removed, because this may run out of memory
-            self.prompts = [self.prompts[row] for row in rows]
-            self.tokens = [self.tokens[row] for row in rows]
-            self.generators = [self.generators[row] for row in rows]
+            self.sequences = [self.sequences[row] for row in rows]
         return rows, chosen, completions
 
     def _choose(self, logits: torch.Tensor) -> torch.Tensor:
-        if not self.decoding.temperature:
-            return logits.argmax(dim=-1)
-        probabilities = torch.softmax(logits / self.decoding.temperature, dim=-1)
-        probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        reached = probabilities.cumsum(dim=-1)
-        # A token is kept while those before it sum to less than top_p; the first always is.
-        is_kept = reached - probabilities < self.decoding.top_p
-        kept = torch.where(is_kept, probabilities, 0.0).cumsum(dim=-1)
-        drawn = torch.tensor([generator.random() for generator in self.generators], device=logits.device)
-        place = torch.searchsorted(kept, (drawn * kept[:, -1])[:, None], right=True)
-        # In float32 a draw may round to 1, beyond all kept tokens.
-        return order.gather(1, place.minimum(is_kept.sum(dim=-1, keepdim=True) - 1))[:, 0]
+        chosen = logits.argmax(dim=-1)
+        sampled = [row for row, sequence in enumerate(self.sequences) if sequence.decoding.temperature]
+        if sampled:
+            chosen[sampled] = _sample(logits[sampled], [self.sequences[row] for row in sampled])
+        return chosen
+
+
+def _sample(logits: torch.Tensor, sequences: Collection[Running]) -> torch.Tensor:
+    """A token for each of the sequences, drawn at its temperature from its likeliest tokens."""
+
+    def column(values: Iterable[float]) -> torch.Tensor:
+        return torch.tensor(list(values), device=logits.device)[:, None]
+
+    probabilities = torch.softmax(logits / column(sequence.decoding.temperature for sequence in sequences), dim=-1)
+    probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    reached = probabilities.cumsum(dim=-1)
+    # A token is kept while those before it sum to less than top_p; the first always is.
+    is_kept = reached - probabilities < column(sequence.decoding.top_p for sequence in sequences)
+    kept = torch.where(is_kept, probabilities, 0.0).cumsum(dim=-1)
+    drawn = column(sequence.generator.random() for sequence in sequences)
+    place = torch.searchsorted(kept, drawn * kept[:, -1:], right=True)
+    # In float32 a draw may round to 1, beyond all kept tokens.
+    return order.gather(1, place.minimum(is_kept.sum(dim=-1, keepdim=True) - 1))[:, 0]
 
 
 class _Beams:
@@ -402,7 +477,7 @@ class _Beams:
     score per token of its best running beam is no better than that of the worst finished one.
     """
 
-    def __init__(self, decoding: Decoding, endings: _Endings) -> None:
+    def __init__(self, decoding: Decoding, endings: Endings) -> None:
         self.width, self.endings = decoding.num_beams, endings
         # Enough candidates for `width` to continue even if all others end.
         self.num_candidates = max(2, 1 + len(endings.eos)) * self.width

@@ -23,13 +23,13 @@ import safetensors.torch
 import tomli_w
 import torch
 
-from qdense.inference.generation import DECODINGS, Prompt, generate
 from qdense.benchmarks.scoring import LETTER, NUMBER, TEXT, numbered, options
 from qdense.cli import main
 from qdense.data.rows import Columns, rows_from_records
 from qdense.data.wordproblems import test_rows as wordproblems
 from qdense.errors import AdapterError, DataError, EvaluationError, ModelError, QDenseError, RecipeError
 from qdense.events import StepDone
+from qdense.inference.generation import DECODINGS, Prompt, generate
 from qdense.modeling import adapter_config as adapter_config_module
 from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card, save_adapter
 from qdense.modeling.attach import attach_adapter

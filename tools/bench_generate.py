@@ -27,9 +27,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
-from qdense.inference.generation import DECODINGS, Prompt, generate, longest_first
 from qdense.benchmarks.tasks import load_items, task_named
 from qdense.data.templates import template_named
+from qdense.inference.generation import DECODINGS, Prompt, generate, longest_first
 from qdense.libraries import quiet_libraries
 from qdense.modeling.adapter_files import load_adapter, read_card
 from qdense.modeling.load import BaseModel, load_base

@@ -49,14 +49,13 @@ import tomli_w
 import torch
 from safetensors.torch import load_file, save_file
 
-from qdense.benchmarks import local_model
-from qdense.benchmarks.request import EvaluationRequest
 from qdense.benchmarks.results import read_completions, score_task
 from qdense.benchmarks.tasks import TASKS
 from qdense.data.rows import STANDARD_COLUMNS, read_rows
 from qdense.errors import QDenseError
 from qdense.events import ignore
 from qdense.experiments.experiment import builtin_experiments, load_experiment
+from qdense.inference import loaded as loaded_models
 from qdense.libraries import quiet_libraries
 from qdense.methods import METHODS
 from qdense.modeling.adapter_files import AdapterCard, save_adapter
@@ -422,10 +421,11 @@ class Adapters:
                 path.write_text(json.dumps(json.loads(content) | self._expression(mutator)))
 
         def check() -> None:
-            request = EvaluationRequest([TASKS["gsm8k"]], self.folder, {}, with_base=False)
             # `qdense evaluate` gets the base that is at hand, whatever a mutated card names.
-            with mock.patch.object(local_model, "load_base", lambda recipe, *_, **__: self._base(recipe.quantization)):
-                loaded = local_model.load_model(request, self.folder, ignore)
+            with mock.patch.object(
+                loaded_models, "load_base", lambda recipe, *_, **__: self._base(recipe.quantization)
+            ):
+                loaded = loaded_models.load_model({"adapter": self.folder}, ignore)
             with torch.no_grad():
                 logits = loaded.model(torch.arange(5).reshape(1, 5)).logits
             assert torch.isfinite(logits).all(), "logits that are no numbers"

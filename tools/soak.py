@@ -27,9 +27,9 @@ import psutil
 from rich.console import Console
 
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
-from qdense.inference.generation import DECODINGS
 from qdense.benchmarks.tasks import TASKS
 from qdense.events import StepDone
+from qdense.inference.generation import DECODINGS
 from qdense.libraries import quiet_libraries
 from qdense.provenance import git_hash, package_versions
 from qdense.recipe import recipe_from_tables

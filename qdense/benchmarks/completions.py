@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from qdense.inference.generation import Completion
 from qdense.benchmarks.results import parse_completion
 from qdense.benchmarks.scoring import RULES
 from qdense.benchmarks.tasks import Task
@@ -24,6 +23,7 @@ from qdense.cache import write_atomically
 from qdense.data.rows import Row
 from qdense.errors import EvaluationError
 from qdense.events import Emit, EvaluationProgress, Notice
+from qdense.inference.generation import Completion
 from qdense.provenance import git_hash
 from qdense.runs import EvaluationFolder, RunFolder
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from qdense.inference.generation import Completion, Decoding
 from qdense.benchmarks.tasks import Task
 from qdense.data.rows import Row
 from qdense.errors import EvaluationError
+from qdense.inference.generation import Completion, Decoding
 from qdense.runs import RunFolder
 
 KEY_VARIABLE = "OPENAI_API_KEY"

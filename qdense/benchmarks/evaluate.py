@@ -15,8 +15,7 @@ from typing import Any
 
 from qdense.benchmarks.completions import CompletionSource, CompletionStore
 from qdense.benchmarks.endpoint import EndpointModel
-from qdense.inference.generation import Completion
-from qdense.benchmarks.local_model import LocalModel, load_model
+from qdense.benchmarks.local_model import LocalModel
 from qdense.benchmarks.request import EvaluationRequest
 from qdense.benchmarks.results import Outcomes, average, score_task
 from qdense.benchmarks.scoring import RULES
@@ -27,6 +26,8 @@ from qdense.data.rows import Row
 from qdense.data.sources import DataSet, load_named_or_file, load_training_set
 from qdense.errors import EvaluationError
 from qdense.events import Emit, EvaluationDone, EvaluationStarted, Notice
+from qdense.inference.generation import Completion
+from qdense.inference.loaded import load_model
 from qdense.provenance import package_versions
 from qdense.recipe import load_recipe
 from qdense.runs import RunFolder, find_adapter
@@ -60,7 +61,13 @@ def _completion_sources(request: EvaluationRequest, adapter: Path | None, emit: 
     """The models to score, in order; the requested one is last."""
     if request.endpoint is not None:
         return [EndpointModel(request.endpoint, request.decoding, request.tasks, request.max_new_tokens)]
-    loaded = load_model(request, adapter, emit)
+    adapters = {} if adapter is None else {"adapter": adapter}
+    loaded = load_model(adapters, emit, model=request.model, template=request.template)
+    if request.with_base and adapter is not None and not loaded.adapters["adapter"].is_separate:
+        raise EvaluationError(
+            f"--with-base: {adapter} is a whole model ({loaded.adapters['adapter'].card.method}), which is not separate from its "
+            f"base. Score the base separately: qdense evaluate TASKS --model {loaded.base.name}"
+        )
     asked = LocalModel(loaded, request, emit, with_adapter=adapter is not None)
     if request.with_base and adapter is not None:
         return [LocalModel(loaded, request, emit, with_adapter=False), asked]

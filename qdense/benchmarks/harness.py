@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qdense.inference.generation import Decoding
 from qdense.benchmarks.scoring import AnswerKind
 from qdense.benchmarks.tasks import GROUPS, Task, load_items
 from qdense.cache import write_atomically
@@ -29,6 +28,7 @@ from qdense.data.sources import locate
 from qdense.data.templates import Template
 from qdense.errors import EvaluationError
 from qdense.events import Emit, ignore
+from qdense.inference.generation import Decoding
 from qdense.version import __version__
 
 PREFIX = "qdense_"

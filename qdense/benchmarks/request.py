@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdense.benchmarks.endpoint import Endpoint
-from qdense.inference.generation import DECODINGS, Decoding
 from qdense.benchmarks.tasks import Task
+from qdense.inference.generation import DECODINGS, Decoding
 
 
 @dataclass(frozen=True)

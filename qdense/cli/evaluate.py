@@ -115,8 +115,8 @@ def run(arguments: argparse.Namespace) -> None:
         quiet_libraries()
         from qdense.benchmarks.endpoint import Endpoint
         from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
-        from qdense.inference.generation import DECODINGS
         from qdense.events import Notice
+        from qdense.inference.generation import DECODINGS
         from qdense.runs import newest_finished_run
 
         adapter, endpoint = arguments.adapter, None

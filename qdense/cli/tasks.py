@@ -70,10 +70,10 @@ def _export(arguments: argparse.Namespace, tasks: Sequence[Task]) -> None:
     if not folder:
         raise QDenseError("--export lm-eval: name the folder to write into")
 
-    from qdense.inference.generation import DECODINGS
     from qdense.benchmarks.harness import export
     from qdense.cache import cache_dir
     from qdense.data.templates import template_named
+    from qdense.inference.generation import DECODINGS
 
     template, decoding = template_named(arguments.template or "alpaca"), DECODINGS[arguments.decoding or "greedy"]
     names = export(tasks, Path(folder), arguments.data_dir, template, decoding)

@@ -40,6 +40,7 @@ class Template:
         adds_special_tokens: whether the tokenizer adds BOS and training EOS. A chat template writes them itself.
         end_token: the special token by which a chat template ends an answer; the tokenizer's EOS may be another.
         split: Row -> the training text in pieces, if it is not one prompt and one response.
+        conversation: messages -> the text that ends where the next answer begins; None if the template has single questions.
     """
 
     name: str
@@ -50,6 +51,20 @@ class Template:
     adds_special_tokens: bool = True
     end_token: str | None = None
     split: Callable[[Row], list[Piece]] | None = None
+    conversation: Callable[[Sequence[Message]], str] | None = None
+
+    def conversation_prompt(self, messages: Sequence[Message]) -> str:
+        """The text that ends where the next answer begins. Raises DataError if this template cannot express it."""
+        if not messages or messages[-1].role != "user":
+            raise DataError("the last message must be the user's: it is what the model answers")
+        if self.conversation is not None:
+            return self.conversation(messages)
+        if len(messages) > 1:
+            raise DataError(
+                f'the template "{self.name}" has single questions: no system prompt and no earlier turns. Send one message of '
+                "the user, or choose a template of conversations: chat, chatml, llama3"
+            )
+        return self.evaluation_prompt(Row(messages[0].content, "", ""))
 
     def pieces(self, row: Row) -> list[Piece]:
         """A training text. Raises DataError for a conversation that a chat template refuses."""
@@ -75,6 +90,7 @@ def _chat_template(name: str, tokenizer: Any) -> Template:
         adds_special_tokens=False,
         end_token=_end_token(render, tokenizer),
         split=lambda row: _turns(render, _messages_of(row)),
+        conversation=lambda messages: render(messages, is_open=True),
     )
 
 
@@ -220,7 +236,7 @@ def chat_template_for(tokenizer: Any) -> str:
     return "llama3" if "<|start_header_id|>" in tokenizer.get_vocab() else "chatml"
 
 
-def prompt_ids(template: Template, row: Row, tokenizer: Any) -> list[int]:
-    """The tokens of a prompt, ready for the answer."""
-    ids = tokenizer(template.evaluation_prompt(row), add_special_tokens=template.adds_special_tokens)["input_ids"]
-    return list(ids)
+def prompt_ids(template: Template, prompt: Row | Sequence[Message], tokenizer: Any) -> list[int]:
+    """The tokens of a row's prompt, or of a conversation, ready for the answer."""
+    text = template.evaluation_prompt(prompt) if isinstance(prompt, Row) else template.conversation_prompt(prompt)
+    return list(tokenizer(text, add_special_tokens=template.adds_special_tokens)["input_ids"])

@@ -203,6 +203,17 @@ class Generation:
         return completions
 
     @torch.no_grad()
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop the other sequences; between `forward` and `choose`, and for one token at a time only."""
+        assert isinstance(self.search, Tokens)
+        self.search.keep(rows)
+        if rows and self._batch is not None:
+            self._batch.select(list(rows))
+            self._logits = self._logits[list(rows)]
+        else:
+            self._batch, self._logits = None, torch.empty(0)
+
+    @torch.no_grad()
     def forward(self) -> None:
         """Read the chosen tokens."""
         assert self._batch is not None
@@ -425,6 +436,9 @@ class Tokens:
 
     def take(self, sequences: Iterable[Running]) -> None:
         self.sequences += sequences
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.sequences = [self.sequences[row] for row in rows]
 
     def advance(self, logits: torch.Tensor) -> Advance:
         chosen = self._choose(logits)

@@ -69,7 +69,7 @@ def save_trainable(model: Any, path: Path) -> None:
     temporary.replace(path)
 
 
-def _read_weights(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+def _read_weights(model: Any, folder: Path, name: str) -> dict[str, torch.Tensor]:
     """The tensors saved in `folder`; AdapterError unless they are exactly those of the model's adapter (PEFT only warns)."""
     from peft import get_peft_model_state_dict
     from peft.utils import load_peft_weights
@@ -81,7 +81,7 @@ def _read_weights(model: Any, folder: Path) -> dict[str, torch.Tensor]:
     _refuse_odd_values(folder, weights)
     if len(dtypes := {tensor.dtype for tensor in weights.values()}) > 1:
         raise AdapterError(f"{folder}: its tensors are of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     missing, unexpected = sorted(expected - set(weights)), sorted(set(weights) - expected)
     if missing or unexpected:
         raise AdapterError(
@@ -140,8 +140,14 @@ def read_card(folder: Path) -> AdapterCard:
     return AdapterCard(model={"name": name}, fingerprint=None, template="alpaca", method=called)
 
 
-def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
+def load_adapter(
+    base: BaseModel, folder: Path, card: AdapterCard, *, name: str = "default", beside: Any | None = None
+) -> Any:
     """Add a saved adapter to the base for inference, in the dtype it was saved in.
+
+    Args:
+        name: what PEFT is to call it.
+        beside: the PeftModel of this base to which it is added, if there is one.
 
     Returns:
         A PeftModel; for a fully fine-tuned model the base's own, with the saved weights.
@@ -159,18 +165,30 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
         )
     method = METHODS.get(card.method)
     if method is not None and not method.is_adapter:
+        if beside is not None:
+            raise AdapterError(f"{folder}: is a whole model ({method.name}), which shares no base with adapters")
         return _load_whole_model(base, folder)
     if not (folder / PEFT_WEIGHTS_FILE).is_file():
         # PEFT would treat the folder's name as a hub id
         raise AdapterError(f"{folder}: has no {PEFT_WEIGHTS_FILE}")
     # What mends PEFT depends on what is loaded, not on the name in the card.
     names = [name for name, _ in base.model.named_modules()]
-    loaded = method_of(checked_configuration(folder, base.name, names))
+    configuration = checked_configuration(folder, base.name, names)
+    loaded = method_of(configuration)
+    if beside is not None and configuration["peft_type"] != beside.peft_config[beside.active_adapter].peft_type:
+        raise AdapterError(
+            f"{folder}: is a {configuration['peft_type']} adapter, and those that are loaded already are "
+            f"{beside.peft_config[beside.active_adapter].peft_type.value}. Adapters on one base must be of one type."
+        )
     before = WeightSample(base.model)
     if loaded is None or loaded.reads_base_weights:
         never_repack(base.model)
     try:
-        model = PeftModel.from_pretrained(base.model, folder, autocast_adapter_dtype=False)
+        if beside is None:
+            model = PeftModel.from_pretrained(base.model, folder, name, autocast_adapter_dtype=False)
+        else:
+            model = beside
+            model.load_adapter(str(folder), name, autocast_adapter_dtype=False)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # PEFT raises anything for a wrong value in its configuration
@@ -180,13 +198,13 @@ def load_adapter(base: BaseModel, folder: Path, card: AdapterCard) -> Any:
             f"{folder}: loading it changed the weights of {base.name} ({changed}), so neither would be what its name says. "
             "The base in memory must no longer be used."
         )
-    weights = _read_weights(model, folder)
-    config = model.peft_config["default"]
+    weights = _read_weights(model, folder, name)
+    config = model.peft_config[name]
     if getattr(config, "alora_invocation_tokens", None) is not None:
         raise AdapterError(f"{folder}: an activated LoRA (alora_invocation_tokens), which qdense does not run")
     # PEFT creates the tensors in the base's dtype, which rounds them; restore the saved dtype and values.
-    for name, tensor in adapter_tensors(model):
-        tensor.data = weights[name].to(tensor.device)
+    for key, tensor in adapter_tensors(model, name):
+        tensor.data = weights[key].to(tensor.device)
     if loaded is not None:
         loaded.prepare(model)
     return model

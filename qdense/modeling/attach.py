@@ -75,13 +75,15 @@ def _trainable_base(base: BaseModel, recipe: AdapterRecipe) -> Any:
     return base.model
 
 
-def adapter_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def adapter_tensors(model: Any, adapter_name: str = "default") -> Iterator[tuple[str, torch.Tensor]]:
     """Name in the saved file and tensor in the model of everything that PEFT saves of the adapter, frozen parts included."""
     from peft import get_peft_model_state_dict
 
     names = {
         tensor.data_ptr(): name
-        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+        for name, tensor in get_peft_model_state_dict(
+            model, adapter_name=adapter_name, save_embedding_layers=False
+        ).items()
         if tensor.numel()  # a layer whose rank was cut to 0 has no memory to identify it
     }
     for tensor in (*model.parameters(), *model.buffers()):

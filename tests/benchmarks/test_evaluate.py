@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from qdense.benchmarks import completions as completions_module
 from qdense.benchmarks import local_model as local_model_module
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
-from qdense.inference.generation import DECODINGS, generate
 from qdense.benchmarks.tasks import TASKS, load_items, tasks_named
 from qdense.data.rows import Columns
 from qdense.errors import AdapterError, DataError, EvaluationError, QDenseError
 from qdense.events import EvaluationProgress, Notice
+from qdense.inference import loaded as loaded_module
+from qdense.inference.generation import DECODINGS, generate
 from qdense.modeling.adapter_files import AdapterCard, load_adapter, save_adapter
 from qdense.modeling.attach import attach_adapter, trainable_parameters
 from qdense.modeling.load import load_base
@@ -360,7 +361,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(tiny_model, tmp_path, 
 
 def test_the_batch_is_as_large_as_the_memory_allows(finished_run, monkeypatch):
     def settings_with(memory_bytes):
-        monkeypatch.setattr(local_model_module, "memory_total", lambda device: memory_bytes)
+        monkeypatch.setattr(loaded_module, "memory_total", lambda device: memory_bytes)
         summary = evaluate(request_for(finished_run, batch_size=None, limit=2), ignore)
         return json.loads(files(summary)["settings.json"])["batch_size"]
 

@@ -11,13 +11,13 @@ import torch
 import yaml
 
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
-from qdense.inference.generation import DECODINGS
 from qdense.benchmarks.harness import export
 from qdense.benchmarks.tasks import GROUPS, TASKS, load_items, tasks_named
 from qdense.cli import main
 from qdense.data.rows import Row
 from qdense.data.templates import TEMPLATES
 from qdense.events import ignore
+from qdense.inference.generation import DECODINGS
 from qdense.modeling.adapter_files import AdapterCard, save_adapter
 from qdense.modeling.attach import attach_adapter
 from qdense.modeling.load import load_base

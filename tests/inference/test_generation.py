@@ -11,8 +11,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig
 
-from qdense.inference.generation import DECODINGS, Prompt, generate, longest_first
 from qdense.errors import EvaluationError
+from qdense.inference.generation import DECODINGS, Prompt, generate, longest_first
 from qdense.modeling.load import load_base
 from qdense.recipe import ModelRecipe
 from tests.helpers.models import make_tiny_model

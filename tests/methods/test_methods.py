@@ -13,11 +13,11 @@ import torch
 
 import qdense
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
-from qdense.inference.generation import DECODINGS
 from qdense.benchmarks.tasks import TASKS
 from qdense.cli import main
 from qdense.errors import EvaluationError, QDenseError, RecipeError
 from qdense.events import CheckpointSaved, Notice, StepDone
+from qdense.inference.generation import DECODINGS
 from qdense.methods import METHODS, PEFT_TYPES, Method, method_of, sizes_in
 from qdense.methods.adalora import final_ranks
 from qdense.methods.costs import Costs, ModuleCosts, WeightCosts

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
-from qdense.inference.generation import DECODINGS
 from qdense.benchmarks.results import read_completions
 from qdense.benchmarks.tasks import TASKS
 from qdense.data.rows import read_rows
 from qdense.errors import AdapterError, DataError, EvaluationError, RecipeError
 from qdense.events import ignore
+from qdense.inference.generation import DECODINGS
 from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card, save_adapter
 from qdense.modeling.attach import attach_adapter
 from qdense.modeling.load import load_base

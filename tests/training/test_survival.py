@@ -17,10 +17,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
-from qdense.inference.generation import DECODINGS
 from qdense.benchmarks.tasks import TASKS
 from qdense.errors import EvaluationError, RunError, RunStopped
 from qdense.events import CheckpointSaved, EvaluationProgress, Notice, StepDone, TrainingStarted, Validated
+from qdense.inference.generation import DECODINGS
 from qdense.modeling.load import load_base
 from qdense.recipe import ModelRecipe, load_recipe
 from qdense.runs import RunFolder

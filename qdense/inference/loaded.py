@@ -1,0 +1,143 @@
+"""A base in memory with its adapters, and the conversation that each of them was trained on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qdense.data.templates import check_template
+from qdense.device import memory_total
+from qdense.errors import AdapterError, DataError
+from qdense.events import Emit, Notice
+from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card
+from qdense.modeling.load import BaseModel, load_base
+from qdense.planning.generation import sequences_that_fit
+from qdense.planning.shapes import shape_of_config
+from qdense.recipe import ModelRecipe, recipe_from_tables
+from qdense.runs import CARD_FILE
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter on the base.
+
+    Attributes:
+        peft_name: its name in the PeftModel. (PEFT allows no dots in one.)
+        template: the prompt template it was trained with, or the one asked for.
+        is_separate: whether the base can still answer without it; not so for a fully fine-tuned model.
+    """
+
+    folder: Path
+    card: AdapterCard
+    peft_name: str
+    template: str
+    is_separate: bool
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base in memory, and the adapters on it.
+
+    Attributes:
+        recipe: how the base was loaded.
+        model: the PeftModel; the base's own without an adapter, or for a fully fine-tuned model.
+        adapters: by the names they were given.
+    """
+
+    recipe: ModelRecipe
+    base: BaseModel
+    model: Any
+    adapters: Mapping[str, LoadedAdapter]
+
+    @contextlib.contextmanager
+    def answering(self, name: str | None) -> Iterator[None]:
+        """While this is entered the model answers with the adapter of this name, or as the bare base (None)."""
+        if not any(adapter.is_separate for adapter in self.adapters.values()):
+            assert name is not None or not self.adapters
+            yield
+        elif name is None:
+            with self.model.disable_adapter():
+                yield
+        else:
+            if self.model.active_adapter != (peft_name := self.adapters[name].peft_name):
+                self.model.set_adapter(peft_name, inference_mode=True)
+            yield
+
+    def sequences_that_fit(self, *, new_tokens: int, most: int) -> int:
+        """How many sequences, each with this many new tokens, fit this device's memory at a time, by the plan."""
+        return sequences_that_fit(
+            self.recipe,
+            shape_of_config(self.base.name, self.base.model.config.to_dict()),
+            new_tokens=new_tokens,
+            is_cuda=self.base.device.type == "cuda",
+            memory_bytes=memory_total(self.base.device),
+            most=most,
+        )
+
+
+def load_model(
+    adapters: Mapping[str, Path],
+    emit: Emit,
+    *,
+    model: Mapping[str, Any] | None = None,
+    template: str | None = None,
+) -> LoadedModel:
+    """Load the base that `model` names, or that the adapters were made for, and the adapters.
+
+    Args:
+        adapters: their folders, by the names they are to have.
+        model: `name`, `quantization`, `dtype` of the base, where they should differ from what the adapters recorded.
+        template: used in place of the adapters' own.
+
+    Raises:
+        QDenseError: one of them cannot be loaded, or they do not belong together.
+    """
+    cards = {name: read_card(folder) for name, folder in adapters.items()}
+    for name, card in cards.items():
+        if template is None:
+            try:  # before anything large is loaded
+                check_template(card.template)
+            except DataError as error:
+                raise AdapterError(f"{adapters[name]}: {error}; choose another with --template") from None
+    recipe = _model_recipe(dict(model or {}), adapters, cards)
+    base = load_base(recipe, lambda text: emit(Notice(text)), for_training=False)
+    whole: Any = base.model
+    peft_names = ["default", *(f"adapter{number}" for number in range(1, len(adapters)))]
+    for (name, folder), peft_name in zip(adapters.items(), peft_names, strict=False):
+        if cards[name].fingerprint is None:
+            emit(Notice(f"{folder}: has no {CARD_FILE}, so it is not known whether {base.name} is its base", "warning"))
+        beside = whole if peft_name != "default" else None
+        whole = load_adapter(base, folder, cards[name], name=peft_name, beside=beside)
+    whole.eval()
+    is_separate = hasattr(whole, "disable_adapter")
+    loaded = {
+        name: LoadedAdapter(folder, cards[name], peft_name, template or cards[name].template, is_separate)
+        for (name, folder), peft_name in zip(adapters.items(), peft_names, strict=False)
+    }
+    return LoadedModel(recipe, base, whole, loaded)
+
+
+def _model_recipe(asked: dict[str, Any], adapters: Mapping[str, Path], cards: Mapping[str, AdapterCard]) -> ModelRecipe:
+    """How to load the base: as requested, else as the adapters recorded."""
+    recipes: dict[str, ModelRecipe] = {}
+    for name, card in cards.items() or {"": None}.items():
+        recorded = dict(card.model) if card else {}
+        if "name" in asked:
+            recorded.pop("revision", None)  # a different folder may have a different history
+        tables = {"model": {**recorded, **asked}, "data": {"name": "wordproblems"}}
+        source = f"{adapters[name]}, its base" if card else "the model to load"
+        recipes[name] = recipe_from_tables(tables, source=source).model
+    (first, recipe), *others = recipes.items()
+    for name, other in others:
+        differing = [key for key, value in recipe if getattr(other, key) != value]
+        if differing:
+            key = differing[0]
+            raise AdapterError(
+                f"{adapters[name]}: model.{key} = {getattr(other, key)!r}, but {getattr(recipe, key)!r} for {adapters[first]}. "
+                "Adapters that share a base must load it in the same way: use --model, --quantization or --dtype for all, or a "
+                "server for each."
+            )
+    return recipe

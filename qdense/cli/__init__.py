@@ -21,16 +21,19 @@ from types import ModuleType
 from qdense import __version__
 from qdense.cli import (
     analyze,
+    chat,
     compare,
     data,
     doctor,
     evaluate,
+    generate,
     init,
     merge,
     params,
     plan,
     report,
     score,
+    serve,
     sweep,
     tasks,
     train,
@@ -44,6 +47,9 @@ COMMANDS: dict[str, ModuleType] = {
     "plan": plan,
     "train": train,
     "evaluate": evaluate,
+    "chat": chat,
+    "generate": generate,
+    "serve": serve,
     "merge": merge,
     "score": score,
     "compare": compare,
@@ -63,6 +69,7 @@ examples:
   qdense plan questions.toml                           will it fit, and how fast will it be
   qdense train questions.toml                          train; --resume continues after whatever ended it
   qdense evaluate gsm8k,svamp --adapter runs/questions --with-base
+  qdense chat runs/questions                           talk with it; `qdense serve` is for OpenAI clients
   qdense compare runs/lora runs/dense
 
 `qdense COMMAND --help` has more of each.

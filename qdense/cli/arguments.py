@@ -65,6 +65,53 @@ def add_data_dir(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_base(parser: argparse._ActionsContainer, *, alone: str) -> None:
+    """How the base is loaded, and the template, where they should differ from what the adapter recorded.
+
+    Args:
+        alone: what `--model` does without an adapter, if that is possible.
+    """
+    parser.add_argument(
+        "--model", metavar="NAME", help=f"the base model, if not the one recorded with the adapter{alone}"
+    )
+    parser.add_argument(
+        "--quantization",
+        choices=("nf4", "int8", "none"),
+        help="how to load the base (default: as recorded with the adapter; nf4)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="the base's compute dtype (default: as recorded with the adapter; bfloat16)",
+    )
+    parser.add_argument(
+        "--template",
+        metavar="NAME",
+        help="prompt template, if not the adapter's: alpaca, llm-adapters, chat, chatml, llama3",
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, temperature: float) -> None:
+    """How the next token is chosen, and how many there may be."""
+    parser.add_argument(
+        "--temperature",
+        type=temperature_or_zero,
+        default=temperature,
+        metavar="T",
+        help="0 takes the likeliest token; above it, tokens are drawn (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=probability,
+        metavar="P",
+        help="draw from the likeliest tokens that together have this probability (default: 1)",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="the random seed (default: 0)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, metavar="N", default=512, help="longest answer, in tokens (default: 512)"
+    )
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
 
@@ -139,6 +186,11 @@ def layer_numbers(text: str) -> list[int]:
 def temperature(text: str) -> float:
     """A sampling temperature, above 0."""
     return _number(text, lambda number: 0 < number <= 100, "a temperature: above 0 (for 0, use --decoding greedy)")
+
+
+def temperature_or_zero(text: str) -> float:
+    """A sampling temperature, or 0 for the likeliest token."""
+    return _number(text, lambda number: 0 <= number <= 100, "a temperature: 0 or above")
 
 
 def probability(text: str) -> float:

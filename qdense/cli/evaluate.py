@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qdense.cli.arguments import add_data_dir, add_quiet, positive, probability, temperature
+from qdense.cli.arguments import add_base, add_data_dir, add_quiet, positive, probability, temperature
 from qdense.errors import QDenseError
 from qdense.libraries import quiet_libraries, require_library
 
@@ -34,21 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what = parser.add_argument_group("what is scored")
     what.add_argument("--adapter", metavar="RUN", type=Path, help="a run's folder, or an adapter in PEFT's format")
-    what.add_argument(
-        "--model",
-        metavar="NAME",
-        help="the base model, if not the one recorded with the adapter; without --adapter, it is scored bare",
-    )
-    what.add_argument(
-        "--quantization",
-        choices=("nf4", "int8", "none"),
-        help="how to load the base (default: as recorded with the adapter; nf4)",
-    )
-    what.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        help="the base's compute dtype (default: as recorded with the adapter; bfloat16)",
-    )
+    add_base(what, alone="; without --adapter, it is scored bare")
     what.add_argument("--with-base", action="store_true", help="also score the adapter's base, with the same decoding")
     what.add_argument(
         "--endpoint",
@@ -84,11 +70,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--seed", type=int, metavar="N", help="sample: the random seed (default: 0)")
     how.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest completion (default: the task's)")
-    how.add_argument(
-        "--template",
-        metavar="NAME",
-        help="prompt template, if not the adapter's: alpaca, llm-adapters, chat, chatml, llama3",
-    )
     how.add_argument("--batch-size", type=positive, metavar="N", help="sequences (with beams: items) at a time")
     add_data_dir(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else, on stdout")

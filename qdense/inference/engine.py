@@ -112,7 +112,7 @@ class Engine:
         self._numbers = itertools.count()
         self._waiting: deque[Request] = deque()
         self._batches: dict[str | None, _Batch] = {}
-        self._change = threading.Condition()
+        self._change, self._tokenizing = threading.Condition(), threading.Lock()
         self._is_closing, self.failure = False, ""
         self._thread = threading.Thread(target=self._run, name="qdense-engine", daemon=True)
         self._thread.start()
@@ -125,7 +125,17 @@ class Engine:
 
     def conversation_ids(self, model: str | None, messages: Sequence[Message]) -> list[int]:
         """The prompt's tokens. Raises DataError if the model's template cannot express this conversation."""
-        return prompt_ids(self.template(model), messages, self.loaded.base.tokenizer)
+        with self._tokenizing:
+            return prompt_ids(self.template(model), messages, self.loaded.base.tokenizer)
+
+    def text_ids(self, text: str) -> list[int]:
+        """The tokens of a text without a template."""
+        with self._tokenizing:
+            return list(self.loaded.base.tokenizer(text)["input_ids"])
+
+    def token_text(self, token: int) -> str:
+        """A token's own text, a special one's too."""
+        return str(self.loaded.base.tokenizer.decode([token]))
 
     def submit(self, request: Request) -> None:
         """Queue a request.

@@ -84,6 +84,14 @@ class Request:
     is_cancelled: bool = field(default=False, init=False)
 
 
+def _refuse_half_characters(text: str) -> None:
+    """JSON may contain half of a surrogate pair, which tokenizers do not take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"character {error.start} of the text is half a character (a lone surrogate)") from None
+
+
 class Engine:
     """Completes requests until it is closed.
 
@@ -125,11 +133,14 @@ class Engine:
 
     def conversation_ids(self, model: str | None, messages: Sequence[Message]) -> list[int]:
         """The prompt's tokens. Raises DataError if the model's template cannot express this conversation."""
+        for message in messages:
+            _refuse_half_characters(message.content)
         with self._tokenizing:
             return prompt_ids(self.template(model), messages, self.loaded.base.tokenizer)
 
     def text_ids(self, text: str) -> list[int]:
-        """The tokens of a text without a template."""
+        """The tokens of a text without a template. Raises DataError for half a character."""
+        _refuse_half_characters(text)
         with self._tokenizing:
             return list(self.loaded.base.tokenizer(text)["input_ids"])
 

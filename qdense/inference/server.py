@@ -217,7 +217,10 @@ def make_app(engine: Engine, base_name: str, key: str | None) -> FastAPI:
         ids = []
         for prompt in prompts:
             if isinstance(prompt, str):
-                ids.append(await asyncio.to_thread(engine.text_ids, prompt))
+                try:
+                    ids.append(await asyncio.to_thread(engine.text_ids, prompt))
+                except DataError as error:
+                    raise _error(400, str(error), param="prompt") from None
             elif all(0 <= token < vocabulary for token in prompt):  # type: ignore[union-attr, operator]
                 ids.append(list(prompt))  # type: ignore[arg-type]
             else:

@@ -25,7 +25,7 @@ _HELP = """\
 /compare         show the base's answer beside the adapter's, or stop doing so
 /help            this list
 /exit            leave (also Ctrl-D)
-Ctrl-C ends an answer that is too long."""
+Ctrl-C           end an answer that is too long"""
 
 
 @dataclass
@@ -69,6 +69,11 @@ class Chat:
                 if is_terminal:
                     print()
                 return
+            except KeyboardInterrupt:
+                if not is_terminal:
+                    raise
+                print("\n/exit, or Ctrl-D, leaves.")
+                continue
             if line.startswith("/"):
                 if not self._command(line):
                     return
@@ -177,4 +182,5 @@ class Chat:
         except KeyboardInterrupt:
             for request, _ in streams.values():
                 self.engine.cancel(request)
+        print()
         return answers["adapter"].strip()

@@ -79,6 +79,14 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """What merging adds to the weight: (d_out, d_in), fp32."""
         raise NotImplementedError
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `adapter_name` is a matrix of low rank, so that PEFT's `convert_to_lora` and `lora_factors` can write it."""
+        return False
+
+    def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """LoRA's A (rank, d_in) and B (d_out, rank), fp32, with B A = `get_delta_weight(adapter)`."""
+        raise NotImplementedError
+
     @property
     def adapter_dtype(self) -> torch.dtype:
         """The dtype of a new adapter: the base's compute dtype."""

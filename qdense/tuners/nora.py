@@ -262,6 +262,14 @@ class NoraLinear(AdaptedLinear):
         inner = self.nora_inner_b[adapter].float() @ self.nora_inner_a[adapter].float()
         return self.scaling[adapter] * (outer_b @ inner @ outer_a)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        outer_a, outer_b = self.nora_outer_a[adapter].float(), self.nora_outer_b[adapter].float()
+        inner_a, inner_b = (pair[adapter].detach().float() for pair in (self.nora_inner_a, self.nora_inner_b))
+        return inner_a @ outer_a, self.scaling[adapter] * (outer_b @ inner_b)
+
 
 class NoraModel(LinearTuner):
     """A Transformers decoder adapted by NoRA (arXiv:2408.10280). Made by `peft.get_peft_model`."""

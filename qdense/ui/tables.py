@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # some of these import torch, which most commands do not need
     from qdense.analysis import Analysis
     from qdense.benchmarks.tasks import Task
     from qdense.doctor import Check
+    from qdense.modeling.export import ExportReport
     from qdense.modeling.merge import MergeReport
     from qdense.planning.parameters import ParameterCount
     from qdense.planning.plan import Plan
@@ -111,6 +112,21 @@ def show_merge(console: Console, report: MergeReport) -> None:
         f"compared with the unmerged adapter: divergence {report.divergence:.2g} nats per token, the same most likely token "
         f"for {report.num_same:,} of {report.num_tokens:,}"
     )
+
+
+def show_export(console: Console, report: ExportReport) -> None:
+    """The result of `qdense export`, and what was lost."""
+    how = "exact" if report.is_exact else "fitted"
+    console.print(clean(f"wrote {report.folder}: a LoRA of rank {report.rank}, {how}"))
+    if not report.is_exact or report.lost_worst > 1e-6:
+        of = "matrix" if report.is_exact else "output"
+        console.print(
+            f"lost of the adapter's {of}: {plain_decimals(100 * report.lost_median, 2)}% in the median of {report.num_layers} "
+            f"layers, at most {plain_decimals(100 * report.lost_worst, 2)}% ({clean(report.worst_layer)})"
+        )
+    if report.losses:
+        losses = ", ".join(f"{name} {report.losses[name]:.4f}" for name in ("base", "adapter", "lora"))
+        console.print(f"loss on {report.num_held_out} rows that were held out: {losses}")
 
 
 def show_analysis(console: Console, analysis: Analysis) -> None:

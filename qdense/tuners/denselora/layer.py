@@ -166,3 +166,11 @@ class DenseLoraLinear(AdaptedLinear):
             pair.decoder.to(device),
             scaling=self.scaling[adapter],
         )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return self.activation[adapter_name] == "none"
+
+    def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        pair, m = self.shared[adapter], self.denselora_m[adapter].detach().float()
+        encoder, decoder = (tensor.detach().float().to(m.device) for tensor in (pair.encoder, pair.decoder))
+        return encoder, self.scaling[adapter] * (decoder @ m)

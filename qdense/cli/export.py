@@ -1,0 +1,71 @@
+"""`qdense export`"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from qdense.cli.arguments import add_json, positive
+from qdense.libraries import quiet_libraries
+from qdense.text import printable
+
+HELP = "write an adapter as a plain LoRA, for other programs"
+DESCRIPTION = (
+    "Write an adapter as a LoRA in PEFT's format, which PEFT without qdense, vLLM and llama.cpp's converter read: exactly where "
+    "it is a matrix (denselora-only-matrix, nora), else fitted to rows by least squares, with a report of what is lost."
+)
+EXAMPLES = """\
+  qdense export runs/only-matrix lora
+  qdense export runs/questions lora --fit questions.jsonl
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder, or an adapter's")
+    parser.add_argument("output", metavar="DIR", type=Path, help="the folder to write the LoRA to")
+    parser.add_argument("--to", choices=("lora",), default="lora", help="the format (default and only one: lora)")
+    parser.add_argument(
+        "--rank", type=positive, metavar="N", help="LoRA's rank (default: the adapter's, which is the most)"
+    )
+    parser.add_argument(
+        "--fit",
+        metavar="ROWS",
+        type=Path,
+        help="rows like those of training, to which an adapter that is no matrix is fitted",
+    )
+    parser.add_argument(
+        "--rows", type=positive, metavar="N", default=512, help="of --fit: at most so many (default: 512)"
+    )
+    parser.add_argument(
+        "--max-length",
+        type=positive,
+        metavar="N",
+        default=512,
+        help="of --fit: tokens at which rows are cut (default: 512)",
+    )
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    quiet_libraries()
+    from qdense.modeling.export import export_lora
+
+    report = export_lora(
+        arguments.run,
+        arguments.output,
+        rank=arguments.rank,
+        fit=arguments.fit,
+        num_rows=arguments.rows,
+        max_length=arguments.max_length,
+        notice=lambda text: print(printable(text), file=sys.stderr),
+    )
+    if arguments.json:
+        print(json.dumps(asdict(report), indent=2))
+        return
+    from qdense.ui.console import make_console
+    from qdense.ui.tables import show_export
+
+    show_export(make_console(), report)

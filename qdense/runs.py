@@ -15,7 +15,7 @@ RUN/:
     .lock, .running      there while a process trains here, and after it was killed
 
 Models that were not trained here have evaluations only: bare bases in runs/base-MODEL/, models behind an endpoint in
-runs/endpoint-MODEL/.
+runs/endpoint-MODEL/, adapters from the hub in runs/hub-OWNER--NAME/.
 
 eval/DIGEST/:
     settings.json        everything that could change a completion (decoding, template, dtype, base, adapter, data, versions,
@@ -125,7 +125,12 @@ class RunFolder:
 
     @classmethod
     def of_adapter(cls, adapter: Path) -> RunFolder:
-        """The run whose adapter is in this folder; an adapter from elsewhere counts as a run itself."""
+        """The run whose adapter is in this folder; an adapter from elsewhere counts as a run itself.
+
+        One in the hub's cache, where qdense does not write, has its run in runs/.
+        """
+        if adapter.parent.name == "snapshots":
+            return cls(_RUNS / f"hub-{adapter.parent.parent.name.removeprefix('models--')}")
         return cls(adapter.parent if adapter.name == _ADAPTER else adapter)
 
     @classmethod

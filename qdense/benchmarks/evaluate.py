@@ -28,9 +28,10 @@ from qdense.errors import EvaluationError
 from qdense.events import Emit, EvaluationDone, EvaluationStarted, Notice
 from qdense.inference.generation import Completion
 from qdense.inference.loaded import load_model
+from qdense.modeling.locate import locate_adapter
 from qdense.provenance import package_versions
 from qdense.recipe import load_recipe
-from qdense.runs import RunFolder, find_adapter
+from qdense.runs import RunFolder
 
 __all__ = ["EvaluationRequest", "evaluate"]
 
@@ -44,7 +45,7 @@ def evaluate(request: EvaluationRequest, emit: Emit) -> dict[str, Any]:
         QDenseError: it cannot start or finish.
     """
     data = {task.name: load_items(task, request.data_dir, emit) for task in request.tasks}
-    adapter = find_adapter(request.adapter) if request.adapter is not None else None
+    adapter = locate_adapter(request.adapter, lambda text: emit(Notice(text))) if request.adapter is not None else None
     clean = _clean_items(request, adapter, data, emit) if request.clean else {}
     sources = _completion_sources(request, adapter, emit)
     asked = sources[-1]

@@ -27,7 +27,9 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", nargs="?", help="a run's folder, or an adapter in PEFT's format")
+    parser.add_argument(
+        "run", metavar="RUN", nargs="?", help="a run's folder, an adapter in PEFT's format, or OWNER/NAME on the hub"
+    )
     add_base(parser, alone="")
     parser.add_argument(
         "--system", metavar="TEXT", default="", help="a system prompt, if the template has conversations"
@@ -40,7 +42,8 @@ def load_run(arguments: argparse.Namespace) -> tuple[LoadedModel, str]:
     """The model that the arguments `run` and those of `add_base` name, and its adapter's name in it."""
     from qdense.events import Notice
     from qdense.inference.loaded import load_model
-    from qdense.runs import find_adapter, newest_finished_run
+    from qdense.modeling.locate import locate_adapter
+    from qdense.runs import newest_finished_run
     from qdense.text import printable
 
     def show(event: object) -> None:
@@ -50,7 +53,7 @@ def load_run(arguments: argparse.Namespace) -> tuple[LoadedModel, str]:
     run = Path(arguments.run) if arguments.run else newest_finished_run(Path("runs")).path
     asked = {"name": arguments.model, "quantization": arguments.quantization, "dtype": arguments.dtype}
     asked = {key: value for key, value in asked.items() if value is not None}
-    folder = find_adapter(run)
+    folder = locate_adapter(run, lambda text: show(Notice(text)))
     return load_model({str(run): folder}, show, model=asked, template=arguments.template), str(run)
 
 

@@ -21,7 +21,9 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or an adapter in PEFT's format")
+    parser.add_argument(
+        "run", metavar="RUN", help="a run's folder, an adapter in PEFT's format, or OWNER/NAME on the hub"
+    )
     parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="a prompt; - reads prompts from stdin, one a line")
     add_base(parser, alone="")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt, if the template has conversations")

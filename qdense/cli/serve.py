@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs",
         metavar="RUN",
         nargs="*",
-        help="a run's folder, or an adapter in PEFT's format; NAME=RUN gives it a name for clients (default: its folder's). "
+        help="a run's or an adapter's folder, or OWNER/NAME on the hub; NAME=RUN gives it a name for clients (default: its "
+        "folder's). "
         "Without any, --model is served bare, or the newest finished run",
     )
     add_base(parser, alone="; without a RUN, it is served bare")
@@ -84,7 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
     from qdense.inference.engine import Engine
     from qdense.inference.loaded import load_model
     from qdense.inference.server import LOOPBACK, make_app
-    from qdense.runs import find_adapter, newest_finished_run
+    from qdense.modeling.locate import locate_adapter
+    from qdense.runs import newest_finished_run
 
     if arguments.no_key and arguments.host not in LOOPBACK:
         raise QDenseError(
@@ -98,7 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
     runs = list(arguments.runs)
     if not runs and arguments.model is None:
         runs = [str(newest_finished_run(Path("runs")).path)]
-    folders = {name: find_adapter(path) for name, path in _named(runs).items()}
+    folders = {name: locate_adapter(path, lambda text: show(Notice(text))) for name, path in _named(runs).items()}
     asked = {"name": arguments.model, "quantization": arguments.quantization, "dtype": arguments.dtype}
     loaded = load_model(
         folders,

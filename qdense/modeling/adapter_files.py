@@ -56,6 +56,7 @@ def save_adapter(model: Any, folder: Path, card: AdapterCard | None) -> None:
     if isinstance(model, PeftModel):
         # "auto" would ask the hub for the base's vocabulary size; embeddings are never trained here.
         model.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; `qdense push` writes one from the run
     else:
         model.save_pretrained(folder)
     if card is not None:

@@ -31,10 +31,10 @@ from qdense.errors import AdapterError, DataError
 from qdense.methods import METHODS
 from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card
 from qdense.modeling.load import BaseModel, load_base
-from qdense.modeling.locate import Tell
+from qdense.modeling.locate import Tell, locate_adapter
 from qdense.ops.denselora import denselora_delta
 from qdense.recipe import DataRecipe, recipe_from_tables
-from qdense.runs import CARD_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, find_adapter
+from qdense.runs import CARD_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 from qdense.tuners.base import AdaptedLinear
 from qdense.tuners.denselora.layer import DenseLoraLinear
 
@@ -96,7 +96,7 @@ def export_lora(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise AdapterError(f"{output}: already exists and is not an empty folder; name another folder")
-    folder = find_adapter(run)
+    folder = locate_adapter(run, notice)
     card = read_card(folder)
     if (method := METHODS.get(card.method)) is not None and not method.is_adapter:
         raise AdapterError(f"{folder}: is a whole model; there is no adapter to export")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from qdense.catalogs.models import CATALOG, CatalogModel
 from qdense.errors import ModelError
 from qdense.modeling.smollm2 import prepare_smollm2
 from qdense.planning.shapes import model_shape
-from qdense.runs import PEFT_CONFIG_FILE
+from qdense.runs import CARD_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, find_adapter
 
 if TYPE_CHECKING:
     from qdense.recipe import ModelRecipe
@@ -62,17 +64,10 @@ def _fetch_from_hub(
 ) -> Path:
     """The snapshot folder of a hub model (its name is the commit), from the hub's own cache or downloaded into it."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     at = f" at {revision}" if revision else ""
     notice(f"finding {hub_id}{at} (downloaded the first time)")
-    or_local = "or set model.name to the path of a local folder with the model"
-    try:
+    with _hub_errors(hub_id, revision, "or set model.name to the path of a local folder with the model"):
         return Path(
             snapshot_download(
                 hub_id,
@@ -81,6 +76,21 @@ def _fetch_from_hub(
                 ignore_patterns=["original/*", "adapter_*"],
             )
         )
+
+
+@contextmanager
+def _hub_errors(hub_id: str, revision: str | None, or_local: str) -> Iterator[None]:
+    """The hub's errors as ModelErrors that say what to do."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at = f" at {revision}" if revision else ""
+    try:
+        yield
     except GatedRepoError:
         raise ModelError(
             f"{hub_id} is gated. Accept its licence at https://huggingface.co/{hub_id}, create a token at "
@@ -99,6 +109,23 @@ def _fetch_from_hub(
         ) from None
     except Exception as error:  # the hub's client passes on errors of its HTTP library, which differs by version
         raise ModelError(f"{hub_id}{at} cannot be fetched: {error}. Try again, {or_local}.") from None
+
+
+def locate_adapter(name: str | Path, notice: Tell = lambda text: None) -> Path:
+    """The folder of an adapter: a run's, an adapter's own, or fetched from the hub (OWNER/NAME, where no such folder is here).
+
+    Raises:
+        AdapterError, ModelError: there is none, or it cannot be fetched.
+    """
+    hub_id = str(name)
+    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", hub_id) or hub_id.startswith("runs/"):
+        return find_adapter(Path(name))
+    from huggingface_hub import snapshot_download
+
+    notice(f"finding the adapter {hub_id} (downloaded the first time)")
+    with _hub_errors(hub_id, None, "or name a run's folder"):
+        folder = snapshot_download(hub_id, allow_patterns=[PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, CARD_FILE])
+    return find_adapter(Path(folder))
 
 
 def require_data_only(name: str, folder: Path) -> None:

@@ -24,9 +24,9 @@ from qdense.methods import METHODS
 from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card
 from qdense.modeling.attach import adapter_tensors
 from qdense.modeling.load import BaseModel, load_base, quantize_folder
-from qdense.modeling.locate import Tell
+from qdense.modeling.locate import Tell, locate_adapter
 from qdense.recipe import ModelRecipe, recipe_from_tables
-from qdense.runs import CARD_FILE, find_adapter
+from qdense.runs import CARD_FILE
 
 _NUM_PROMPTS = 8
 
@@ -70,7 +70,7 @@ def merge(run: Path, output: Path, *, onto: str, into_nf4: bool, notice: Tell) -
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise AdapterError(f"{output}: already exists and is not an empty folder; name another folder")
-    folder = find_adapter(run)
+    folder = locate_adapter(run, notice)
     card = read_card(folder)
     if (method := METHODS.get(card.method)) is not None and not method.is_adapter:
         raise AdapterError(f"{folder}: is already a whole model; there is nothing to merge")

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -65,10 +66,11 @@ def add_data_dir(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_base(parser: argparse._ActionsContainer, *, alone: str) -> None:
+def add_base(parser: Any, *, alone: str) -> None:
     """How the base is loaded, and the template, where they should differ from what the adapter recorded.
 
     Args:
+        parser: or one of its groups of arguments.
         alone: what `--model` does without an adapter, if that is possible.
     """
     parser.add_argument(

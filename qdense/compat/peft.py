@@ -24,6 +24,7 @@ TUNER_OVERRIDES = {
     "_cast_adapter_dtype": "PEFT rebuilds the parameters when it casts, and frozen factors become trainable",
     "merge_adapter": "an adapter that is not a matrix, or one on a 4-bit base, is merged into nonsense",
     "_unload_and_optionally_merge": "the same, by merge_and_unload",
+    "_enable_peft_forward_hooks": "a batch with adapter_names is answered by the active adapter alone",
     "inject_adapter": "DenseLoRA has no place for encoders and decoders",
     "set_adapter": "encoders and decoders stay trainable, or frozen, when the adapter is switched",
     "set_requires_grad": "encoders and decoders do not follow their layers",
@@ -38,17 +39,22 @@ LAYER_OVERRIDES = {
     "_move_adapter_to_device_of_base_layer": "PEFT rebuilds the parameters when it moves them, and frozen ones become trainable",
     "merge": "the adapter is not merged",
     "unmerge": "the adapter is not removed again",
+    "supports_lora_conversion": "PEFT's convert_to_lora refuses adapters that are matrices",
 }
 
 
 class PeftTypeName(str):
-    """A PEFT type that is not in PEFT's own enum. PEFT reads `.value`, and hashes and compares it as a string."""
+    """A PEFT type that is not in PEFT's own enum. PEFT reads `.value`, hashes and compares it as a string, and in
+    `get_model_status` takes what follows the dot of its `str`."""
 
     __slots__ = ()
 
     @property
     def value(self) -> str:
-        return str(self)
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return f"PeftType.{super().__str__()}"
 
 
 def register(peft_type: PeftTypeName, config: type[PeftConfig], tuner: Any) -> None:

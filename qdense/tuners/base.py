@@ -6,6 +6,7 @@ Which of PEFT's methods it overrides, and what breaks without that: qdense/compa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,20 +126,21 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """Add the adapters to the weight, in fp32 and rounded once. The tuner has checked that they can be."""
         for adapter in adapters_to_merge(self, adapter_names):
             if self.has_adapter(adapter):
-                self._add_to_weight(self.get_delta_weight(adapter), check_finite=safe_merge)
+                merged = self.merged_weight(adapter)
+                if safe_merge and not torch.isfinite(merged).all():
+                    raise ValueError("safe_merge: the merged weight holds NaN or infinity; the layer is unchanged.")
+                self.set_base_weight(merged)
                 self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
         """Remove the merged adapters; in bf16 the weight is restored up to rounding, not bit by bit."""
         while self.merged_adapters:
-            self._add_to_weight(-self.get_delta_weight(self.merged_adapters.pop()), check_finite=False)
+            self.set_base_weight(self.merged_weight(self.merged_adapters.pop(), sign=-1))
 
-    def _add_to_weight(self, delta: Tensor, *, check_finite: bool) -> None:
+    def merged_weight(self, adapter: str, *, sign: int = 1) -> Tensor:
+        """The weight (d_out, d_in) with `adapter` added (or, with sign -1, subtracted) in fp32, rounded once."""
         weight = self.get_base_weight()
-        merged = (weight.float() + delta.to(weight.device)).to(weight.dtype)
-        if check_finite and not torch.isfinite(merged).all():
-            raise ValueError("safe_merge: the merged weight holds NaN or infinity; the base is unchanged.")
-        self.set_base_weight(merged)
+        return (weight.float() + sign * self.get_delta_weight(adapter).to(weight.device)).to(weight.dtype)
 
     def __repr__(self) -> str:
         return "qdense." + super().__repr__()
@@ -200,8 +202,19 @@ class LinearTuner(BaseTuner):
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names: {self.method_name} does not mix adapters in one batch. Call the model once for each adapter, "
+                "after set_adapter."
+            )
+        yield
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._refuse_unmergeable(adapter_names)
+        if safe_merge:
+            self._refuse_not_finite(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(
@@ -213,7 +226,19 @@ class LinearTuner(BaseTuner):
     ) -> Any:
         if merge:
             self._refuse_unmergeable(adapter_names)
+            if safe_merge:
+                self._refuse_not_finite(adapter_names)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _refuse_not_finite(self, adapter_names: list[str] | None) -> None:
+        """Raise ValueError before any layer is merged, if one of them would get a weight that is not finite."""
+        for key, module in self.model.named_modules():
+            if isinstance(module, AdaptedLinear):
+                for adapter in adapters_to_merge(module, adapter_names):
+                    if module.has_adapter(adapter) and not torch.isfinite(module.merged_weight(adapter)).all():
+                        raise ValueError(
+                            f"safe_merge: the merged weight of {key} would hold NaN or infinity; no layer has been merged."
+                        )
 
     def _refuse_unmergeable(self, adapter_names: list[str] | None) -> None:
         """Raise ValueError unless each adapter that is to be merged (None: the active ones) can be, on a float base."""

@@ -10,6 +10,7 @@ from peft import (
     AdaLoraConfig,
     LoKrConfig,
     LoraConfig,
+    convert_to_lora,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
@@ -73,8 +74,8 @@ def test_peft_calls_every_method_that_is_overridden(tiny_model):
     called, layer_cls = set(), DenseLoraModel.tuner_layer_cls
     of_tuner = [name for name in compat.TUNER_OVERRIDES if is_method(DenseLoraModel, name)]
     of_layer = [name for name in compat.LAYER_OVERRIDES if is_method(layer_cls, name)]
-    assert len(of_tuner) == 11
-    assert len(of_layer) == 3
+    assert len(of_tuner) == 12
+    assert len(of_layer) == 4
     tuner = recording(DenseLoraModel, of_tuner, called)
     tuner.tuner_layer_cls = recording(layer_cls, of_layer, called)
     compat.register(DENSELORA, DenseLoraConfig, tuner)
@@ -88,6 +89,8 @@ def test_peft_calls_every_method_that_is_overridden(tiny_model):
         set_peft_model_state_dict(model, get_peft_model_state_dict(model), low_cpu_mem_usage=True)
         model.delete_adapter("second")
         model.set_adapter("default")
+        model(input_ids=TOKENS)
+        convert_to_lora(model, 2)
         model.merge_adapter()
         model.unmerge_adapter()
         model.merge_and_unload()

@@ -340,6 +340,14 @@ def test_json_of_a_merge_is_as_documented() -> None:
     assert_documented("qdense merge --json", {field.name: 0 for field in dataclasses.fields(MergeReport)})
 
 
+def test_json_of_an_export_is_as_documented() -> None:
+    import dataclasses
+
+    from qdense.modeling.export import ExportReport
+
+    assert_documented("qdense export --json", {field.name: 0 for field in dataclasses.fields(ExportReport)})
+
+
 def test_each_json_output_is_documented() -> None:
     text = JSON_PAGE.read_text(encoding="utf-8")
     with_json = [name for name, parser in commands(build_parser()) if "--json" in parser.format_help()]

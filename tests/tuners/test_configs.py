@@ -97,7 +97,7 @@ def test_a_safe_merge_refuses_what_is_not_finite(tiny_model, safe_merge):
         with torch.no_grad():
             layer.nora_inner_b["default"].fill_(value)
         if is_refused:
-            with pytest.raises(ValueError, match="NaN or infinity; the base is unchanged"):
+            with pytest.raises(ValueError, match="NaN or infinity; no layer has been merged"):
                 model.merge_adapter(safe_merge=safe_merge)
             assert torch.equal(layer.weight, before)
         else:

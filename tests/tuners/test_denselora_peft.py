@@ -6,7 +6,7 @@ import weakref
 import peft
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_model_status, get_peft_model
 from safetensors import safe_open
 
 from qdense import DenseLoraConfig
@@ -465,3 +465,58 @@ def test_groups_hold_neighbouring_layers(tmp_path):
 def test_groups_that_cannot_be_are_refused(tiny_model, settings, message):
     with pytest.raises(ValueError, match=message):
         adapted(tiny_model, **settings)
+
+
+# --- PEFT's and torch's other features ------------------------------------------------------------------------------------
+
+
+def test_a_copied_layer_works_as_in_data_parallel(tiny_model):
+    """nn.DataParallel, which Trainer applies where one process sees several GPUs, runs shallow copies of the modules."""
+    model = adapted(tiny_model)
+    for name, parameter in model.named_parameters():
+        if "decoder" in name:
+            torch.nn.init.normal_(parameter)
+    expected = model(input_ids=TOKENS).logits
+    for name, module in list(model.named_modules()):
+        if isinstance(module, DenseLoraLinear):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], module._replicate_for_data_parallel())
+    found = model(input_ids=TOKENS).logits
+    assert torch.equal(found, expected)
+
+
+def test_an_input_that_one_of_the_layers_never_reads_is_not_kept(tiny_model):
+    model = adapted(tiny_model)
+    attention = model.base_model.model.model.layers[0].self_attn
+    x = torch.randn(1, 3, 64)
+    attention.q_proj(x)  # k and v read something else, as in cross-attention
+    assert attention.q_proj.shared_input._encoded
+    del x
+    assert not attention.q_proj.shared_input._encoded
+
+
+def test_the_status_names_the_type(tiny_model):
+    model = adapted(tiny_model)
+    assert get_model_status(model).peft_types == {"default": "DENSELORA"}
+
+
+def test_a_batch_of_several_adapters_is_refused(tiny_model):
+    model = adapted(tiny_model)
+    model.eval()
+    with pytest.raises(ValueError, match="adapter_names: DenseLoRA does not mix adapters in one batch"):
+        model(input_ids=TOKENS, adapter_names=["default"] * len(TOKENS))
+
+
+def test_safe_merge_leaves_every_layer_as_it_was_if_one_is_faulty(tiny_model):
+    model = adapted(tiny_model, activation="none")
+    model.eval()
+    last = list(layer for layer in model.modules() if isinstance(layer, DenseLoraLinear))[-1]
+    last.denselora_m["default"].data.fill_(float("nan"))
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="no layer has been merged"):
+            merge(safe_merge=True)
+        assert all(
+            torch.equal(tensor, before[name]) or name.endswith("_m.default")
+            for name, tensor in model.named_parameters()
+        )

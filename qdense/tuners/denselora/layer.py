@@ -63,8 +63,8 @@ class _EncodedInput(NamedTuple):
     """One input, and its encodings for the layers that have not fetched theirs yet."""
 
     source: weakref.ref[Tensor]  # the input that the layers receive
-    x: Tensor  # what the frozen layers read in its place
-    waiting: dict[int, Tensor]  # encodings by the id of their layer
+    x: Tensor | None  # what the frozen layers read in its place; None is the input itself, which must not be kept here
+    waiting: dict[int, Tensor]  # encodings by the id of their layer's place
 
 
 class SharedInput:
@@ -75,26 +75,35 @@ class SharedInput:
 
     def __init__(self) -> None:
         self.layers: list[DenseLoraLinear] = []
-        self._encoded: dict[str, _EncodedInput] = {}  # by adapter
+        # By adapter, and by device: torch's DataParallel runs copies of the layers side by side, a thread for each device.
+        self._encoded: dict[tuple[str, torch.device], _EncodedInput] = {}
 
     def encode(self, layer: DenseLoraLinear, adapter: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """The input for the frozen layer, and its encoding (..., r) for `layer`."""
-        found = self._encoded.get(adapter)
-        if found is None or found.source() is not x or id(layer) not in found.waiting:
-            found = self._encoded[adapter] = self._read(layer, adapter, x)
-        encoding = found.waiting.pop(id(layer))
+        key, place = (adapter, x.device), id(layer.place)
+        found = self._encoded.get(key)
+        if found is None or found.source() is not x or place not in found.waiting:
+            found = self._encoded[key] = self._read(layer, adapter, x)
+        encoding = found.waiting.pop(place)
         if not found.waiting:
-            del self._encoded[adapter]
-        return found.x, encoding
+            del self._encoded[key]
+        return x if found.x is None else found.x, encoding
 
     def _read(self, layer: DenseLoraLinear, adapter: str, x: Tensor) -> _EncodedInput:
-        layers = [other for other in self.layers if other is layer or other.is_adapted_by(adapter)]
+        layers = [other for other in self.layers if other.place is layer.place or other.is_adapted_by(adapter)]
         encoders = [other.shared[adapter].encoder.to(x.device) for other in layers]
         cast = cast_input(layer, x, encoders[0].dtype)
         dropout = layer.dropout[adapter] if layer.training else 0.0
         read, encoded = adapter_ops(x).encode(cast, encoders, activation=layer.activation[adapter], dropout=dropout)
-        waiting = {id(other): encoding for other, encoding in zip(layers, encoded, strict=True)}
-        return _EncodedInput(weakref.ref(x), read if cast is x else x, waiting)
+        waiting = {id(other.place): encoding for other, encoding in zip(layers, encoded, strict=True)}
+
+        def forget(source: weakref.ref[Tensor]) -> None:  # a layer of these that never reads x, as in cross-attention
+            key = adapter, device
+            if (found := self._encoded.get(key)) is not None and found.source is source:
+                del self._encoded[key]
+
+        device = x.device
+        return _EncodedInput(weakref.ref(x, forget), read if cast is x and read is not x else None, waiting)
 
 
 class DenseLoraLinear(AdaptedLinear):
@@ -116,6 +125,7 @@ class DenseLoraLinear(AdaptedLinear):
         self.dropout: dict[str, float] = {}
         self.activation: dict[str, str] = {}
         self.shared: dict[str, SharedPair] = {}
+        self.place = object()  # a shallow copy of the layer stands in the same one
         self.join(SharedInput())
 
     def join(self, shared_input: SharedInput) -> None:

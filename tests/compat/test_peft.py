@@ -44,7 +44,8 @@ def overrides_of(classes, base):
 
 
 def test_every_override_is_listed_with_what_breaks_without_it():
-    assert overrides_of(TUNERS, BaseTuner) == set(compat.TUNER_OVERRIDES)
+    # PeftModel looks for the hooks on any tuner; BaseTuner has none.
+    assert overrides_of(TUNERS, BaseTuner) | {"_enable_peft_forward_hooks"} == set(compat.TUNER_OVERRIDES)
     assert overrides_of([tuner.tuner_layer_cls for tuner in TUNERS], BaseTunerLayer) == set(compat.LAYER_OVERRIDES)
 
 

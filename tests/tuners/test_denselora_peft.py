@@ -1,6 +1,7 @@
 """DenseLoRA through PEFT's own interface, on float, NF4 and 8-bit bases."""
 
 import copy
+import gc
 import weakref
 
 import peft
@@ -489,10 +490,17 @@ def test_an_input_that_one_of_the_layers_never_reads_is_not_kept(tiny_model):
     model = adapted(tiny_model)
     attention = model.base_model.model.model.layers[0].self_attn
     x = torch.randn(1, 3, 64)
-    attention.q_proj(x)  # k and v read something else, as in cross-attention
-    assert attention.q_proj.shared_input._encoded
-    del x
-    assert not attention.q_proj.shared_input._encoded
+    shared = attention.q_proj.shared_input
+    output = attention.q_proj(x)  # k and v read something else, as in cross-attention
+    assert shared._encoded
+    output.sum().backward()
+    assert not shared._encoded
+    with torch.no_grad():
+        attention.q_proj(x)
+    assert shared._encoded
+    del x, output
+    gc.collect()
+    assert not shared._encoded
 
 
 def test_the_status_names_the_type(tiny_model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -87,7 +88,16 @@ class SharedInput:
         encoding = found.waiting.pop(place)
         if not found.waiting:
             del self._encoded[key]
+        elif (
+            encoding.requires_grad
+        ):  # if some layer never reads x, as in cross-attention, the rest goes with the backward pass
+            encoding.register_hook(lambda gradient, source=found.source: self._forget(key, source))
         return x if found.x is None else found.x, encoding
+
+    def _forget(self, key: tuple[str, torch.device], source: weakref.ref[Tensor]) -> None:
+        """Drop the encodings of this input, which no layer can want any more."""
+        if (found := self._encoded.get(key)) is not None and found.source is source:
+            del self._encoded[key]
 
     def _read(self, layer: DenseLoraLinear, adapter: str, x: Tensor) -> _EncodedInput:
         layers = [other for other in self.layers if other.place is layer.place or other.is_adapted_by(adapter)]
@@ -96,14 +106,8 @@ class SharedInput:
         dropout = layer.dropout[adapter] if layer.training else 0.0
         read, encoded = adapter_ops(x).encode(cast, encoders, activation=layer.activation[adapter], dropout=dropout)
         waiting = {id(other.place): encoding for other, encoding in zip(layers, encoded, strict=True)}
-
-        def forget(source: weakref.ref[Tensor]) -> None:  # a layer of these that never reads x, as in cross-attention
-            key = adapter, device
-            if (found := self._encoded.get(key)) is not None and found.source is source:
-                del self._encoded[key]
-
-        device = x.device
-        return _EncodedInput(weakref.ref(x, forget), read if cast is x and read is not x else None, waiting)
+        source = weakref.ref(x, partial(self._forget, (adapter, x.device)))
+        return _EncodedInput(source, read if cast is x and read is not x else None, waiting)
 
 
 class DenseLoraLinear(AdaptedLinear):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from qdense.data.render import RenderError, render
 from qdense.data.rows import Message, Row
 from qdense.errors import DataError
 
@@ -123,25 +124,20 @@ def _end_token(render: _Renderer, tokenizer: Any) -> str | None:
 
 
 class _Renderer:
-    """Messages -> text, by transformers, which renders in Jinja's sandbox."""
+    """Messages -> text, by the template of this name."""
 
     def __init__(self, name: str, tokenizer: Any) -> None:
-        self.name, self._tokenizer, self._source = name, tokenizer, CHAT_TEMPLATES.get(name)
+        self.name = name
+        self._source: str = CHAT_TEMPLATES.get(name) or tokenizer.get_chat_template()
+        self._special_tokens = {key: str(token) for key, token in tokenizer.special_tokens_map.items()}
 
     def __call__(self, messages: Sequence[Message], *, is_open: bool = False) -> str:
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    [message._asdict() for message in messages],
-                    chat_template=self._source,
-                    tokenize=False,
-                    add_generation_prompt=is_open,
-                )
-            )
-        except Exception as error:  # a template may raise anything
-            roles = ", ".join(message.role for message in messages)
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f'the chat template "{self.name}" refuses a conversation of {roles}: {reason}') from None
+            turns = [message._asdict() for message in messages]
+            return render(self._source, turns, self._special_tokens, is_open=is_open)
+        except RenderError as error:
+            roles = ", ".join(message.role for message in messages[:10])
+            raise DataError(f'the chat template "{self.name}" refuses a conversation of {roles}: {error}') from None
 
 
 def _messages_of(row: Row) -> tuple[Message, ...]:

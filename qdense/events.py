@@ -74,6 +74,15 @@ class Validated:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """What the model answers to one of training.sample_prompts after a step."""
+
+    step: int
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
 class CheckpointSaved:
     step: int
     path: str

@@ -268,9 +268,27 @@ class TrainingRecipe(Table):
         "stop",
         description="stop or skip: whether a loss or gradient that is not finite ends the run, or its step is skipped",
     )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        le=10**6,
+        description="a positive whole number of validations: the run ends early if as many in a row have not lowered the "
+        "validation loss; omitted, it never does",
+    )
+    neftune: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="a number above 0: noise on the embeddings while training (NEFTune's alpha, often 5); omitted, none",
+    )
     kernels: Literal["auto", "torch", "triton"] = Field(
         "auto",
         description="auto (triton on CUDA, else torch), torch or triton: the adapter's kernels; triton also uses Liger's",
+    )
+    sample_prompts: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=10_000)], ...], AS_TUPLE] = Field(
+        (),
+        max_length=8,
+        description="a list of at most 8 prompts, which the model answers at each validation (64 tokens)",
     )
     trackers: Annotated[tuple[Tracker, ...], AS_TUPLE] = Field(
         (), description=f"a list of experiment trackers: {', '.join(get_args(Tracker))}"
@@ -447,6 +465,10 @@ def _conflicts(tables: Mapping[str, Any], wrong: set[str]) -> Iterator[tuple[str
         yield "model.quantization", f'model.quantization = "{quantization}"', message
     training = tables.get("training")
     asks_for_best = isinstance(training, Mapping) and training.get("keep") == "best"
+    for key in ("patience", "sample_prompts"):  # what happens at a validation
+        if value("training", key) and value("data", "validation_rows") == 0:
+            message = "needs validation rows: set data.validation_rows above 0, or omit it"
+            yield f"training.{key}", f"training.{key}", message
     if asks_for_best and value("data", "validation_rows") == 0:
         message = 'needs validation rows: set data.validation_rows above 0, or training.keep = "last"'
         yield "training.keep", 'training.keep = "best"', message

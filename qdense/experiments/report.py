@@ -201,7 +201,7 @@ def _read_run(seed: int, folder: CellFolder) -> _Run:
             seconds = max(seconds, line["seconds"])
             if line["loss"] is not None:
                 steps.append({"step": line["step"], "tokens": tokens, "loss": line["loss"]})
-        elif line["loss"] is not None:
+        elif line["event"] == "validation" and line["loss"] is not None:
             losses.append({"step": line["step"], "tokens": tokens, "loss": line["loss"]})
     return _Run(seed, folder, losses, _thinned(steps), seconds, tokens)
 

@@ -13,7 +13,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -26,13 +26,16 @@ from transformers import get_scheduler
 
 from qdense.cache import require_free_space
 from qdense.data.examples import Example
+from qdense.data.templates import template_named
 from qdense.device import free_cache, peak_memory
-from qdense.errors import DivergedError, RunError
-from qdense.events import CheckpointSaved, Emit, Notice, StepDone, Validated, ValidationProgress
+from qdense.errors import DivergedError, EvaluationError, RunError
+from qdense.events import CheckpointSaved, Emit, Notice, Sampled, StepDone, Validated, ValidationProgress
+from qdense.inference.generation import DECODINGS, Prompt, generate
 from qdense.methods import Method
 from qdense.modeling.attach import run_tensors, trainable_parameters
 from qdense.modeling.load import BaseModel
 from qdense.modeling.loss import without_logits
+from qdense.modeling.neftune import noisy_embeddings
 from qdense.modeling.packing import packed_attention, why_not_packed
 from qdense.modeling.recompute import Recompute, apply_recompute
 from qdense.planning.memory import StepLayout
@@ -45,6 +48,8 @@ from qdense.training.optimizer import build_optimizer, load_optimizer_state, opt
 from qdense.training.signals import StopSignals
 from qdense.training.watch import REMEDY, Watch
 
+_SAMPLE_TOKENS = 64
+
 
 @dataclass(frozen=True)
 class Job:
@@ -55,6 +60,7 @@ class Job:
         learning_rate, num_warmup_steps: the highest rate, and the steps until it is reached.
         layout: how steps are divided; a checkpoint's own layout is used instead if `takes_saved_layout`.
         training, validation: tokenized rows.
+        samples: training.sample_prompts, tokenized.
         metrics: receives every event, and is flushed to disk before each checkpoint; of several processes only the
             first has it.
     """
@@ -65,6 +71,7 @@ class Job:
     method: Method
     training: Sequence[Example]
     validation: Sequence[Example]
+    samples: Sequence[Prompt]
     num_steps: int
     learning_rate: float
     num_warmup_steps: int
@@ -135,7 +142,7 @@ class TrainingLoop:
         """
         settings, num_steps = self.job.recipe.training, self.job.num_steps
         is_stopped = self._is_stopped()
-        while self.step < num_steps and not is_stopped:
+        while self.step < num_steps and not is_stopped and not self.has_stalled:
             started, step = time.monotonic(), self.step + 1
             self.job.model.train()
             batches, losses = self.forward_and_backward(step, self.batches.of_step(step))
@@ -176,8 +183,22 @@ class TrainingLoop:
             is_last, is_stopped = step == num_steps, self._is_stopped()
             if self.job.validation and (step % settings.eval_steps == 0 or is_last):
                 self.validate()
-            if step % settings.save_steps == 0 or is_last or is_stopped:
+            if self.has_stalled:
+                since = f"no lower validation loss in {settings.patience} validations"
+                self.emit(Notice(f"step {step}: {since} (training.patience): the run ends"))
+            if step % settings.save_steps == 0 or is_last or is_stopped or self.has_stalled:
                 self.save()
+
+    @property
+    def has_stalled(self) -> bool:
+        """Whether the last `training.patience` validations have not lowered the loss.
+
+        It is known from the best step alone, so a resumed run agrees.
+        """
+        settings = self.job.recipe.training
+        if settings.patience is None or not self.best_step:
+            return False
+        return self.step - self.best_step >= settings.patience * settings.eval_steps
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters by factor, each with its learning rate. Their order does not depend on the rates, because a
@@ -233,7 +254,7 @@ class TrainingLoop:
         divisor = torch.tensor(num_labels, device=self.job.base.device)
         losses = []
         for batch in batches:
-            with self.passes(1 / (len(batches) * num_sharing)):
+            with self.passes(1 / (len(batches) * num_sharing)), self._noise(batch):
                 loss = self.token_loss(self.job.model, batch, divisor)
                 loss.backward()
             losses.append(loss.detach().float())
@@ -286,6 +307,10 @@ class TrainingLoop:
             if self.job.method.schedule is not None:
                 stack.enter_context(self.job.method.schedule.auxiliary_loss(self.job.model, share))
             yield
+
+    def _noise(self, batch: dict[str, Any]) -> AbstractContextManager[None]:
+        lengths = batch["lengths"] if self.is_packed else batch["attention_mask"].sum(dim=1).tolist()
+        return noisy_embeddings(self.job.model, self.job.recipe.training.neftune, lengths, is_packed=self.is_packed)
 
     def token_loss(self, model: Any, batch: dict[str, Any], num_labels: Tensor) -> Tensor:
         """The sum of a micro-batch's token losses, divided by `num_labels`: a scalar."""
@@ -342,6 +367,28 @@ class TrainingLoop:
             if self.job.recipe.training.keep == "best":
                 self.best_weights = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
         self.emit(Validated(self.step, loss, is_best))
+        if self.job.samples and self.accelerator.is_main_process:
+            self.sample()
+
+    def sample(self) -> None:
+        """Answer training.sample_prompts, each with the likeliest tokens."""
+        job = self.job
+        template = template_named(job.recipe.data.template, job.base.tokenizer)
+        try:
+            for completion in generate(
+                job.base,
+                job.model,
+                job.samples,
+                DECODINGS["greedy"],
+                max_new_tokens=_SAMPLE_TOKENS,
+                stop=template.stop,
+                end_token=template.end_token,
+                batch_size=len(job.samples),
+            ):
+                prompt = job.recipe.training.sample_prompts[completion.index]
+                self.emit(Sampled(self.step, prompt, completion.completion.strip()))
+        except EvaluationError as error:  # a sample is not worth a run
+            self.emit(Notice(f"step {self.step}: training.sample_prompts: {error}", "warning"))
 
     @torch.no_grad()
     def use_best(self) -> int:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line for each step and each validation, complete and without repeats after any number of resumes."""
+"""metrics.jsonl: one line for each step, validation and sample, complete and without repeats after any number of resumes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from qdense.cache import write_atomically
-from qdense.events import StepDone, Validated
+from qdense.events import Sampled, StepDone, Validated
+
+_NAMES = {StepDone: "step", Validated: "validation", Sampled: "sample"}
 
 
 class MetricsFile:
-    """Appends steps and validations. For a resume it first drops the lines after the checkpoint's step."""
+    """Appends steps, validations and samples. For a resume it first drops the lines after the checkpoint's step."""
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
@@ -24,8 +26,7 @@ class MetricsFile:
         self._stream = path.open("a", encoding="utf-8")
 
     def __call__(self, event: Any) -> None:
-        if isinstance(event, StepDone | Validated):
-            name = "step" if isinstance(event, StepDone) else "validation"
+        if (name := _NAMES.get(type(event))) is not None:
             values = {
                 key: None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
                 for key, value in asdict(event).items()
@@ -55,6 +56,6 @@ def parse_metrics(content: str) -> list[dict[str, Any]]:
             line = json.loads(text)
         except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int) and line.get("event") in ("step", "validation"):
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and line.get("event") in _NAMES.values():
             lines.append(line)
     return lines

@@ -23,12 +23,13 @@ from qdense.catalogs.datasets import TRAINING_SETS
 from qdense.catalogs.models import CatalogModel
 from qdense.data.contamination import local_overlaps
 from qdense.data.examples import Encoded, Example, collate, encode_rows, split_rows
-from qdense.data.rows import STANDARD_COLUMNS
+from qdense.data.rows import STANDARD_COLUMNS, Message
 from qdense.data.sources import DataSet, load_training_set
-from qdense.data.templates import chat_template_for, template_named
+from qdense.data.templates import chat_template_for, prompt_ids, template_named
 from qdense.device import choose_device, device_description, memory_total, peak_memory
 from qdense.errors import RunError, RunStopped
 from qdense.events import Emit, Notice, TrainingDone, TrainingStarted, ignore
+from qdense.inference.generation import Prompt
 from qdense.methods import METHODS
 from qdense.modeling.adapter_files import AdapterCard, save_adapter, save_trainable
 from qdense.modeling.attach import attach_adapter, trainable_parameters
@@ -145,6 +146,7 @@ class _Prepared:
     data: DataSet
     training: Encoded
     validation: Sequence[Example]
+    samples: list[Prompt]
     num_steps: int
     learning_rate: float
     num_warmup_steps: int
@@ -193,11 +195,23 @@ def _prepare(recipe: Recipe, resumed: Resumed | None, data_dir: Path | None, emi
         data=data,
         training=training,
         validation=validation.examples if validation else [],
+        samples=_samples(recipe, base),
         num_steps=num_steps,
         learning_rate=learning_rate,
         num_warmup_steps=num_warmup_steps,
         facts=facts,
     )
+
+
+def _samples(recipe: Recipe, base: BaseModel) -> list[Prompt]:
+    """training.sample_prompts as the model reads them."""
+    prompts = recipe.training.sample_prompts
+    template = template_named(recipe.data.template, base.tokenizer) if prompts else None
+    return [
+        Prompt(index, 0, prompt_ids(template, [Message("user", text)], base.tokenizer))
+        for index, text in enumerate(prompts)
+        if template is not None
+    ]
 
 
 def _record(run: RunFolder, prepared: _Prepared, *, is_new: bool) -> None:
@@ -256,6 +270,7 @@ def _run(
             method=METHODS[recipe.adapter.method],
             training=prepared.training.examples,
             validation=prepared.validation,
+            samples=prepared.samples,
             num_steps=prepared.num_steps,
             learning_rate=prepared.learning_rate,
             num_warmup_steps=prepared.num_warmup_steps,
@@ -283,7 +298,7 @@ def _run(
             loop.run()
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise _out_of_memory(error, loop, plan) from error
-        if loop.step < prepared.num_steps:
+        if loop.step < prepared.num_steps and not loop.has_stalled:
             received = signals.received or signal.SIGTERM  # another process received it
             raise RunStopped(
                 f"stopped by {received.name} after step {loop.step} of {prepared.num_steps}. "
@@ -294,7 +309,7 @@ def _run(
             loop.validate()  # `keep` was changed after the last step
     return TrainingDone(
         adapter_dir=str(run.adapter),
-        num_steps=prepared.num_steps,
+        num_steps=loop.step,
         kept_step=loop.use_best() if recipe.training.keep == "best" else loop.step,
         seconds=loop.seconds,
         peak_memory_bytes=loop.peak_memory_bytes,

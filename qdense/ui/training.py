@@ -14,6 +14,7 @@ from rich.text import Text
 
 from qdense.events import (
     CheckpointSaved,
+    Sampled,
     StepDone,
     TrainingDone,
     TrainingStarted,
@@ -21,6 +22,7 @@ from qdense.events import (
     ValidationProgress,
 )
 from qdense.text import clean
+from qdense.ui.chart import loss_chart
 from qdense.ui.console import Display, duration, facts_panel, size, sparkline
 
 
@@ -32,7 +34,9 @@ class TrainingDisplay(Display):
         self.started: TrainingStarted | None = None
         self.step: StepDone | None = None
         self.done: TrainingDone | None = None
-        self.losses: list[float] = []
+        self.losses: list[tuple[int, float]] = []
+        self.validations: list[tuple[int, float]] = []
+        self.samples: dict[str, Sampled] = {}
         self.step_seconds: list[float] = []
         self.validation: Validated | None = None
         self.best: Validated | None = None
@@ -44,12 +48,15 @@ class TrainingDisplay(Display):
             before = self.step.seconds if self.step else event.seconds - event.num_tokens / event.tokens_per_second
             self.step_seconds = [*self.step_seconds[-49:], event.seconds - before]
             self.step, self.status = event, ""
-            self.losses += [event.loss] if math.isfinite(event.loss) else []
+            self.losses += [(event.step, event.loss)] if math.isfinite(event.loss) else []
         elif isinstance(event, ValidationProgress):
             self.status = f"validating, batch {event.num_done} of {event.num_batches}"
         elif isinstance(event, Validated):
             self.validation, self.status = event, ""
+            self.validations.append((event.step, event.loss))
             self.best = event if event.is_best else self.best
+        elif isinstance(event, Sampled):
+            self.samples[event.prompt] = event
         elif isinstance(event, CheckpointSaved):
             self.status = f"checkpoint saved at step {event.step}"
         elif isinstance(event, TrainingDone):
@@ -87,8 +94,10 @@ class TrainingDisplay(Display):
             parts.append(bar)
             loss = f"loss {self.step.loss:.4f} "
             line = Text.assemble(("loss ", "dim"), (f"{self.step.loss:.4f} ", "bold"), no_wrap=True)
-            line.append(sparkline(self.losses, max(0, width - len(loss) - 1)), style="cyan")
-            parts.append(line)
+            chart = self._chart()
+            if not chart:
+                line.append(sparkline([each for _, each in self.losses], max(0, width - len(loss) - 1)), style="cyan")
+            parts += [line, *chart]
             if self.validation and self.best:
                 parts.append(
                     Text.assemble(
@@ -104,10 +113,25 @@ class TrainingDisplay(Display):
                     ("memory ", "dim"), self._memory(),
                 )
             )  # fmt: skip
+        for sample in self.samples.values():
+            text = clean(f"{sample.prompt} → {sample.completion}".replace("\n", " "))
+            parts.append(Text(text, overflow="ellipsis", no_wrap=True, style="dim"))
         parts += self._status_line()
         if self.done:
             parts.append(Text(self._done_line(), style="green"))
         return Group(*parts)
+
+    def _chart(self) -> list[Text]:
+        """The losses over the steps, where the terminal has room for it."""
+        assert self.started
+        others = 10 + len(self.started.facts) + len(self.samples)  # lines of this display, and a few for the shell's
+        return loss_chart(
+            self.losses,
+            self.validations,
+            width=min(100, self.console.width),
+            height=min(8, self.console.height - others),
+            last_step=self.started.num_steps,
+        )
 
     def _done_line(self) -> str:
         assert self.done
@@ -136,6 +160,8 @@ class TrainingDisplay(Display):
             )
         if isinstance(event, Validated):
             return f"step {event.step} validation loss {event.loss:.4f}{' (best)' if event.is_best else ''}"
+        if isinstance(event, Sampled):
+            return f"step {event.step} sample: {event.prompt} -> {event.completion}".replace("\n", " ")
         if isinstance(event, CheckpointSaved):
             return f"step {event.step} checkpoint {event.path}"
         if isinstance(event, TrainingDone):

@@ -13,10 +13,11 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from qdense.errors import QDenseError, RunError
+from qdense.errors import EvaluationError, QDenseError, RunError
 from qdense.events import (
     CheckpointSaved,
     Notice,
+    Sampled,
     StepDone,
     TrainingDone,
     TrainingStarted,
@@ -570,3 +571,75 @@ def test_kernels_that_cannot_run_here_are_refused_before_anything_is_done(tiny_m
     ):
         run(recipe_for(tiny_model, tmp_path / "run", training__kernels="triton", data__path="none.json"))
     assert not (tmp_path / "run").exists()
+
+
+# --- patience and noise ---------------------------------------------------------------------------------------------------
+
+
+def test_patience_ends_a_run_that_no_longer_improves_and_a_resume_agrees(tiny_model, tmp_path):
+    settings = {
+        "training__max_steps": 40,
+        "training__learning_rate": 0.3,
+        "training__eval_steps": 1,
+        "training__patience": 2,
+    }
+    events = run(recipe_for(tiny_model, tmp_path / "run", **settings))
+    validated = [event for event in events if isinstance(event, Validated)]
+    best = max(event.step for event in validated if event.is_best)
+    done = events[-1]
+    assert validated[-1].step == best + 2 == done.num_steps < 40
+    assert done.kept_step == best
+    assert any("(training.patience): the run ends" in event.text for event in events if isinstance(event, Notice))
+    shutil.rmtree(tmp_path / "run" / "adapter")  # killed before the adapter was saved
+    again = run(recipe_for(tiny_model, tmp_path / "run", **settings), resume=True)
+    assert not [event for event in again if isinstance(event, StepDone)]
+    assert (again[-1].num_steps, again[-1].kept_step) == (done.num_steps, best)
+
+
+def test_patience_lasts_while_the_loss_falls(tiny_model, tmp_path):
+    events = run(recipe_for(tiny_model, tmp_path / "run", training__patience=1))
+    assert all(event.is_best for event in events if isinstance(event, Validated))
+    assert events[-1].num_steps == BASICS["max_steps"]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_neftune_adds_noise_to_training_alone_and_resumes_exactly(tiny_model, tmp_path, packing):
+    settings = {"training__packing": packing, "training__neftune": 5.0}
+    plain = run(recipe_for(tiny_model, tmp_path / "plain", training__packing=packing, training__learning_rate=1e-12))
+    noisy = run(recipe_for(tiny_model, tmp_path / "noisy", training__learning_rate=1e-12, **settings))
+    losses = [[event.loss for event in events if isinstance(event, StepDone)] for events in (plain, noisy)]
+    assert all(a != b for a, b in zip(*losses, strict=True))
+    validation = [[event.loss for event in events if isinstance(event, Validated)] for events in (plain, noisy)]
+    assert validation[0] == pytest.approx(validation[1], abs=1e-4)
+    whole = recipe_for(tiny_model, tmp_path / "whole", **settings)
+    run(whole)
+    killed_run(recipe_for(tiny_model, tmp_path / "killed", **settings), 5)
+    run(recipe_for(tiny_model, tmp_path / "killed", **settings), resume=True)
+    assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
+
+
+def test_sample_prompts_are_answered_at_each_validation_and_change_nothing(tiny_model, tmp_path):
+    run(recipe_for(tiny_model, tmp_path / "plain", training__learning_rate=1e-12))
+    prompts = ["What is 1 + 1?", "Hello"]
+    recipe = recipe_for(tiny_model, tmp_path / "run", training__learning_rate=1e-12, training__sample_prompts=prompts)
+    events = run(recipe)
+    samples = [event for event in events if isinstance(event, Sampled)]
+    assert [(event.step, event.prompt) for event in samples] == [
+        (step, prompt) for step in (2, 4, 6) for prompt in sorted(recipe.training.sample_prompts, key=len, reverse=True)
+    ]
+    assert any(event.completion for event in samples)
+    assert adapter_bytes(tmp_path / "plain") == adapter_bytes(tmp_path / "run")
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["event"] == "sample"]
+    assert [line["completion"] for line in lines] == [event.completion for event in samples]
+
+
+def test_a_sample_that_finds_no_memory_is_a_warning(tiny_model, tmp_path, monkeypatch):
+    def refuse(*arguments, **settings):
+        raise EvaluationError("out of memory with one sequence at a time")
+        yield
+
+    monkeypatch.setattr("qdense.training.loop.generate", refuse)
+    events = run(recipe_for(tiny_model, tmp_path / "run", training__sample_prompts=["Hello"]))
+    warnings = [event.text for event in events if isinstance(event, Notice) and event.level == "warning"]
+    assert sum("training.sample_prompts: out of memory" in text for text in warnings) == 3
+    assert isinstance(events[-1], TrainingDone)

@@ -9,6 +9,7 @@ from qdense.events import (
     CheckpointSaved,
     Download,
     Notice,
+    Sampled,
     StepDone,
     TrainingDone,
     TrainingStarted,
@@ -47,8 +48,8 @@ def drawn(display, width):
     return console.file.getvalue()
 
 
-def training(width):
-    display = TrainingDisplay(Console(file=io.StringIO(), width=width, force_terminal=True))
+def training(width, height=40):
+    display = TrainingDisplay(Console(file=io.StringIO(), width=width, height=height, force_terminal=True))
     for event in (
         STARTED,
         step(1, 1.0),
@@ -70,13 +71,31 @@ def test_training_display_survives_every_width(width):
         assert part in flat, part
 
 
+def test_the_losses_are_a_chart_where_there_is_room_and_else_one_line():
+    text = drawn(training(120), 120)
+    assert text.count("●") == 1  # the validation
+    assert "step 100" in text
+    low = drawn(training(120, height=12), 120)
+    assert "loss 0.7000 █▃▁" in low
+    assert "●" not in low
+
+
+def test_samples_are_one_line_each_and_cannot_control_the_terminal():
+    display = training(60)
+    for number in (2, 4):
+        display.update(Sampled(number, "Say\nhi", f"hi \x1b[2J {number} " + "x" * 100))
+    text = drawn(display, 60)
+    assert text.count("Say hi → hi \\x1b[2J 4 ") == 1
+    assert all(len(line) <= 60 for line in text.splitlines())
+
+
 def test_training_display_says_all_that_matters():
     text = drawn(training(120), 120)
     for part in (
         "denselora on llama3-8b",
         "NVIDIA GeForce RTX 3090",
         "step 3/100, epoch 0.06",
-        "loss 0.7000 █▃▁",
+        "loss 0.7000",
         "validation 0.7500 at step 2, best 0.7500 at step 2",
         "learning rate 3.00e-04",
         "gradient norm 0.25",

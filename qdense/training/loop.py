@@ -386,7 +386,7 @@ class TrainingLoop:
                 batch_size=len(job.samples),
             ):
                 prompt = job.recipe.training.sample_prompts[completion.index]
-                self.emit(Sampled(self.step, prompt, completion.completion.strip()))
+                self.emit(Sampled(self.step, prompt, completion.completion))
         except EvaluationError as error:  # a sample is not worth a run
             self.emit(Notice(f"step {self.step}: training.sample_prompts: {error}", "warning"))
 

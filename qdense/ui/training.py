@@ -114,7 +114,7 @@ class TrainingDisplay(Display):
                 )
             )  # fmt: skip
         for sample in self.samples.values():
-            text = clean(f"{sample.prompt} → {sample.completion}".replace("\n", " "))
+            text = clean(f"{sample.prompt} → {sample.completion.strip()}".replace("\n", " "))
             parts.append(Text(text, overflow="ellipsis", no_wrap=True, style="dim"))
         parts += self._status_line()
         if self.done:
@@ -161,7 +161,7 @@ class TrainingDisplay(Display):
         if isinstance(event, Validated):
             return f"step {event.step} validation loss {event.loss:.4f}{' (best)' if event.is_best else ''}"
         if isinstance(event, Sampled):
-            return f"step {event.step} sample: {event.prompt} -> {event.completion}".replace("\n", " ")
+            return f"step {event.step} sample: {event.prompt} -> {event.completion.strip()}".replace("\n", " ")
         if isinstance(event, CheckpointSaved):
             return f"step {event.step} checkpoint {event.path}"
         if isinstance(event, TrainingDone):

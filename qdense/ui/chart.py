@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -39,13 +40,11 @@ def loss_chart(
         return min(rows - 1, max(0, round((high - loss) / span * (rows - 1))))
 
     canvas = [[0] * columns for _ in range(height)]
-    before: tuple[int, int] | None = None
-    for x, loss in sorted(dots.items()):
-        y = row_of(loss, 4 * height)
-        start = before[1] if before is not None and x - before[0] <= 2 else y  # neighbours are joined
-        for each in range(min(start, y), max(start, y) + 1):
-            canvas[each // 4][x // 2] |= _DOTS[x % 2][each % 4]
-        before = x, y
+    points = [(x, row_of(loss, 4 * height)) for x, loss in sorted(dots.items())]
+    for (x0, y0), (x1, y1) in itertools.pairwise([points[0], *points]):
+        for part in range(steps := max(x1 - x0, abs(y1 - y0), 1)):  # a straight line to the next point
+            x, y = (round(b + (a - b) * part / steps) for a, b in ((x0, x1), (y0, y1)))
+            canvas[y // 4][x // 2] |= _DOTS[x % 2][y % 4]
     marks = {(row_of(loss, height), min(columns - 1, step * columns // (last_step + 1))) for step, loss in validation}
     lines = []
     for row, cells in enumerate(canvas):

@@ -34,6 +34,12 @@ def test_half_a_run_takes_half_the_width():
     assert all(top is None for top in tops[18:])
 
 
+def test_a_few_points_are_joined():
+    tops = rows_with_dots(drawn([(0, 4.0), (100, 0.0)]))
+    assert tops == sorted(tops)
+    assert set(tops) == {0, 1, 2, 3, 4}
+
+
 def test_validations_are_marked_where_they_belong():
     lines = drawn([(step, 100.0 - step) for step in range(1, 101)], [(50, 0.0), (100, 98.0)])
     assert lines[4][8 + 15] == "●"

@@ -162,7 +162,7 @@ def _freeze_counters(model: Any) -> None:
 METHOD = Method(
     name="adalora",
     summary="AdaLoRA, PEFT's: moves rank to the layers that need it",
-    learning_rate=lambda adapter: 3e-2,
+    learning_rate=lambda adapter: 1e-2,
     adapter_keys=frozenset({"r", "alpha", "dropout", "target_modules"}),
     build_config=_build_config,
     count_parameters=_count_parameters,

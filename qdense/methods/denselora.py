@@ -164,6 +164,7 @@ FREEZE = dataclasses.replace(
 ONLY_MATRIX = dataclasses.replace(
     METHOD,
     name="denselora-only-matrix",
+    learning_rate=lambda adapter: 3e-3,
     summary="ablation: no activations, so the adapter is a matrix and can be merged",
     adapter_keys=_ADAPTER_KEYS - {"activation"},
     costs=dataclasses.replace(_COSTS, of_module=_module_of_matrix),

@@ -42,7 +42,7 @@ def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 METHOD = Method(
     name="full",
     summary="full fine-tuning: the weights of the target modules themselves, in the base's dtype",
-    learning_rate=lambda adapter: 3e-4,
+    learning_rate=lambda adapter: 1e-4,
     adapter_keys=frozenset({"target_modules"}),
     build_config=None,
     count_parameters=_count_parameters,

@@ -124,7 +124,7 @@ def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 METHOD = Method(
     name="lokr",
     summary="LoKr, PEFT's: a Kronecker product of two small factors",
-    learning_rate=lambda adapter: 1e-2,
+    learning_rate=lambda adapter: 3e-3,
     adapter_keys=frozenset({"r", "alpha", "target_modules"}),  # PEFT's has no dropout on the input
     build_config=_build_config,
     count_parameters=_count_parameters,

@@ -91,6 +91,7 @@ METHOD = Method(
 DORA = dataclasses.replace(
     METHOD,
     name="dora",
+    learning_rate=lambda adapter: 1e-3,
     summary="DoRA, PEFT's: LoRA for the weights' direction, and a trained magnitude; unpacks every weight in each forward pass",
     build_config=lambda adapter, num_steps: _config(adapter, use_dora=True),
     count_parameters=_count_dora,

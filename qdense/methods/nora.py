@@ -90,7 +90,7 @@ def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 METHOD = Method(
     name="nora",
     summary="NoRA: a trained pair inside the frozen SVD of the weight",
-    learning_rate=lambda adapter: 1e-2,
+    learning_rate=lambda adapter: 3e-3,
     adapter_keys=frozenset({"r", "alpha", "dropout", "target_modules"}),
     build_config=_build_config,
     count_parameters=_count_parameters,

@@ -44,7 +44,7 @@ def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 METHOD = Method(
     name="red",
     summary="RED: a scale and a bias on each down_proj output; use adapter.dtype = float32, because bf16 is coarse near 1",
-    learning_rate=lambda adapter: 3e-2,
+    learning_rate=lambda adapter: 1e-2,
     adapter_keys=frozenset(),
     build_config=_build_config,
     count_parameters=_count_parameters,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from qdense.catalogs.families import LLAMA_NAMED, PAPER_TARGET_MODULES
@@ -151,8 +152,10 @@ class LinearTuner(BaseTuner):
 
     method_name: str
     tuner_layer_cls: type[AdaptedLinear]
-    target_module_mapping = {  # noqa: RUF012  (PEFT's own name and type)
-        model_type: list(PAPER_TARGET_MODULES) for model_type in LLAMA_NAMED
+    # The paper's modules where a model has them, else those that PEFT's LoRA adapts. (The name and type are PEFT's.)
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | {
+        "phi3": ["qkv_proj", "gate_up_proj", "down_proj"],  # the paper's, fused
+        **{model_type: list(PAPER_TARGET_MODULES) for model_type in LLAMA_NAMED},
     }
 
     def update_layer(self, layer: Any, adapter_name: str, config: Any, kind: str, key: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_model_status, get_peft_model
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Phi3Config
 
 from qdense import DenseLoraConfig
 from qdense.ops.denselora import denselora_delta
@@ -528,3 +529,41 @@ def test_safe_merge_leaves_every_layer_as_it_was_if_one_is_faulty(tiny_model):
             torch.equal(tensor, before[name]) or name.endswith("_m.default")
             for name, tensor in model.named_parameters()
         )
+
+
+@pytest.mark.parametrize(
+    ("config", "adapted"),
+    [
+        (
+            OPTConfig(
+                hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=90, word_embed_proj_dim=32
+            ),
+            {"q_proj", "v_proj"},
+        ),
+        (
+            Phi3Config(
+                hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+                vocab_size=90, pad_token_id=0,
+            ),
+            {"qkv_proj", "gate_up_proj", "down_proj"},
+        ),
+    ],
+    ids=["opt", "phi3"],
+)  # fmt: skip
+def test_other_architectures_have_default_targets(config, adapted):
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), DenseLoraConfig(r=2, init_weights=False))
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, DenseLoraLinear)}
+    assert names == adapted
+    ids = torch.arange(6)[None]
+    with model.disable_adapter():
+        before = model(input_ids=ids).logits
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert not torch.equal(model(input_ids=ids).logits, before)
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_gpt2s_layers_are_refused_by_name():
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=90)
+    with pytest.raises(ValueError, match=r"DenseLoRA adapts linear layers; .*c_attn is a Conv1D"):
+        get_peft_model(AutoModelForCausalLM.from_config(config), DenseLoraConfig(r=2))

@@ -153,9 +153,10 @@ class LinearTuner(BaseTuner):
     method_name: str
     tuner_layer_cls: type[AdaptedLinear]
     # The paper's modules where a model has them, else those that PEFT's LoRA adapts. (The name and type are PEFT's.)
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | {
+    target_module_mapping: dict[str, list[str]] = {  # noqa: RUF012
+        **{kind: list(names) for kind, names in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.items()},
         "phi3": ["qkv_proj", "gate_up_proj", "down_proj"],  # the paper's, fused
-        **{model_type: list(PAPER_TARGET_MODULES) for model_type in LLAMA_NAMED},
+        **{kind: list(PAPER_TARGET_MODULES) for kind in LLAMA_NAMED},
     }
 
     def update_layer(self, layer: Any, adapter_name: str, config: Any, kind: str, key: str) -> None:

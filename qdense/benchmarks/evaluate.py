@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,13 @@ from qdense.data.contamination import overlaps
 from qdense.data.rows import Row
 from qdense.data.sources import DataSet, load_named_or_file, load_training_set
 from qdense.errors import EvaluationError
-from qdense.events import Emit, EvaluationDone, EvaluationStarted, Notice
+from qdense.events import Emit, EvaluationDone, EvaluationStarted, Notice, ignore
 from qdense.inference.generation import Completion
 from qdense.inference.loaded import load_model
 from qdense.modeling.locate import locate_adapter
 from qdense.provenance import package_versions
 from qdense.recipe import load_recipe
-from qdense.runs import RunFolder
+from qdense.runs import EvaluationFolder, RunFolder
 
 __all__ = ["EvaluationRequest", "evaluate"]
 
@@ -56,6 +57,32 @@ def evaluate(request: EvaluationRequest, emit: Emit) -> dict[str, Any]:
         summary["base"] = summaries[0]
     emit(EvaluationDone(summary))
     return summary
+
+
+@dataclass(frozen=True)
+class ShownItem:
+    """An item of a task and what the model answered; of several samples, the first."""
+
+    index: int
+    question: str
+    expected: str
+    completion: str
+    is_right: bool
+
+
+def shown_items(summary: Mapping[str, Any], task: Task, data_dir: Path | None, count: int) -> list[ShownItem]:
+    """The first `count` items that the evaluation of this summary found wrong, then right ones. Raises QDenseError."""
+    folder = EvaluationFolder(Path(summary["folder"]))
+    rows = load_items(task, data_dir, ignore).rows
+    outcomes = json.loads(folder.items.read_text(encoding="utf-8"))[task.name]
+    is_right = dict(zip(outcomes["index"], outcomes["paper"], strict=True))
+    lines = (json.loads(line) for line in folder.completions(task.name).read_text(encoding="utf-8").splitlines())
+    completions = {line["index"]: line["completion"] for line in lines if not line.get("sample")}
+    order = sorted(is_right, key=lambda index: (is_right[index], index))[:count]
+    return [
+        ShownItem(index, rows[index].instruction, rows[index].answer, completions[index], bool(is_right[index]))
+        for index in order
+    ]
 
 
 def _completion_sources(request: EvaluationRequest, adapter: Path | None, emit: Emit) -> list[CompletionSource]:

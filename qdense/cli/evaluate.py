@@ -72,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest completion (default: the task's)")
     how.add_argument("--batch-size", type=positive, metavar="N", help="sequences (with beams: items) at a time")
     add_data_dir(parser)
+    parser.add_argument(
+        "--show",
+        type=positive,
+        metavar="N",
+        help="print N items of each task with the model's answers, wrong ones first",
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else, on stdout")
     add_quiet(parser)
 
@@ -136,6 +142,12 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if arguments.json:
         print(json.dumps(summary, indent=2))
+    elif arguments.show is not None:
+        from qdense.benchmarks.evaluate import shown_items
+        from qdense.ui.tables import show_items
+
+        for task in tasks:
+            show_items(console, task.name, shown_items(summary, task, arguments.data_dir, arguments.show))
 
 
 def _columns_of_run(arguments: argparse.Namespace) -> Columns | None:

@@ -16,6 +16,7 @@ from qdense.ui.console import accuracy_text, plain_decimals, size
 
 if TYPE_CHECKING:  # some of these import torch, which most commands do not need
     from qdense.analysis import Analysis
+    from qdense.benchmarks.evaluate import ShownItem
     from qdense.benchmarks.tasks import Task
     from qdense.doctor import Check
     from qdense.modeling.export import ExportReport
@@ -112,6 +113,16 @@ def show_merge(console: Console, report: MergeReport) -> None:
         f"compared with the unmerged adapter: divergence {report.divergence:.2g} nats per token, the same most likely token "
         f"for {report.num_same:,} of {report.num_tokens:,}"
     )
+
+
+def show_items(console: Console, task: str, items: Sequence[ShownItem]) -> None:
+    """`qdense evaluate --show`: questions, what was expected, and what the model wrote."""
+    for item in items:
+        verdict = Text("right", style="green") if item.is_right else Text("wrong", style="red")
+        console.print(Text.assemble((f"\n{clean(task)}, item {item.index}: ", "bold"), verdict))
+        for label, text in (("question", item.question), ("expected", item.expected), ("answer", item.completion)):
+            lines = f"\n{'':11}".join(clean(line) for line in text.strip().split("\n"))
+            console.print(Text(f"  {label:<9}{lines}"))
 
 
 def show_export(console: Console, report: ExportReport) -> None:

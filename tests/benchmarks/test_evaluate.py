@@ -1,6 +1,7 @@
 """Evaluation on a tiny LLaMA: its files, resuming a killed one, and which adapters it accepts."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from qdense.benchmarks import completions as completions_module
 from qdense.benchmarks import local_model as local_model_module
 from qdense.benchmarks.evaluate import EvaluationRequest, evaluate
 from qdense.benchmarks.tasks import TASKS, load_items, tasks_named
+from qdense.cli import main
 from qdense.data.rows import Columns
 from qdense.errors import AdapterError, DataError, EvaluationError, QDenseError
 from qdense.events import EvaluationProgress, Notice
@@ -449,3 +451,26 @@ def test_own_files_that_cannot_be_used_are_reported(tmp_path, monkeypatch, text,
     with pytest.raises(QDenseError) as caught:
         tasks_named(text)
     assert message in str(caught.value)
+
+
+def test_items_are_shown_with_what_the_model_answered_wrong_ones_first(finished_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    arguments = ["evaluate", str(rows), "--adapter", str(finished_run), "--decoding", "greedy", "--max-new-tokens", "5"]
+
+    def shown(expected, count):
+        lines = [{"prompt": f"question {n}", "completion": text} for n, text in enumerate(expected)]
+        rows.write_text("\n".join(map(json.dumps, lines)))
+        assert main([*arguments, "--batch-size", "4", "--show", str(count), "--quiet"]) == 0
+        return re.findall(
+            r"item (\d): (\w+)\n  question (.*)\n  expected (.*)\n  answer   (.*)", capsys.readouterr().out
+        )
+
+    first = shown(["none of these", "none of these", "none of these"], 3)
+    assert [(item[0], item[1], item[2], item[3]) for item in first] == [
+        (str(n), "wrong", f"question {n}", "none of these") for n in range(3)
+    ]
+    (kept,) = (finished_run / "eval").glob("*/*.jsonl")
+    answers = {line["index"]: line["completion"] for line in map(json.loads, kept.read_text().splitlines())}
+    assert [item[4].strip() for item in first] == [answers[n].strip() for n in range(3)]
+    shutil.rmtree(finished_run / "eval")

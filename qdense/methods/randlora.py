@@ -116,7 +116,7 @@ def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 METHOD = Method(
     name="randlora",
     summary="RandLoRA, PEFT's: a sum of frozen random products of rank r, each scaled, as many as give it full rank",
-    learning_rate=lambda adapter: 1e-3,
+    learning_rate=lambda adapter: 3e-4,
     adapter_keys=frozenset({"r", "dropout", "target_modules"}),
     build_config=_build_config,
     count_parameters=_count_parameters,

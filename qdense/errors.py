@@ -66,12 +66,16 @@ def counted(number: int, one: str, several: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else several or f'{one}s'}"
 
 
-def closest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is spelt most like this one, in upper or lower case; None if none is close."""
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that is spelt most like this one, in upper or lower case; None if none is close.
+
+    Args:
+        cutoff: the least similarity, from 0 to 1; 0.8 allows a typing mistake in a name of five letters.
+    """
     folded = {candidate.lower(): candidate for candidate in known}
     if len(name) > 200 or len(folded) > _MOST_COMPARED:  # comparing takes the product of the lengths
         return None
-    close = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=cutoff)
     return folded[close[0]] if close else None
 
 

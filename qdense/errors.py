@@ -7,9 +7,13 @@ and exits with status 2. Anything else is a bug in qdense and keeps its tracebac
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 _MOST_SHOWN = 40  # names in a list of known ones
+_MOST_COMPARED = 1000  # names that a misspelt one is compared with
 
 
 class QDenseError(Exception):
@@ -57,12 +61,54 @@ def shortened(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """`1 row`, `2,000 rows`; `several` where it is not `one` and an s."""
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that is spelt most like this one, in upper or lower case; None if none is close.
+
+    Args:
+        cutoff: the least similarity, from 0 to 1; 0.8 allows a typing mistake in a name of five letters.
+    """
+    folded = {candidate.lower(): candidate for candidate in known}
+    if len(name) > 200 or len(folded) > _MOST_COMPARED:  # comparing takes the product of the lengths
+        return None
+    close = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=cutoff)
+    return folded[close[0]] if close else None
+
+
+def listed(known: Iterable[str]) -> str:
+    """The names in order, as far as a reader will follow."""
+    known = sorted(known)
+    return ", ".join([shortened(each) for each in known[:_MOST_SHOWN]] + (["..."] if len(known) > _MOST_SHOWN else []))
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean "x"?` for the closest known name (empty if none is close) and the list of all."""
-    known = sorted(known)
-    shown = [shortened(each) for each in known[:_MOST_SHOWN]] + (["..."] if len(known) > _MOST_SHOWN else [])
-    folded = {candidate.lower(): candidate for candidate in known}
-    is_short = len(name) <= 200 and len(known) <= 1000  # comparing takes the product of the lengths
-    close = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.6) if is_short else []
-    guess = f'; did you mean "{shortened(folded[close[0]])}"?' if close else ";"
-    return f"{guess} known: {', '.join(shown)}"
+    known = list(known)
+    close = closest(name, known)
+    guess = f'; did you mean "{shortened(close)}"?' if close else ";"
+    return f"{guess} known: {listed(known)}"
+
+
+def near_file(path: str | Path, endings: Sequence[str] = ()) -> str:
+    """`; did you mean "x"?` for the file beside a missing one, with one of these endings, whose name is closest. Without endings
+    for the closest folder. Empty if none is close."""
+    path = Path(path)
+
+    def stem(name: str) -> str:
+        return next((name.removesuffix(ending) for ending in endings if name.lower().endswith(ending)), name)
+
+    try:
+        with os.scandir(path.parent) as entries:
+            beside = {
+                stem(entry.name): entry.name
+                for entry in itertools.islice(entries, _MOST_COMPARED)
+                if (entry.name.lower().endswith(tuple(endings)) if endings else entry.is_dir())
+            }
+    except (OSError, ValueError):  # ValueError: a NUL character
+        return ""
+    found = closest(stem(path.name), beside)
+    return f'; did you mean "{path.parent / beside[found]}"?' if found else ""

@@ -20,7 +20,7 @@ from qdense.catalogs.choices import Activation, Init, Sharing, ZeroInit
 from qdense.catalogs.datasets import TRAINING_SETS
 from qdense.catalogs.families import MODULE_LETTERS, PAPER_TARGET_MODULES
 from qdense.catalogs.models import CATALOG
-from qdense.errors import RecipeError, did_you_mean, shortened
+from qdense.errors import RecipeError, did_you_mean, near_file, shortened
 from qdense.methods import METHODS
 from qdense.schema import (
     AS_TUPLE,
@@ -43,6 +43,7 @@ DType = Literal["bfloat16", "float32"]
 _MOST = 10**6  # of what is counted or scaled: far beyond use, and nothing that is computed from it overflows
 _DTYPE_BYTES: dict[DType, int] = {"bfloat16": 2, "float32": 4}
 Device = Literal["auto", "cuda", "cpu"]
+_DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".gz")
 _RENAMED = {
     "training.gradient_checkpointing": 'is called training.recompute here: "auto", "all" (for true), "none" (for false) or a '
     "number of layers"
@@ -350,6 +351,11 @@ class Recipe(Table):
         return flattened(self.resolved())
 
 
+def keys_named(name: str) -> list[str]:
+    """The keys with this name, each with its table: "max_steps" is "training.max_steps"."""
+    return [f"{table}.{name}" for table in Recipe.model_fields if name in table_at(Recipe, [table]).model_fields]
+
+
 def recipes_folder() -> Path:
     """What comes with qdense: in the wheel inside the package, in a checkout beside it."""
     package = Path(__file__).parent
@@ -377,10 +383,16 @@ def find_recipe(name: str | Path) -> Path:
     found = named_file(name, known)
     if found is not None:
         return found
-    if path.suffix in (".json", ".jsonl", ".csv", ".parquet", ".gz"):
+    if path.is_dir():
+        raise RecipeError(f"{path}: is a folder; name a recipe, a TOML file")
+    if path.suffix in _DATA_ENDINGS:
+        hint = near_file(path, _DATA_ENDINGS)
         raise RecipeError(
-            f"{path}: no such file. To train on data of your own, write a recipe for it: qdense init {path}"
+            f"{path}: no such file"
+            + (hint or f". To train on data of your own, write a recipe for it: qdense init {path}")
         )
+    if near := near_file(path, (".toml",)):
+        raise RecipeError(f"{path}: no such file, and no built-in recipe{near}")
     raise RecipeError(
         f"{path}: no such file, and no built-in recipe{did_you_mean(str(name), known)}. For your own data, write one with "
         "`qdense init DATA`"
@@ -398,11 +410,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: the file cannot be read or has problems; the message lists them all, each with its key, value and remedy.
     """
     path = find_recipe(path)
-    if path.suffix in (".json", ".jsonl", ".csv", ".parquet", ".gz"):
+    if path.suffix in _DATA_ENDINGS:
         raise RecipeError(f"{path}: is data, not a recipe. Write a recipe for it: qdense init {path}")
     tables = read_toml(path, "recipe")
     tables.pop("provenance", None)
     for override in overrides:
+        key, _, value = override.partition("=")
+        if value and (known := keys_named(key.strip())):
+            meant = " or ".join(f"--set {each}={value}" for each in known)
+            raise RecipeError(f"--set {override}: the key lacks its table; did you mean {meant}?")
         apply_override(tables, override)
     return recipe_from_tables(tables, source=str(path))
 

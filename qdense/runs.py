@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from qdense.cache import LOCK_FILE, locked, write_atomically
-from qdense.errors import AdapterError, EvaluationError, RunError
+from qdense.errors import AdapterError, EvaluationError, RunError, closest, listed, near_file
 
 CARD_FILE = "qdense.json"  # beside an adapter's own files: its origin
 PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's own names
@@ -279,6 +279,28 @@ def newest_finished_run(folder: Path) -> RunFolder:
     return RunFolder(max(cards, key=lambda path: path.stat().st_mtime_ns).parent.parent)
 
 
+def refuse_misspelt(run: RunFolder) -> None:
+    """Raise RunError if the run to resume does not exist, and one beside it is spelt almost alike.
+
+    Otherwise it is new: `qdense sweep`, and whoever starts a run again until it ends, resume from the first time on. Names
+    that differ in numbers alone, as those of several seeds do, are no misspelling.
+    """
+    if run.path.exists():
+        return
+    beside = sorted(path.parent.name for path in run.path.parent.glob(f"*/{run.recipe.name}"))
+    letters = _without_digits(run.path.name)
+    close = closest(run.path.name, (name for name in beside if _without_digits(name) != letters), cutoff=0.8)
+    if close is not None:
+        raise RunError(
+            f'{run.path}: there is nothing to resume; did you mean "{run.path.parent / close}"? Runs here: {listed(beside)}. '
+            "Omit --resume to start a new one."
+        )
+
+
+def _without_digits(name: str) -> str:
+    return "".join(c for c in name if not c.isdigit())
+
+
 def find_adapter(path: Path) -> Path:
     """The adapter's folder, given itself or the run that holds it. Raises AdapterError."""
     run = RunFolder(path)
@@ -286,7 +308,9 @@ def find_adapter(path: Path) -> Path:
         if any((folder / name).is_file() for name in (CARD_FILE, PEFT_CONFIG_FILE)):
             return folder
     if not path.exists():
-        raise AdapterError(f"{path}: no such run or adapter")
+        raise AdapterError(f"{path}: no such run or adapter{near_file(path)}")
+    if path.suffix == ".toml" and path.is_file():
+        raise AdapterError(f"{path}: is a recipe; name its run, the folder that it gives as output.dir")
     hint = " The run is not finished: `qdense train RECIPE --resume` continues it." if run.checkpoints.exists() else ""
     raise AdapterError(f"{path}: holds no adapter ({PEFT_CONFIG_FILE} or {CARD_FILE}, here or in {_ADAPTER}/).{hint}")
 
@@ -300,7 +324,9 @@ def find_evaluation(path: Path) -> EvaluationFolder:
         EvaluationError: there is none.
     """
     if not path.is_dir():
-        raise EvaluationError(f"{path}: no such folder. Name a run, its RUN/{_EVALUATIONS}/DIGEST, or runs/base-MODEL.")
+        raise EvaluationError(
+            f"{path}: no such folder{near_file(path) or '.'} Name a run, its RUN/{_EVALUATIONS}/DIGEST, or runs/base-MODEL."
+        )
     if path.name in (_ADAPTER, _EVALUATIONS):
         path = path.parent
     named = EvaluationFolder(path)

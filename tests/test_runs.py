@@ -217,6 +217,12 @@ def test_an_adapter_is_found_from_its_run_and_from_itself(tmp_path):
 def test_adapters_that_are_not_there(tmp_path):
     with pytest.raises(AdapterError, match="none: no such run or adapter"):
         find_adapter(tmp_path / "none")
+    (tmp_path / "my-rows").mkdir()
+    with pytest.raises(AdapterError, match=r'my-rowz: no such run or adapter; did you mean ".*/my-rows"\?'):
+        find_adapter(tmp_path / "my-rowz")
+    (tmp_path / "r.toml").touch()
+    with pytest.raises(AdapterError, match=r"r\.toml: is a recipe; name its run"):
+        find_adapter(tmp_path / "r.toml")
     with pytest.raises(AdapterError, match=r"holds no adapter \(adapter_config\.json or qdense\.json") as error:
         find_adapter(tmp_path)
     assert "--resume" not in str(error.value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -17,6 +18,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any, NoReturn
 
 from qdense import __version__
 from qdense.cli import (
@@ -40,7 +42,7 @@ from qdense.cli import (
     tasks,
     train,
 )
-from qdense.errors import DivergedError, QDenseError, RunStopped
+from qdense.errors import DivergedError, QDenseError, RunStopped, closest
 from qdense.text import printable
 
 # Each has HELP, DESCRIPTION, EXAMPLES, add_arguments(parser) and run(arguments), which returns the exit status (None is 0).
@@ -84,6 +86,7 @@ _PATH_FAULTS = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENODEV, errno.ENXIO, errno.EINVAL,
     errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
 }  # fmt: skip
+_WRONG_CHOICE = re.compile(r"invalid choice: '(?P<given>.*?)' \(choose from (?P<choices>.*)\)")
 _RAISE_LIMIT = "Raise the limit, or choose another folder, and run the same command again."
 _RUN_AGAIN = "run the same command again (train: with --resume, to continue from the last checkpoint)"
 
@@ -92,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     # Spinning idle OpenMP threads starve each other: on a busy machine, CPU steps take 10 to 50 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    arguments = build_parser().parse_args(argv)
+    arguments = _parsed(sys.argv[1:] if argv is None else list(argv))
     try:
         with _ended_by_signals():
             return arguments.command(arguments) or 0
@@ -161,8 +164,52 @@ def _fail(message: str, status: int = 2) -> int:
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    """Guesses what a misspelt command, choice or option was to be. A parsed namespace names its innermost parser."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.set_defaults(parser=self)
+
+    def error(self, message: str) -> NoReturn:
+        wrong = _WRONG_CHOICE.search(message)
+        close = closest(wrong["given"], re.findall(r"[^\s,']+", wrong["choices"])) if wrong else None
+        super().error(f'{message}; did you mean "{close}"?' if close else message)
+
+    def refuse(self, unknown: Sequence[str], argv: Sequence[str]) -> NoReturn:
+        """End with what is said of arguments that no parser knows."""
+        name, _, value = next((each for each in unknown if each.startswith("--")), "").partition("=")
+        usage = self.format_usage()
+        hint = ""
+        if name and "[--set " in usage:
+            from qdense.recipe import keys_named
+
+            if not value:  # the next word may have been taken for another argument
+                following = list(argv[argv.index(name) + 1 :][:1])
+                value = following[0] if following and not following[0].startswith("-") else "VALUE"
+            keys = keys_named(name.removeprefix("--").replace("-", "_"))
+            if keys:
+                hint = "; values of a recipe are given as " + " or ".join(f"--set {key}={value}" for key in keys)
+        if name and not hint and (close := closest(name, re.findall(r"--[\w-]+", usage))):
+            hint = f"; did you mean {close}?"
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    parser = build_parser()
+    if not argv:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    if argv[0] == "help":
+        argv = [*argv[1:], "--help"]
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        arguments.parser.refuse(unknown, argv)
+    return arguments
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="qdense",
         description="DenseLoRA fine-tuning of 4-bit LLaMA models on one consumer GPU.",
         epilog=_EXAMPLES,

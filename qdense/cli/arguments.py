@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qdense.errors import did_you_mean
+
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -158,6 +160,27 @@ def duration(text: str) -> float:
     if seconds <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time: a number and h, m or s, for instance 3h")
     return seconds
+
+
+def columns(text: str) -> dict[str, str]:
+    """Columns of a file by what they hold, from "instruction=question,output=answer"."""
+    from qdense.data.rows import Columns
+
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        key, _, column = (each.strip() for each in part.partition("="))
+        if not key or not column:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is not KEY=COLUMN, for instance instruction=question,output=answer"
+            )
+        if key not in Columns._fields:
+            raise argparse.ArgumentTypeError(f'unknown key "{key}"{did_you_mean(key, Columns._fields)}')
+        if key in found:
+            raise argparse.ArgumentTypeError(f'"{key}" is given twice')
+        found[key] = column
+    if "messages" in found and len(found) > 1:
+        raise argparse.ArgumentTypeError("messages holds whole conversations: give it alone")
+    return found
 
 
 def price(text: str) -> tuple[str, float]:

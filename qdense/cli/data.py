@@ -7,6 +7,7 @@ import json
 import sys
 
 from qdense.cli.arguments import add_data_dir, add_json, add_recipe, positive
+from qdense.errors import counted
 from qdense.libraries import quiet_libraries
 
 HELP = "inspect data sets"
@@ -81,8 +82,7 @@ def _check(arguments: argparse.Namespace) -> None:
     from qdense.ui.tables import show_contamination
 
     if training.skipped:
-        count = len(training.skipped)
-        rows = f"{count:,} rows could not be read and are" if count > 1 else "1 row could not be read and is"
+        rows = counted(len(training.skipped), "row could not be read and is", "rows could not be read and are")
         make_console(sys.stderr).print(f"{rows} left out; the first: {training.skipped[0]}")
     if arguments.json:
         print(json.dumps(found, indent=2))

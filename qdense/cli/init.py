@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qdense.cli.arguments import as_toml, memory_size
+from qdense.cli.arguments import as_toml, columns, memory_size
 from qdense.cli.plan import machine_for
-from qdense.errors import RecipeError
+from qdense.errors import DataError, RecipeError, counted, did_you_mean
+from qdense.text import printable
 
 if TYPE_CHECKING:
-    from qdense.data.rows import Columns, Row, Rows
+    from qdense.data.rows import Row, Rows
     from qdense.planning.plan import Plan
     from qdense.recipe import Recipe
 
@@ -25,6 +27,7 @@ DESCRIPTION = (
 )
 EXAMPLES = """\
   qdense init questions.jsonl
+  qdense init calendar.csv --columns instruction=date,output=weekday
   qdense init questions.jsonl --model llama3.2-3b --memory 12GiB --output small.toml
 """
 
@@ -32,11 +35,18 @@ _MODELS = ("llama3-8b", "llama3.2-3b", "llama3.2-1b", "smollm2-135m")  # from th
 _CHARACTERS_PER_TOKEN = 3  # English has about 4; a low estimate keeps answers from being cut off
 _CHARACTERS_OF_A_TURN = 30  # what a chat template adds to each
 _EPOCHS = 3
+_FEWEST_TO_VALIDATE = 20  # rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data", metavar="DATA", type=Path, help="a JSON, JSONL, CSV or Parquet file of prompts and answers"
+    )
+    parser.add_argument(
+        "--columns",
+        type=columns,
+        metavar="KEY=COLUMN,...",
+        help="which columns hold the instruction, input and output, or the messages (default: recognised by their names)",
     )
     parser.add_argument("--model", help="a built-in name, a hub id or a folder (default: the largest that fits)")
     parser.add_argument("--method", default="denselora", help="an adaptation method (default: denselora)")
@@ -52,19 +62,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from qdense.data.rows import read_rows
-
     name = arguments.data.name.split(".")[0] or "own"
     output = arguments.output or Path(f"{name}.toml")
     if output.exists():
         raise RecipeError(f"{output}: exists, and is left as it is. Name another file with --output.")
-    rows = read_rows(arguments.data, skip_bad=True)
-    recipe, plan, body = _fitting(arguments, name, rows)
+    rows = _rows(arguments)
+    recipe, plan, body = _fitting(arguments, output.stem, rows)
     text = "\n".join([*_heading(arguments, rows, recipe, plan), *body]) + "\n"
     with output.open("x", encoding="utf-8") as stream:
         stream.write(text)
-    print(f"{output}: {recipe.adapter.method} on {recipe.model.name}, {len(rows.rows):,} rows. {_prediction(plan)}")
+    print(
+        f"{output}: {recipe.adapter.method} on {recipe.model.name}, {counted(len(rows.rows), 'row')}. {_prediction(plan)}"
+    )
+    for warning in _warnings(rows):
+        print(printable(f"warning: {warning}"), file=sys.stderr)
     print(f"Read it, then: qdense train {output}")
+
+
+def _rows(arguments: argparse.Namespace) -> Rows:
+    from qdense.data.rows import Columns, read_rows
+
+    given = arguments.columns or {}
+    rows = read_rows(arguments.data, Columns(**given) if given else None, skip_bad=True)
+    if "input" in given and given["input"] not in rows.names:
+        known = did_you_mean(given["input"], rows.names)
+        raise DataError(f"{arguments.data}: --columns input={given['input']}: no row has such a column{known}")
+    return rows
+
+
+def _warnings(rows: Rows) -> Iterator[str]:
+    num_rows, num_bad = len(rows.rows), len(rows.skipped)
+    if num_bad:
+        yield (
+            f"{num_bad:,} of {counted(num_rows + num_bad, 'row')} {'is' if num_bad == 1 else 'are'} blank or broken and will be "
+            f'skipped (data.bad_rows = "skip"); the first: {rows.skipped[0]}'
+        )
+    if num_rows < _FEWEST_TO_VALIDATE:
+        yield f"only {counted(num_rows, 'row')}: none is kept for validation, and the result will say little"
 
 
 def _fitting(arguments: argparse.Namespace, name: str, rows: Rows) -> tuple[Recipe, Plan, list[str]]:
@@ -93,8 +127,8 @@ def _fitting(arguments: argparse.Namespace, name: str, rows: Rows) -> tuple[Reci
 
 def _tables(arguments: argparse.Namespace, name: str, rows: Rows, model: str) -> Iterator[str]:
     """The lines of the recipe. Keys that it omits have suitable defaults."""
-    columns, lengths = rows.columns, _token_counts(rows.rows)
-    num_validation = 0 if len(rows.rows) < 20 else min(120, len(rows.rows) // 10)
+    lengths = _token_counts(rows.rows)
+    num_validation = 0 if len(rows.rows) < _FEWEST_TO_VALIDATE else min(120, len(rows.rows) // 10)
     num_training = len(rows.rows) - num_validation
     batch_size = 16 if num_training >= 800 else 8 if num_training >= 200 else 4
     num_steps = _EPOCHS * math.ceil(num_training / batch_size)
@@ -113,15 +147,16 @@ def _tables(arguments: argparse.Namespace, name: str, rows: Rows, model: str) ->
         "",
         "[data]",
         f"path = {as_toml(str(arguments.data))}",
-        _columns_line(columns),
+        _columns_line(rows),
     )
     if rows.skipped:
         total = len(rows.rows) + len(rows.skipped)
         yield f'bad_rows = "skip"                 # {len(rows.skipped):,} of {total:,} rows: blank or broken'
     yield from (
         'train_on = "response"             # the loss counts the answers only; "all" counts the prompts too'
-        + (', "last" the last answer' if columns.messages else ""),
-        f"max_length = {max_length:<21}# tokens of a row; by a rough count {num_longer:,} rows are longer and will be cut off",
+        + (', "last" the last answer' if rows.columns.messages else ""),
+        f"max_length = {max_length:<21}# tokens of a row; by a rough count {counted(num_longer, 'row is', 'rows are')} longer "
+        "and will be cut off",
         f"validation_rows = {num_validation:<16}# kept out of training, to see whether it generalises",
         "",
         "[training]",
@@ -136,15 +171,16 @@ def _tables(arguments: argparse.Namespace, name: str, rows: Rows, model: str) ->
     )
 
 
-def _columns_line(columns: Columns) -> str:
+def _columns_line(rows: Rows) -> str:
+    columns = rows.columns
     if columns.messages is not None:
         return (
             f"columns = {{ messages = {as_toml(columns.messages)} }}  # conversations, by the tokenizer's chat template"
         )
-    return (
-        f"columns = {{ instruction = {as_toml(columns.instruction)}, input = {as_toml(columns.input)}, "
-        f"output = {as_toml(columns.output)} }}"
-    )
+    named = {"instruction": columns.instruction, "input": columns.input, "output": columns.output}
+    if columns.input not in rows.names:
+        del named["input"]
+    return f"columns = {{ {', '.join(f'{key} = {as_toml(column)}' for key, column in named.items())} }}"
 
 
 def _token_counts(rows: Sequence[Row]) -> list[int]:
@@ -168,7 +204,8 @@ def _max_length(lengths: Sequence[int]) -> int:
 
 
 def _heading(arguments: argparse.Namespace, rows: Rows, recipe: Recipe, plan: Plan) -> Iterator[str]:
-    yield f"# Written by `qdense init` for {arguments.data.name}: {len(rows.rows):,} rows. Every key: the recipe reference."
+    num_rows = counted(len(rows.rows), "row")
+    yield f"# Written by `qdense init` for {arguments.data.name}: {num_rows}. Every key: the recipe reference."
     yield f"# {_prediction(plan)}"
     if plan.speeds:
         num_tokens = _EPOCHS * sum(min(n, recipe.data.max_length) for n in _token_counts(rows.rows))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qdense.cli.arguments import add_data_dir, add_json
-from qdense.errors import QDenseError
+from qdense.errors import QDenseError, counted
 
 if TYPE_CHECKING:
     from qdense.benchmarks.tasks import Task
@@ -80,7 +80,7 @@ def _export(arguments: argparse.Namespace, tasks: Sequence[Task]) -> None:
     if arguments.json:
         print(json.dumps({"folder": folder, "num_tasks": len(tasks), "names": names}, indent=2))
         return
-    print(f"wrote {len(tasks)} tasks to {folder} (template {template.name}, {decoding.name})")
+    print(f"wrote {counted(len(tasks), 'task')} to {folder} (template {template.name}, {decoding.name})")
     if decoding.name == "beam4":
         print(
             "The harness ends the beam search of a whole batch as soon as one beam ends, so its completions will differ."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from qdense.cli.arguments import add_data_dir, add_quiet, add_recipe, as_toml
 from qdense.libraries import quiet_libraries
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from qdense.recipe import load_recipe
+    from qdense.runs import RunFolder, refuse_misspelt
 
     overrides = list(arguments.set)
     if arguments.fraction is not None:
@@ -43,6 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         overrides.append(f"output.dir={as_toml(arguments.output)}")
     recipe = load_recipe(arguments.recipe, overrides)
+    if arguments.resume and arguments.output is not None:
+        refuse_misspelt(RunFolder(Path(recipe.output.dir)))
 
     from qdense.ui.console import make_console
     from qdense.ui.training import TrainingDisplay

@@ -6,13 +6,14 @@ import csv
 import gzip
 import io
 import json
+import math
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from qdense.errors import DataError, did_you_mean, shortened
+from qdense.errors import DataError, closest, did_you_mean, listed, near_file, shortened
 
 # How much text a compressed file may hold. A few kilobytes can unpack to gigabytes, and a byte of "{}" takes 24 in memory.
 _ALWAYS_UNPACKED = 16 * 2**20  # bytes
@@ -50,6 +51,10 @@ class Columns(NamedTuple):
 
 
 STANDARD_COLUMNS = Columns()
+_NAME_THEM = (
+    'Name them in the recipe, for instance: [data.columns] instruction = "prompt", output = "completion"; qdense init takes '
+    "--columns instruction=prompt,output=completion"
+)
 
 # Names by which columns are recognised if a recipe names none. `input` is the instruction only if there is no other.
 _INSTRUCTION_NAMES = ("instruction", "prompt", "question", "query", "problem")
@@ -67,17 +72,27 @@ class RowError(DataError):
     """A fault of one row; the rest of the file may be used."""
 
 
+class _NoColumnError(RowError):
+    """A row lacks `column`."""
+
+    def __init__(self, text: str, column: str) -> None:
+        super().__init__(text)
+        self.column = column
+
+
 class Rows(NamedTuple):
     """What was read.
 
     Attributes:
         columns: the given ones, or those recognised by their names.
         skipped: what was wrong with each dropped row, and where it is.
+        names: all columns that a row has.
     """
 
     rows: list[Row]
     columns: Columns
     skipped: list[str]
+    names: Collection[str] = ()
 
 
 def detect_columns(names: Collection[str], *, needs_output: bool = True) -> Columns | None:
@@ -122,9 +137,12 @@ def read_rows(
     path = Path(path)
     suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     if suffix.lower() not in FORMATS:
-        raise DataError(f"{path}: unknown data format {suffix!r}. Known: {', '.join(FORMATS)}")
+        if path.is_dir():
+            raise DataError(f"{path}: is a folder; name a file in it")
+        hint = ". If it has one JSON object a line, name it .jsonl" if suffix.lower() == ".txt" else ""
+        raise DataError(f"{path}: unknown data format {suffix!r}. Known: {', '.join(FORMATS)}{hint}")
     if path.exists() and not path.is_file():
-        raise DataError(f"{path}: is a folder or a device, not a file of rows")
+        raise DataError(f"{path}: is a folder or a device, not a file of rows; name a file")
     try:
         with path.open("rb") as stream:
             content = stream.read()
@@ -135,7 +153,7 @@ def read_rows(
             if len(content) > most:
                 raise _too_large(path, most)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        raise DataError(f"{path}: no such file{near_file(path, FORMATS)}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     kind = suffix.lower().removesuffix(".gz")
@@ -174,21 +192,41 @@ def rows_from_records(
     """Make rows of (place, record) pairs; a record may also be the RowError that reading it gave. See `read_rows`."""
     rows: list[Row] = []
     skipped: list[str] = []
+    names: set[str] = set()
+    lacking: _NoColumnError | None = None  # while no row could be read
     for place, record in records:
-        if columns is None and isinstance(record, Mapping):
-            columns = _detected(place, record, needs_output=gold == "output")
+        if isinstance(record, Mapping):
+            if columns is None:
+                columns = _detected(place, record, needs_output=gold == "output")
+            names.update(str(name) for name in record if name is not None)
+        if lacking is not None and not skip_bad:  # the rest is read only to see whether any row has the column
+            continue
         try:
             rows.append(_row(place, record, columns or STANDARD_COLUMNS, gold))
         except RowError as fault:
-            if not skip_bad:
+            if isinstance(fault, _NoColumnError) and not rows:
+                lacking = lacking or fault
+            elif not skip_bad:
                 raise
             skipped.append(str(fault))
+    if lacking is not None and lacking.column not in names:
+        raise DataError(f"{origin}: {_no_row_has(lacking.column, names)}")
+    if lacking is not None and not skip_bad:
+        raise lacking
     if not rows:
-        found = (
-            f"none of its {len(skipped):,} rows can be used. The first: {skipped[0]}" if skipped else "holds no rows"
-        )
+        none = "its only row cannot" if len(skipped) == 1 else f"none of its {len(skipped):,} rows can"
+        found = f"{none} be used. The first: {skipped[0]}" if skipped else "holds no rows"
         raise DataError(f"{origin}: {found}")
-    return Rows(rows, columns or STANDARD_COLUMNS, skipped)
+    return Rows(rows, columns or STANDARD_COLUMNS, skipped, names)
+
+
+def _no_row_has(column: str, names: Collection[str]) -> str:
+    guess = closest(column, names)
+    return (
+        f'no row has a column "{shortened(column)}"; the columns are: {listed(names)}'
+        + (f'; did you mean "{shortened(guess)}"?' if guess else ".")
+        + f" {_NAME_THEM}"
+    )
 
 
 def _detected(place: str, record: Mapping[Any, Any], *, needs_output: bool) -> Columns:
@@ -197,8 +235,7 @@ def _detected(place: str, record: Mapping[Any, Any], *, needs_output: bool) -> C
     if columns is None:
         shown = ", ".join(map(shortened, names[:12])) + (", ..." if len(names) > 12 else "")
         raise DataError(
-            f"{place}: cannot tell which column holds the instruction and which the output. Its columns: {shown}. Name them in "
-            'the recipe, for instance: [data.columns] instruction = "prompt", output = "completion"'
+            f"{place}: cannot tell which column holds the instruction and which the output. Its columns: {shown}. {_NAME_THEM}"
         )
     return columns
 
@@ -217,10 +254,13 @@ def _row(place: str, record: Any, columns: Columns, gold: str | None) -> Row:
             if column in record:
                 raise RowError(f'{place}: column "{column}" is empty')
             names = [str(name) for name in record if name is not None]
-            raise RowError(
+            raise _NoColumnError(
                 f'{place}: no column "{column}"{did_you_mean(column, names)}. Name the columns in a recipe: '
-                "[data.columns] instruction, input, output"
+                "[data.columns] instruction, input, output",
+                column,
             )
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return str(value)
         if not isinstance(value, str):
             raise RowError(f'{place}: column "{column}" must be text, not {_kind(value)}')
         _refuse_half_characters(f'{place}: column "{column}"', value)
@@ -257,7 +297,7 @@ def _conversation(place: str, record: Mapping[Any, Any], column: str, *, needs_a
     if not isinstance(turns, list) or not turns:
         if column not in record:
             names = [str(name) for name in record if name is not None]
-            raise RowError(f'{place}: no column "{column}"{did_you_mean(column, names)}')
+            raise _NoColumnError(f'{place}: no column "{column}"{did_you_mean(column, names)}', column)
         found = "an empty one" if turns == [] else _kind(turns)
         raise RowError(f'{place}: column "{column}" must be a list of messages, not {found}')
     messages = tuple(_message(f"{place}, message {number}", turn) for number, turn in enumerate(turns, start=1))
@@ -304,7 +344,10 @@ def _json_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
         records = json.loads(text, object_pairs_hook=_without_doubles)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
+        hint = ". One object a line? Then name it .jsonl" if error.msg == "Extra data" else ""
+        raise DataError(
+            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}{hint}"
+        ) from None
     except RecursionError:
         raise DataError(f"{path}: JSON nested too deeply to be a list of rows") from None
     except ValueError as error:  # a number of thousands of digits, or a key that appears twice
@@ -348,6 +391,9 @@ def _csv_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         header = list(reader.fieldnames or ())
         if twice := _repeated(header):
             raise DataError(f'{path}, line 1: the column "{shortened(twice[0])}" appears twice in the header')
+        for separator, name in ((";", '";"'), ("\t", "tabs")):
+            if len(header) == 1 and separator in header[0]:
+                raise DataError(f"{path}: the file seems to be separated by {name}: save it with commas")
         for record in reader:
             place = f"{path}, line {reader.line_num}"
             if None in record:

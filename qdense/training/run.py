@@ -27,7 +27,7 @@ from qdense.data.rows import STANDARD_COLUMNS, Message
 from qdense.data.sources import DataSet, load_training_set
 from qdense.data.templates import chat_template_for, prompt_ids, template_named
 from qdense.device import choose_device, device_description, memory_total, peak_memory
-from qdense.errors import RunError, RunStopped
+from qdense.errors import RunError, RunStopped, counted
 from qdense.events import Emit, Notice, TrainingDone, TrainingStarted, ignore
 from qdense.inference.generation import Prompt
 from qdense.methods import METHODS
@@ -438,11 +438,11 @@ def _settled(recipe: Recipe, data: DataSet, learning_rate: float, num_warmup_ste
 def _tell_of_data(recipe: Recipe, data: DataSet, emit: Emit) -> None:
     """Report which columns were recognised, and which rows were dropped."""
     if recipe.data.columns is None and data.columns != STANDARD_COLUMNS:
-        counted = {"all": "all tokens", "response": "all answers", "last": "the last answer"}.get(
+        loss_on = {"all": "all tokens", "response": "all answers", "last": "the last answer"}.get(
             recipe.data.train_on, ""
         )
         found = (
-            f"conversations in {data.columns.messages}; template {recipe.data.template}, loss on {counted}"
+            f"conversations in {data.columns.messages}; template {recipe.data.template}, loss on {loss_on}"
             if data.columns.messages is not None
             else f"{data.columns.instruction} is the instruction, {data.columns.output} the output"
         )
@@ -451,7 +451,7 @@ def _tell_of_data(recipe: Recipe, data: DataSet, emit: Emit) -> None:
         total, num_skipped = len(data.rows) + len(data.skipped), len(data.skipped)
         shown = "; ".join(data.skipped[:3])
         more = "; ..." if num_skipped > 3 else ""
-        emit(Notice(f"left out {num_skipped:,} bad rows of {total:,}: {shown}{more}", "warning"))
+        emit(Notice(f"left out {counted(num_skipped, 'bad row')} of {total:,}: {shown}{more}", "warning"))
 
 
 def _warn_of_test_items(name: str, data: DataSet, data_dir: Path | None, emit: Emit) -> None:

@@ -7,6 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from qdense.errors import counted
 from qdense.text import clean
 from qdense.training.preview import Preview, ShownRow
 from qdense.ui.console import facts_panel
@@ -63,7 +64,9 @@ def warnings_of(preview: Preview) -> list[str]:
     """What a person should know before training."""
     found = []
     if preview.num_skipped:
-        found.append(f"{preview.num_skipped:,} rows are skipped; the first: {preview.first_skipped}")
+        found.append(
+            f"{counted(preview.num_skipped, 'row is', 'rows are')} skipped; the first: {preview.first_skipped}"
+        )
     if preview.num_cut:
         found.append(
             f"{preview.num_cut:,} of {preview.num_measured:,} rows are longer than data.max_length = {preview.max_length:,} and "

@@ -5,7 +5,7 @@ import tomllib
 
 import pytest
 
-from qdense.cli.arguments import as_toml, layer_numbers, memory_size, positive, probability, temperature
+from qdense.cli.arguments import as_toml, columns, layer_numbers, memory_size, positive, probability, temperature
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,7 @@ from qdense.cli.arguments import as_toml, layer_numbers, memory_size, positive, 
         (memory_size, " 1.5 gb ", 3 * 2**29),
         (memory_size, "512m", 2**29),
         (layer_numbers, "0,15,31", [0, 15, 31]),
+        (columns, "instruction=a, output=the answer", {"instruction": "a", "output": "the answer"}),
         (temperature, "0.7", 0.7),
         (temperature, "100", 100.0),
         (probability, "1", 1.0),
@@ -34,6 +35,10 @@ def test_read(kind, text, value):
         (memory_size, "0GiB", "for instance 24GiB"),
         (memory_size, "-1GiB", "for instance 24GiB"),
         (layer_numbers, "0;1", "for instance 0,15,31"),
+        (columns, "instruction", "is not KEY=COLUMN, for instance instruction=question,output=answer"),
+        (columns, "instuction=a", 'did you mean "instruction"'),
+        (columns, "output=a,output=b", "given twice"),
+        (columns, "messages=a,output=b", "give it alone"),
         (temperature, "0", "use --decoding greedy"),
         (temperature, "nan", "temperature"),
         (probability, "1.01", "above 0 and at most 1"),

@@ -30,6 +30,7 @@ def test_the_run_is_sized_to_the_rows(tmp_path, monkeypatch, capsys, num_rows, v
         "input": "input",
         "output": "completion",
     }
+    assert 'columns = { instruction = "prompt", output = "completion" }' in (tmp_path / "own.toml").read_text()
     assert (recipe.data.validation_rows, recipe.training.batch_size) == (validation_rows, batch_size)
     assert recipe.training.keep == ("best" if validation_rows else "last")
     assert (recipe.training.learning_rate, recipe.training.warmup_steps) == ("auto", "auto")
@@ -50,7 +51,7 @@ def test_the_model_is_the_largest_that_fits(tmp_path, monkeypatch):
     assert len(set(chosen)) == 3
 
 
-def test_long_rows_and_broken_rows_are_noted_in_the_recipe(tmp_path, monkeypatch):
+def test_long_rows_and_broken_rows_are_noted_in_the_recipe(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "own.jsonl", 99, length=1500)
     with (tmp_path / "own.jsonl").open("a") as stream:
@@ -58,9 +59,37 @@ def test_long_rows_and_broken_rows_are_noted_in_the_recipe(tmp_path, monkeypatch
     assert main(["init", "own.jsonl", "--memory", "24GiB"]) == 0
     text = (tmp_path / "own.toml").read_text()
     assert "# 1 of 100 rows: blank or broken" in text
+    assert capsys.readouterr().err.startswith(
+        'warning: 1 of 100 rows is blank or broken and will be skipped (data.bad_rows = "skip"); the first: own.jsonl, line 100'
+    )
     recipe = load_recipe("own.toml")
     assert recipe.data.bad_rows == "skip"
     assert 512 < recipe.data.max_length < 768  # some 1,700 characters with the template, at 3 a token
+
+
+def test_columns_can_be_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"date": f"{i} May", "place": "here", "weekday": "Monday"} for i in range(1, 11)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    named = "instruction=date,input=place,output=weekday"
+    assert main(["init", "own.jsonl", "--memory", "24GiB", "--columns", named, "--output", "c.toml"]) == 0
+    assert (
+        capsys.readouterr().err
+        == "warning: only 10 rows: none is kept for validation, and the result will say little\n"
+    )
+    recipe = load_recipe("c.toml")
+    assert recipe.data.columns.model_dump(exclude_none=True) == {
+        "instruction": "date",
+        "input": "place",
+        "output": "weekday",
+    }
+    assert recipe.output.dir == "runs/c"
+    for text, message in (
+        ("instruction=datum,output=weekday", 'did you mean "date"?'),
+        ("instruction=date,output=weekday,input=plaice", 'did you mean "place"?'),
+    ):
+        assert main(["init", "own.jsonl", "--columns", text]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_mistakes_are_explained_and_nothing_is_overwritten(tmp_path, monkeypatch, capsys):
@@ -71,6 +100,7 @@ def test_mistakes_are_explained_and_nothing_is_overwritten(tmp_path, monkeypatch
     for arguments, message in (
         (["own.jsonl"], "own.toml: exists, and is left as it is. Name another file with --output."),
         (["none.jsonl"], "none.jsonl: no such file"),
+        (["odd.jsonl"], "qdense init takes --columns instruction=prompt,output=completion"),
         (
             ["odd.jsonl"],
             "cannot tell which column holds the instruction and which the output. Its columns: text, label.",

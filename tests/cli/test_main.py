@@ -62,6 +62,13 @@ def test_as_a_module_and_as_a_script(command):
     ("arguments", "message"),
     [
         (["train", "nowhere.toml"], "no such file, and no built-in recipe"),
+        (["train", "my-rowz.toml"], 'no such file, and no built-in recipe; did you mean "my-rows.toml"?'),
+        (["train", "my-rows"], 'no such file, and no built-in recipe; did you mean "my-rows.toml"?'),
+        (["train", "my-rowz.csv"], 'no such file; did you mean "my-rows.csv"?'),
+        (["train", "."], ".: is a folder; name a recipe"),
+        (["evaluate", "my-rowz.csv"], 'no such file; did you mean "my-rows.csv"?'),
+        (["train", DEMO, "--set", "max_steps=8"], "did you mean --set training.max_steps=8?"),
+        (["train", DEMO, "--set", "seed=8"], "did you mean --set data.seed=8 or --set training.seed=8?"),
         (["train", DEMO, "--set", "adapter.r=0"], "adapter.r = 0"),
         (["train", DEMO, "--fraction", "7"], "data.fraction = 7.0"),
         (["train", DEMO, "--set", "data.path=none.json", "--output", "OUT"], "none.json: no such file"),
@@ -84,12 +91,49 @@ def test_as_a_module_and_as_a_script(command):
 )
 def test_mistakes_end_with_status_2_and_one_message(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name in ("my-rows.toml", "my-rows.csv"):
+        (tmp_path / name).touch()
     assert main([argument.replace("OUT", str(tmp_path / "out")) for argument in arguments]) == 2
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.err.startswith("error: ")
     assert "Traceback" not in printed.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], 'did you mean "train"?'),
+        (["evaluate", "gsm8k", "--decoding", "greddy"], 'did you mean "greedy"?'),
+        (["plan", "demo", "--memroy", "24GiB"], "unrecognized arguments: --memroy 24GiB; did you mean --memory?"),
+        (["plan", "demo", "--qqq"], "usage: qdense plan"),
+        (["data", "show", "demo", "--jsn"], "usage: qdense data show"),
+        (["train", "--max-steps", "8", "demo"], "values of a recipe are given as --set training.max_steps=8"),
+        (["train", "demo", "--max-steps=8"], "values of a recipe are given as --set training.max_steps=8"),
+        (["plan", "demo", "--seed"], "given as --set data.seed=VALUE or --set training.seed=VALUE"),
+    ],
+)
+def test_misspelt_commands_and_options_are_guessed(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["help"], ["help", "train"]])
+def test_help_is_also_a_word(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 0
+    assert f"usage: qdense {arguments[-1] if len(arguments) > 1 else '[-h]'}" in capsys.readouterr().out
+
+
+def test_without_a_command_all_are_shown(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    assert "qdense train demo" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

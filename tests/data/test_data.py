@@ -76,13 +76,42 @@ def test_columns_are_recognised_by_their_names(tmp_path, names, columns):
     assert (read.rows[0].instruction, read.rows[0].output) == (f"the {columns.instruction}", f"the {columns.output}")
 
 
+def test_numbers_are_read_as_text(tmp_path):
+    row = {"instruction": 6, "input": 0.5, "output": 42, "answer": 10**20}
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    assert read_rows(tmp_path / "a.json", gold="answer").rows == [Row("6", "0.5", "42", "1" + 20 * "0")]
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_named_column_that_no_row_has_is_no_fault_of_the_rows(tmp_path, skip_bad):
+    (tmp_path / "a.jsonl").write_text('{"date": "1 May", "day": "Monday"}\n' * 2)
+    message = r'no row has a column "datum"; the columns are: date, day; did you mean "date"\?'
+    with pytest.raises(DataError, match=message) as caught:
+        read_rows(tmp_path / "a.jsonl", Columns("datum", "input", "day"), skip_bad=skip_bad)
+    assert type(caught.value) is DataError  # not a RowError, which bad_rows = "skip" would skip
+    (tmp_path / "b.jsonl").write_text('{"date": "1 May"}\n{"date": "2 May", "day": "Monday"}\n')
+    with pytest.raises(DataError, match=r'b\.jsonl, line 1: no column "day"'):
+        read_rows(tmp_path / "b.jsonl", Columns("date", "input", "day"))
+
+
+def test_a_folder_or_a_misspelt_file_of_rows(tmp_path):
+    (tmp_path / "my-rows.jsonl").write_text(json.dumps(ROW))
+    with pytest.raises(DataError, match="is a folder; name a file"):
+        read_rows(tmp_path)
+    for name in ("my-rowz.jsonl", "my-rows.json"):
+        with pytest.raises(DataError, match=r'no such file; did you mean ".*/my-rows\.jsonl"\?'):
+            read_rows(tmp_path / name)
+    with pytest.raises(DataError, match=r"no such file$"):
+        read_rows(tmp_path / "other.jsonl")
+
+
 def test_bad_rows_are_skipped_and_each_is_reported(tmp_path):
     lines = [
         json.dumps(ROW),
         "{oops}",
         json.dumps(ROW | {"output": " "}),
         "[1]",
-        json.dumps(ROW | {"input": 3}),
+        json.dumps(ROW | {"input": [3]}),
         json.dumps(ROW),
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
@@ -95,7 +124,7 @@ def test_bad_rows_are_skipped_and_each_is_reported(tmp_path):
     assert read.rows == [Row("d", "", "e")]
     assert len(read.skipped) == 2
     (tmp_path / "c.jsonl").write_text(json.dumps(ROW | {"output": ""}))
-    with pytest.raises(DataError, match=r"c\.jsonl: none of its 1 rows can be used\. The first: .*line 1: .* blank"):
+    with pytest.raises(DataError, match=r"c\.jsonl: its only row cannot be used\. The first: .*line 1: .* blank"):
         read_rows(tmp_path / "c.jsonl", skip_bad=True)
 
 
@@ -123,7 +152,12 @@ def test_a_bad_row_stops_a_training_set_and_says_how_to_skip_it(tmp_path):
             json.dumps([{"instruct": "x", "output": "y"}]),
             "row 0: cannot tell which column holds the instruction and which the output. Its columns: instruct, output.",
         ),
-        ("a.json", json.dumps([ROW | {"output": 7}]), 'row 0: column "output" must be text, not a number (7)'),
+        ("a.json", json.dumps([ROW | {"output": True}]), 'row 0: column "output" must be text, not true or false'),
+        ("a.json", json.dumps([ROW | {"output": float("nan")}]), "must be text, not a number (nan)"),
+        ("a.json", f"{json.dumps(ROW)}\n{json.dumps(ROW)}", "Extra data. One object a line? Then name it .jsonl"),
+        ("a.txt", json.dumps(ROW), "If it has one JSON object a line, name it .jsonl"),
+        ("a.csv", "prompt;completion\na;b\n", 'separated by ";": save it with commas'),
+        ("a.csv", "prompt\tcompletion\na\tb\n", "separated by tabs: save it with commas"),
         ("a.json", json.dumps([ROW | {"output": None}]), 'row 0: column "output" is empty'),
         ("a.json", json.dumps([ROW, ROW | {"output": " "}]), 'row 1: column "output" is blank'),
         ("a.json", "[" * 100_000, "nested too deeply"),

@@ -288,7 +288,7 @@ def test_omitted_settings_are_chosen_for_the_run_and_kept_in_its_recipe(tiny_mod
     assert "line 31, column 2: not valid JSON" in skipped
     notices = [event.text for event in events if isinstance(event, Notice)]
     assert "columns: prompt is the instruction, completion the output" in notices
-    assert any(text.startswith("left out 1 bad rows of 31: ") for text in notices)
+    assert any(text.startswith("left out 1 bad row of 31: ") for text in notices)
     (started,) = (event for event in events if isinstance(event, TrainingStarted))
     assert f"learning rate {expected:g} (denselora's default)" in dict(started.facts)["training"]
 

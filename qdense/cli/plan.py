@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING
 
 from qdense.cli.arguments import add_json, add_recipe, memory_size
@@ -43,7 +44,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     recipe = load_recipe(arguments.recipe, arguments.set)
     shape = model_shape(recipe.model.name)
-    memory_bytes = arguments.memory or (None if has_gpu() else 24 * 2**30)
+    memory_bytes = arguments.memory
+    if memory_bytes is None and not has_gpu():
+        memory_bytes = 24 * 2**30
+        print("no GPU here: planned for a 24 GiB card; name yours with --memory", file=sys.stderr)
     machine = machine_for(recipe, shape, memory_bytes)
     plan = make_plan(recipe, shape, machine)
     longest = longest_context(recipe, shape, machine)

@@ -26,7 +26,7 @@ from qdense.modeling.attach import adapter_tensors
 from qdense.modeling.load import BaseModel, load_base, quantize_folder
 from qdense.modeling.locate import Tell, locate_adapter
 from qdense.recipe import ModelRecipe, recipe_from_tables
-from qdense.runs import CARD_FILE
+from qdense.runs import CARD_FILE, PEFT_CONFIG_FILE
 
 _NUM_PROMPTS = 8
 
@@ -74,6 +74,7 @@ def merge(run: Path, output: Path, *, onto: str, into_nf4: bool, notice: Tell) -
     card = read_card(folder)
     if (method := METHODS.get(card.method)) is not None and not method.is_adapter:
         raise AdapterError(f"{folder}: is already a whole model; there is nothing to merge")
+    _refuse_activation(folder)
     recipe = _base_recipe(folder, card, onto)
     base = load_base(recipe, notice, for_training=False)
     if base.stored_as == "nf4":
@@ -100,6 +101,20 @@ def merge(run: Path, output: Path, *, onto: str, into_nf4: bool, notice: Tell) -
         record = {**asdict(report), "adapter": str(folder), "base": card.model, "fingerprint": base.fingerprint}
         (building / "qdense-merge.json").write_text(json.dumps(record, indent=2) + "\n")
     return report
+
+
+def _refuse_activation(folder: Path) -> None:
+    """AdapterError for DenseLoRA with an activation, before the base is loaded in vain."""
+    try:
+        config = json.loads((folder / PEFT_CONFIG_FILE).read_text(encoding="utf-8"))
+        is_bent = config["peft_type"] == "DENSELORA" and config["activation"] != "none"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # told of when the adapter is loaded
+        return
+    if is_bent:
+        raise AdapterError(
+            f"{folder}: DenseLoRA with an activation is no matrix, so it cannot be merged; qdense export --fit ROWS writes a "
+            "LoRA close to it, which can"
+        )
 
 
 def _base_recipe(folder: Path, card: AdapterCard, onto: str) -> ModelRecipe:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qdense.benchmarks.accuracy import wilson_interval
+from qdense.errors import counted
 from qdense.events import EvaluationDone, EvaluationProgress, EvaluationStarted
 from qdense.text import clean
 from qdense.ui.console import Display, accuracy_text, facts_panel
@@ -77,10 +78,21 @@ class EvaluationDisplay(Display):
 
     def _counts_line(self) -> str:
         assert self.started
-        results = [self._result(task, True) for task in self.started.tasks]
-        num_truncated = sum(result["num_truncated"] for result in results)
-        num_without = sum(result["strict"]["num_without_answer"] for result in results)
-        return f"{num_truncated:,} completions cut off at the token limit, {num_without:,} items without an answer (strict)"
+        columns, truncated, without = self.started.columns, [], []
+        for column in columns:
+            results = [self._result(task, column == columns[-1]) for task in self.started.tasks]
+            truncated.append(sum(result["num_truncated"] for result in results))
+            without.append(sum(result["strict"]["num_without_answer"] for result in results))
+        if len(columns) == 1:
+            return (
+                f"{counted(truncated[0], 'completion')} cut off at the token limit, {counted(without[0], 'item')} without an "
+                "answer (strict)"
+            )
+
+        def each(numbers: list[int]) -> str:
+            return ", ".join(f"{column} {number:,}" for column, number in zip(columns, numbers, strict=True))
+
+        return f"completions cut off at the token limit: {each(truncated)}; items without an answer (strict): {each(without)}"
 
     def _result(self, task: str, is_last: bool) -> dict[str, Any]:
         assert self.done

@@ -214,7 +214,13 @@ def show_plan(console: Console, plan: Plan, title: str, longest_context_tokens: 
     console.print(f"longest row that fits, one at a time: {longest_context_tokens:,} tokens")
     if plan.layout.offload:
         console.print(f"host memory for checkpoints: {size(plan.host_bytes)}, pinned")
-    if plan.speeds:
+    if len(plan.speeds) > 1 and len(set(plan.speeds.values())) == 1:
+        speed = float(f"{next(iter(plan.speeds.values())):.3g}")
+        console.print(
+            f"about {speed:,.0f} tokens/s on any of these cards: {', '.join(plan.speeds)}; the model is so small that Python, "
+            "not the card, sets the pace"
+        )
+    elif plan.speeds:
         speeds = ", ".join(f"{name} {speed:,.0f}" for name, speed in plan.speeds.items())
         console.print(f"tokens/s, predicted from shapes (an H200 reached 0.79 and 0.93 of them): {speeds}")
 

@@ -121,6 +121,20 @@ def test_misspelt_commands_and_options_are_guessed(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_plan_without_a_gpu_says_what_it_is_for(capsys, monkeypatch):
+    monkeypatch.setattr("qdense.cli.plan.has_gpu", lambda: False)
+    assert main(["plan", "demo"]) == 0
+    printed = capsys.readouterr()
+    assert "no GPU here: planned for a 24 GiB card; name yours with --memory" in printed.err
+    assert "tokens/s on any of these cards: RTX 3090, RTX 4090, H100, H200; the model is so small" in " ".join(
+        printed.out.split()
+    )
+    assert main(["plan", "math10k", "--memory", "24GiB"]) == 0
+    printed = capsys.readouterr()
+    assert "no GPU" not in printed.err
+    assert "tokens/s, predicted from shapes" in printed.out
+
+
 @pytest.mark.parametrize("arguments", [["help"], ["help", "train"]])
 def test_help_is_also_a_word(arguments, capsys):
     with pytest.raises(SystemExit) as caught:

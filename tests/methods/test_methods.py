@@ -439,7 +439,7 @@ def test_merging_onto_a_base_that_is_stored_in_4_bits(runs, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("denselora", "A DenseLoRA adapter with activations cannot be merged"),
+        ("denselora", "DenseLoRA with an activation is no matrix, so it cannot be merged; qdense export --fit ROWS"),
         ("red", "cannot be merged"),
         ("full", "is already a whole model"),
     ],
@@ -448,6 +448,11 @@ def test_what_cannot_be_merged(runs, tmp_path, capsys, method, message):
     assert main(["merge", str(runs / method), str(tmp_path / "merged")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_activation_is_refused_before_the_base_is_loaded(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge_module, "load_base", None)
+    assert main(["merge", str(runs / "denselora"), str(tmp_path / "merged")]) == 2
 
 
 def test_a_folder_in_use_is_not_written_into(runs, tmp_path, capsys):

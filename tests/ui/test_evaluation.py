@@ -36,14 +36,14 @@ def test_evaluation_table(width):
     assert ("[43.0, 50.7]" if width == 120 else "[43,51]") in text
 
 
-def summary(num_correct):
+def summary(num_correct, num_truncated=23):
     def scored(rule_correct):
         return {"accuracy": rule_correct / 1319, "interval": [0.4, 0.5], "num_without_answer": 17}
 
     result = {
         "num_scored": 1319,
         "num_samples": 8,
-        "num_truncated": 23,
+        "num_truncated": num_truncated,
         "paper": scored(num_correct) | {"pass_at": {"1": 0.3, "8": 0.612}},
         "strict": scored(num_correct + 1) | {"pass_at": {"1": 0.3, "8": 0.623}},
         "clean": {"num_items": 1201, "paper": scored(310), "strict": scored(311)},
@@ -51,7 +51,7 @@ def summary(num_correct):
     return {"folder": "runs/x/eval/abc", "tasks": {"gsm8k": result, "wordproblems": result}}
 
 
-DONE = EvaluationDone({**summary(300), "base": summary(100)})
+DONE = EvaluationDone({**summary(300), "base": summary(100, num_truncated=46)})
 
 
 def test_evaluation_in_a_pipe_ends_with_the_table():
@@ -85,4 +85,16 @@ def test_the_final_table_fits_a_narrow_terminal():
     text = drawn(display, 60)
     assert all(len(line) <= 60 for line in text.splitlines())
     assert "22.7 [40,50]" in text
-    assert "46 completions cut off" in " ".join(text.split())
+    assert (
+        "completions cut off at the token limit: base 92, adapter 46; items without an answer (strict): base 34, adapter 34."
+        in " ".join(text.split())
+    )
+
+
+def test_one_model_has_one_number_of_cut_completions():
+    display = EvaluationDisplay(Console(file=io.StringIO(), width=60, force_terminal=True))
+    display.update(EvaluationStarted("runs/x", (), ("gsm8k",), ("adapter",)))
+    display.update(EvaluationDone(summary(300)))
+    assert "23 completions cut off at the token limit, 17 items without an answer" in " ".join(
+        drawn(display, 60).split()
+    )

@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="layers to draw heat maps of (default: the first, a middle one, the last)",
     )
     parser.add_argument(
-        "--side", type=positive, metavar="N", help="side of the slices (default: that of the smallest matrix, up to 64)"
+        "--side",
+        type=positive,
+        metavar="N",
+        help="side length of the square slices (default: the smallest matrix's, up to 64)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed for drawing the slices (default: 0)")
     parser.add_argument(

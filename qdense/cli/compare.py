@@ -21,7 +21,11 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "runs", metavar="RUN", nargs="*", type=Path, help="a run's folder, its RUN/eval/DIGEST, or runs/base-MODEL"
+        "runs",
+        metavar="RUN",
+        nargs="*",
+        type=Path,
+        help="a run's folder, one evaluation's (RUN/eval/DIGEST), or runs/base-MODEL",
     )
     parser.add_argument(
         "--rule",

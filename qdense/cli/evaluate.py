@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qdense.data.rows import Columns
 
 HELP = "score a model or an adapter on benchmarks"
-DESCRIPTION = "Score an adapter, or a bare base model, on benchmarks. The default is the newest finished run."
+DESCRIPTION = "Score an adapter, or a bare base model, on benchmarks. Without --adapter and --model, the newest finished run is scored."
 EXAMPLES = """\
   qdense evaluate held-out.jsonl --adapter runs/questions --with-base --decoding greedy
   qdense evaluate gsm8k,aqua,addsub,svamp --adapter runs/math10k --with-base
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--decoding",
         choices=("beam4", "greedy", "sample"),
-        help="beam4 is the authors' (default; greedy with --endpoint)",
+        help="beam4 is the DenseLoRA authors' search (default; greedy with --endpoint)",
     )
     how.add_argument("--samples", type=positive, metavar="K", help="sample: completions of each item (default: 8)")
     how.add_argument("--temperature", type=temperature, metavar="T", help="sample: the temperature (default: 0.7)")
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--seed", type=int, metavar="N", help="sample: the random seed (default: 0)")
     how.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest completion (default: the task's)")
-    how.add_argument("--batch-size", type=positive, metavar="N", help="sequences (with beams: items) at a time")
+    how.add_argument("--batch-size", type=positive, metavar="N", help="questions at a time")
     add_data_dir(parser)
     parser.add_argument(
         "--show",

@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which columns hold the instruction, input and output, or the messages (default: recognised by their names)",
     )
     parser.add_argument("--model", help="a built-in name, a hub id or a folder (default: the largest that fits)")
-    parser.add_argument("--method", default="denselora", help="an adaptation method (default: denselora)")
+    parser.add_argument(
+        "--method", default="denselora", help="a fine-tuning method: lora, dora, ... (default: denselora)"
+    )
     parser.add_argument(
         "--memory",
         type=memory_size,

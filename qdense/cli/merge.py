@@ -13,7 +13,8 @@ from qdense.text import printable
 
 HELP = "merge an adapter into its base model"
 DESCRIPTION = (
-    "Add an adapter whose update is a matrix to its base's weights, in fp32, rounded once; report the rounding loss."
+    "Merge an adapter into its base model. LoRA and others can be merged; DenseLoRA cannot (see `qdense export --fit`). The sum "
+    "is computed in fp32 and rounded once, and the loss is reported."
 )
 EXAMPLES = """\
   qdense merge runs/only-matrix merged-model

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from qdense.data.rows import Columns
 
 HELP = "score a model or an adapter on benchmarks"
-DESCRIPTION = "Score an adapter, or a bare base model, on benchmarks. Without --adapter and --model, the newest finished run is scored."
+DESCRIPTION = (
+    "Score an adapter, or a bare base model, on benchmarks. Without --adapter and --model, the newest finished run is "
+    "scored."
+)
 EXAMPLES = """\
   qdense evaluate held-out.jsonl --adapter runs/questions --with-base --decoding greedy
   qdense evaluate gsm8k,aqua,addsub,svamp --adapter runs/math10k --with-base

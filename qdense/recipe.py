@@ -391,11 +391,10 @@ def find_recipe(name: str | Path) -> Path:
             f"{path}: no such file"
             + (hint or f". To train on data of your own, write a recipe for it: qdense init {path}")
         )
-    if near := near_file(path, (".toml",)):
-        raise RecipeError(f"{path}: no such file, and no built-in recipe{near}")
+    hint = near_file(path, (".toml",))
     raise RecipeError(
-        f"{path}: no such file, and no built-in recipe{did_you_mean(str(name), known)}. For your own data, write one with "
-        "`qdense init DATA`"
+        f"{path}: no such file{f'{hint} And' if hint else ', and'} no built-in recipe{did_you_mean(str(name), known)}. For your "
+        "own data, write one with `qdense init DATA`"
     )
 
 

@@ -62,8 +62,8 @@ def test_as_a_module_and_as_a_script(command):
     ("arguments", "message"),
     [
         (["train", "nowhere.toml"], "no such file, and no built-in recipe"),
-        (["train", "my-rowz.toml"], 'no such file, and no built-in recipe; did you mean "my-rows.toml"?'),
-        (["train", "my-rows"], 'no such file, and no built-in recipe; did you mean "my-rows.toml"?'),
+        (["train", "my-rowz.toml"], 'no such file; did you mean "my-rows.toml"? And no built-in recipe; known: '),
+        (["train", "my-rows"], 'no such file; did you mean "my-rows.toml"? And no built-in recipe; known: '),
         (["train", "my-rowz.csv"], 'no such file; did you mean "my-rows.csv"?'),
         (["train", "."], ".: is a folder; name a recipe"),
         (["evaluate", "my-rowz.csv"], 'no such file; did you mean "my-rows.csv"?'),

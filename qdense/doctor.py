@@ -36,6 +36,7 @@ _EXTRAS = {
     "endpoint": "qdense evaluate --endpoint",
     "experiments": "qdense sweep or report",
     "plots": "qdense analyze",
+    "serve": "qdense serve",
 }
 _IMPORTED_AS = {"vl-convert-python": "vl_convert"}
 _TOLERANCE = 2e-2  # relative error of a bf16 product, which keeps 8 bits

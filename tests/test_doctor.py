@@ -106,10 +106,11 @@ def test_the_extras_of_pyproject_are_those_that_doctor_and_commands_name():
     assert [Requirement(text).name for text in extras["plots"]] == ["matplotlib"]
     assert [Requirement(text).name for text in extras["endpoint"]] == ["openai"]
     assert [Requirement(text).name for text in extras["experiments"]] == ["optuna", "altair", "vl-convert-python"]
-    assert not {"matplotlib", "openai", "optuna", "altair"} & {
+    assert [Requirement(text).name for text in extras["serve"]] == ["fastapi", "uvicorn"]
+    assert not {"matplotlib", "openai", "optuna", "altair", "fastapi", "uvicorn"} & {
         Requirement(text).name for text in project["dependencies"]
     }
-    assert "qdense[docs,endpoint,experiments,plots,trackers]" in extras["dev"]
+    assert "qdense[docs,endpoint,experiments,plots,serve,trackers]" in extras["dev"]
 
 
 @pytest.mark.parametrize("package", ["torch", "peft", "rich", "packaging"])

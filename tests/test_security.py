@@ -579,7 +579,7 @@ def test_no_error_steers_the_terminal(arguments, tmp_path, monkeypatch, capfd):
     (evil / "adapter_config.json").write_text(
         json.dumps({"peft_type": ESCAPE, "base_model_name_or_path": "no/" + ESCAPE})
     )
-    (evil / "rows.jsonl").write_text(json.dumps({ESCAPE: 1, "instruction": 1, "index": ESCAPE}) + "\n")
+    (evil / "rows.jsonl").write_text(json.dumps({ESCAPE: 1, "instruction": [1], "index": ESCAPE}) + "\n")
     assert main(arguments) == 2
     printed = capfd.readouterr()
     assert "Traceback" not in printed.err

@@ -316,6 +316,8 @@ class Data:
                 texts = [text] if kind == ".json" else [line for line in text.split("\n") if line.strip()]
                 read = list(map(json.loads, texts))
                 for row, record in zip(rows, read[0] if kind == ".json" else read, strict=True):
+                    # Numbers are text.
+                    record = {key: str(x) if type(x) in (int, float) else x for key, x in record.items()}
                     assert (row.instruction, row.input) == (record["instruction"], record.get("input") or "")
                     assert (row.answer == record["answer"]) if for_test else (row.output == record["output"])
 

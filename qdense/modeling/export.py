@@ -28,7 +28,7 @@ from qdense.cache import appearing_folder, write_atomically
 from qdense.data.examples import Example, encode_rows
 from qdense.data.sources import load_training_set
 from qdense.errors import AdapterError, DataError
-from qdense.methods import METHODS
+from qdense.methods import METHODS, method_of
 from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card
 from qdense.modeling.load import BaseModel, load_base
 from qdense.modeling.locate import Tell, locate_adapter
@@ -51,7 +51,7 @@ class ExportReport:
         is_exact: whether the adapter is a matrix, of which at most a part was cut off by a lower rank.
         lost_median, lost_worst: over the layers, |y - y'|^2 / |y|^2 of the adapter's output y and LoRA's y': of a fit, on the
             tokens it was fitted to; else of the matrices. `worst_layer` names the layer that lost most.
-        losses: of a fit, the loss of "base", "adapter" and "lora" on `num_held_out` rows that the fit did not see.
+        losses: of a fit, the loss of "base", "adapter" and the "fitted" LoRA on `num_held_out` rows that the fit did not see.
     """
 
     folder: str
@@ -120,7 +120,7 @@ def export_lora(
     with model.disable_adapter():
         losses["base"] = _loss(base, model, held_out)
         with _hooked({name: _lora_output(each) for name, each in factors.items()}, layers):
-            losses["lora"] = _loss(base, model, held_out)
+            losses["fitted"] = _loss(base, model, held_out)
     return _write(model, card, output, factors, is_exact=False, losses=losses, num_held_out=len(held_out))
 
 
@@ -288,7 +288,9 @@ def _write(
     with appearing_folder(output) as building:
         config.save_pretrained(str(building))
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, building / PEFT_WEIGHTS_FILE)
-        record = asdict(replace(card, method="lora"))
+        method = method_of(json.loads((building / PEFT_CONFIG_FILE).read_text(encoding="utf-8")))
+        assert method is not None
+        record = asdict(replace(card, method=method.name))
         write_atomically(building / CARD_FILE, json.dumps(record, indent=2) + "\n")
     lost = [each.lost for each in factors.values()]
     return ExportReport(

@@ -136,7 +136,7 @@ def show_export(console: Console, report: ExportReport) -> None:
             f"layers, at most {plain_decimals(100 * report.lost_worst, 2)}% ({clean(report.worst_layer)})"
         )
     if report.losses:
-        losses = ", ".join(f"{name} {report.losses[name]:.4f}" for name in ("base", "adapter", "lora"))
+        losses = ", ".join(f"{name} {report.losses[name]:.4f}" for name in ("base", "adapter", "fitted"))
         console.print(f"loss on {report.num_held_out} rows that were held out: {losses}")
 
 

@@ -455,6 +455,7 @@ def test_own_files_that_cannot_be_used_are_reported(tmp_path, monkeypatch, text,
 
 def test_items_are_shown_with_what_the_model_answered_wrong_ones_first(finished_run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    shutil.rmtree(finished_run / "eval", ignore_errors=True)
     rows = tmp_path / "rows.jsonl"
     arguments = ["evaluate", str(rows), "--adapter", str(finished_run), "--decoding", "greedy", "--max-new-tokens", "5"]
 

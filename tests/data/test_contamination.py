@@ -439,7 +439,7 @@ def test_data_check_for_a_person(data_dir, capsys):
         (["nowhere.json", "gsm8k"], "nowhere.json: no such file"),
         (["math10k", "gsm9k"], 'did you mean "gsm8k"'),
         (["wordproblems", "gsm8k", "--data-dir", "nowhere"], "no such data folder"),
-        ([".", "wordproblems"], "unknown data format"),
+        ([".", "wordproblems"], "is a folder; name a file in it"),
         (["nowhere.toml", "wordproblems"], "nowhere.toml: no such"),
     ],
 )

@@ -131,7 +131,7 @@ def test_a_fit_of_a_matrix_would_be_exact(tiny_model, tmp_path, rows, monkeypatc
     monkeypatch.setattr(DenseLoraLinear, "supports_lora_conversion", lambda self, name="default": False)
     report = export_lora(run, tmp_path / "lora", fit=rows, max_length=200)
     assert report.lost_worst < 1e-4
-    assert report.losses["lora"] == pytest.approx(report.losses["adapter"], abs=1e-4)
+    assert report.losses["fitted"] == pytest.approx(report.losses["adapter"], abs=1e-4)
 
 
 def test_what_cannot_be_exported_is_refused(tiny_model, tmp_path, rows, capsys):

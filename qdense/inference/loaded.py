@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,23 @@ class LoadedModel:
         recipe: how the base was loaded.
         model: the PeftModel; the base's own without an adapter, or for a fully fine-tuned model.
         adapters: by the names they were given.
+        lock: held by the thread for which the model answers, because which adapter is active is part of the model.
     """
 
     recipe: ModelRecipe
     base: BaseModel
     model: Any
     adapters: Mapping[str, LoadedAdapter]
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
 
     @contextlib.contextmanager
     def answering(self, name: str | None) -> Iterator[None]:
-        """While this is entered the model answers with the adapter of this name, or as the bare base (None)."""
+        """While this is entered the model answers with the adapter of this name, or as the bare base (None), for this thread."""
+        with self.lock, self._activated(name):
+            yield
+
+    @contextlib.contextmanager
+    def _activated(self, name: str | None) -> Iterator[None]:
         if not any(adapter.is_separate for adapter in self.adapters.values()):
             assert name is not None or not self.adapters
             yield

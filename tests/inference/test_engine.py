@@ -68,21 +68,22 @@ def test_many_clients_get_what_each_would_get_alone(loaded, engine):
         for model in (None, "first", "second")
         for decoding in (GREEDY, SAMPLED)
     ]
+    expected = [alone(loaded, *each).completion for each in wanted]
     clients = [Client(engine, text, model, decoding=decoding) for text, model, decoding in wanted]
     threads = [threading.Thread(target=engine.submit, args=(client.request,)) for client in clients]
     for thread in threads:
         thread.start()
     answers = [client.text() for client in clients]
-    assert answers == [alone(loaded, *each).completion for each in wanted]
+    assert answers == expected
     assert len(set(answers)) > 20  # bases and adapters differ
     assert engine.load() == (0, 0)
 
 
 def test_parts_come_one_by_one_and_say_how_it_ended(loaded, engine):
+    whole = alone(loaded, "abc", "first")
     client = Client(engine, "abc", "first", num_logprobs=2)
     engine.submit(client.request)
     parts = client.all_parts()
-    whole = alone(loaded, "abc", "first")
     assert [part.num_tokens for part in parts] == list(range(1, whole.num_tokens + 1))
     assert "".join(part.text for part in parts) == whole.completion
     assert parts[-1].finish == whole.finish

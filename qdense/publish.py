@@ -6,7 +6,6 @@ Nothing of this machine goes along: paths are replaced by the base's hub id or b
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 import tomli_w
 
 from qdense.catalogs.datasets import TRAINING_SETS
-from qdense.catalogs.models import CATALOG
+from qdense.catalogs.models import CATALOG, is_hub_id
 from qdense.errors import QDenseError
 from qdense.methods import METHODS
 from qdense.modeling.adapter_files import AdapterCard, read_card
@@ -49,7 +48,7 @@ def push(run: Path, repository: str, *, base: str | None, is_public: bool) -> st
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
+    if not is_hub_id(repository):
         raise QDenseError(f'"{clean(repository)}": name the repository as OWNER/NAME')
     api = HfApi()
     with _files(run, repository, base) as folder:
@@ -94,7 +93,7 @@ def _files(run: Path, repository: str, base: str | None) -> Iterator[Path]:
         if recipe.is_file():
             tables = _public_recipe(recipe, card, hub_id)
             (folder / "recipe.toml").write_text(tomli_w.dumps(tables), encoding="utf-8")
-        (folder / "README.md").write_text(model_card(run, repository, base=base), encoding="utf-8")
+        (folder / "README.md").write_text(_card_text(adapter, card, hub_id, repository), encoding="utf-8")
         yield folder
 
 
@@ -103,7 +102,7 @@ def _base_id(card: AdapterCard, base: str | None) -> str:
     name = base or str(card.model.get("name", ""))
     if name in CATALOG:
         return CATALOG[name].hub_id
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or (base is None and Path(name).exists()):
+    if not is_hub_id(name) or (base is None and Path(name).exists()):
         raise QDenseError(
             f"the base is a folder of this machine ({clean(name)}); name it as others can load it: --base OWNER/NAME"
         )
@@ -134,7 +133,11 @@ def model_card(run: Path, repository: str, *, base: str | None = None) -> str:
     """The README of the repository. Raises QDenseError."""
     adapter = find_adapter(run)
     card = read_card(adapter)
-    hub_id, folder = _base_id(card, base), RunFolder.of_adapter(adapter)
+    return _card_text(adapter, card, _base_id(card, base), repository)
+
+
+def _card_text(adapter: Path, card: AdapterCard, hub_id: str, repository: str) -> str:
+    folder = RunFolder.of_adapter(adapter)
     method = METHODS.get(card.method)
     head = {
         "base_model": hub_id,

@@ -351,6 +351,11 @@ class Recipe(Table):
         return flattened(self.resolved())
 
 
+def model_recipe(table: Mapping[str, Any], source: str) -> ModelRecipe:
+    """How to load a base, from a [model] table alone; `source` names it in errors. Raises RecipeError."""
+    return recipe_from_tables({"model": table, "data": {"name": "wordproblems"}}, source=source).model
+
+
 def keys_named(name: str) -> list[str]:
     """The keys with this name, each with its table: "max_steps" is "training.max_steps"."""
     return [f"{table}.{name}" for table in Recipe.model_fields if name in table_at(Recipe, [table]).model_fields]

@@ -43,9 +43,14 @@ def _without_value(parameter: re.Match[str]) -> str:
     return f"{start}{name}={'***' if _SECRET_PARAMETER.search(name) else value}"
 
 
+def clean_lines(text: str) -> str:
+    """Text of several lines, safe to draw."""
+    return "\n".join(map(clean, text.split("\n")))
+
+
 def printable(text: str) -> str:
     """A message of several lines, ready for the terminal."""
-    return "\n".join(map(clean, without_secrets(text).split("\n")))
+    return clean_lines(without_secrets(text))
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

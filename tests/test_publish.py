@@ -18,6 +18,7 @@ from tests.helpers.adapters import make_run
 from tests.helpers.hub import Hub
 from tests.helpers.runs import recipe_for
 from tests.helpers.runs import run as train_run
+from tests.helpers.servers import serving
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def trained(tiny_model, tmp_path_factory):
 @pytest.fixture
 def hub(tiny_model, tmp_path):
     hub = Hub()
-    with hub.serving() as address:
+    with serving(hub.app) as address:
         environment = {
             "HF_ENDPOINT": address,
             "HF_HOME": str(tmp_path / "hf"),

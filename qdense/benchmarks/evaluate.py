@@ -18,7 +18,7 @@ from qdense.benchmarks.completions import CompletionSource, CompletionStore
 from qdense.benchmarks.endpoint import EndpointModel
 from qdense.benchmarks.local_model import LocalModel
 from qdense.benchmarks.request import EvaluationRequest
-from qdense.benchmarks.results import Outcomes, average, score_task
+from qdense.benchmarks.results import Outcomes, average, read_completions, score_task
 from qdense.benchmarks.scoring import RULES
 from qdense.benchmarks.tasks import Task, load_items
 from qdense.cache import require_free_space, write_atomically
@@ -76,11 +76,10 @@ def shown_items(summary: Mapping[str, Any], task: Task, data_dir: Path | None, c
     rows = load_items(task, data_dir, ignore).rows
     outcomes = json.loads(folder.items.read_text(encoding="utf-8"))[task.name]
     is_right = dict(zip(outcomes["index"], outcomes["paper"], strict=True))
-    lines = (json.loads(line) for line in folder.completions(task.name).read_text(encoding="utf-8").splitlines())
-    completions = {line["index"]: line["completion"] for line in lines if not line.get("sample")}
+    completions = read_completions(folder.completions(task.name), len(is_right))
     order = sorted(is_right, key=lambda index: (is_right[index], index))[:count]
     return [
-        ShownItem(index, rows[index].instruction, rows[index].answer, completions[index], bool(is_right[index]))
+        ShownItem(index, rows[index].instruction, rows[index].answer, completions[index][0], bool(is_right[index]))
         for index in order
     ]
 

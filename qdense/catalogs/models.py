@@ -5,6 +5,7 @@ Shapes are those of the published config.json files. Other models are named by t
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -63,6 +64,11 @@ class CatalogModel:
         layer = linears + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.has_tied_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this is OWNER/NAME, as repositories on the hub are called."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
 CATALOG = {

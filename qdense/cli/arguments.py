@@ -7,11 +7,17 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qdense.errors import did_you_mean
+from qdense.events import Notice
+from qdense.text import printable
+
+if TYPE_CHECKING:
+    from qdense.inference.generation import Decoding
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -95,25 +101,51 @@ def add_base(parser: Any, *, alone: str) -> None:
     )
 
 
-def add_sampling(parser: argparse.ArgumentParser, *, temperature: float) -> None:
+def asked_base(arguments: argparse.Namespace) -> dict[str, str]:
+    """What the arguments of `add_base` say of the base, as keys of a recipe's [model]."""
+    asked = {"name": arguments.model, "quantization": arguments.quantization, "dtype": arguments.dtype}
+    return {key: value for key, value in asked.items() if value is not None}
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
     """How the next token is chosen, and how many there may be."""
     parser.add_argument(
         "--temperature",
         type=temperature_or_zero,
-        default=temperature,
+        default=0.0,
         metavar="T",
-        help="0 takes the likeliest token; above it, tokens are drawn (default: %(default)g)",
+        help="0 takes the likeliest token; above it, tokens are drawn (default: 0)",
     )
     parser.add_argument(
         "--top-p",
         type=probability,
+        default=1.0,
         metavar="P",
         help="draw from the likeliest tokens that together have this probability (default: 1)",
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="the random seed (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the random seed (default: 0)")
     parser.add_argument(
         "--max-new-tokens", type=positive, metavar="N", default=512, help="longest answer, in tokens (default: 512)"
     )
+
+
+def asked_decoding(arguments: argparse.Namespace) -> Decoding:
+    """What the arguments of `add_sampling` say."""
+    from qdense.inference.generation import Decoding
+
+    name = "sample" if arguments.temperature else "greedy"
+    return Decoding(name, temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed)
+
+
+def tell(text: str) -> None:
+    """Print what a command that prints its result on stdout has to say on the way."""
+    print(printable(text), file=sys.stderr)
+
+
+def tell_notice(event: object) -> None:
+    """`tell`, as an Emit."""
+    if isinstance(event, Notice):
+        tell(event.text)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

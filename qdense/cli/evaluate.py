@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qdense.cli.arguments import add_base, add_data_dir, add_quiet, positive, probability, temperature
+from qdense.cli.arguments import add_base, add_data_dir, add_quiet, asked_base, positive, probability, temperature
 from qdense.errors import QDenseError
 from qdense.libraries import quiet_libraries, require_library
 
@@ -121,12 +121,11 @@ def run(arguments: argparse.Namespace) -> None:
             "top_p": arguments.top_p,
             "seed": arguments.seed,
         }
-        asked = {"name": arguments.model, "quantization": arguments.quantization, "dtype": arguments.dtype}
         summary = evaluate(
             EvaluationRequest(
                 tasks=tasks,
                 adapter=adapter,
-                model={key: value for key, value in asked.items() if value is not None},
+                model=asked_base(arguments),
                 with_base=arguments.with_base,
                 decoding=replace(
                     DECODINGS[arguments.decoding or ("greedy" if endpoint else "beam4")],

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from qdense.cli.arguments import add_json, positive
+from qdense.cli.arguments import add_json, positive, tell
 from qdense.libraries import quiet_libraries
-from qdense.text import printable
 
 HELP = "write an adapter as a plain LoRA, for other programs"
 DESCRIPTION = (
@@ -60,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
         fit=arguments.fit,
         num_rows=arguments.rows,
         max_length=arguments.max_length,
-        notice=lambda text: print(printable(text), file=sys.stderr),
+        notice=tell,
     )
     if arguments.json:
         print(json.dumps(asdict(report), indent=2))

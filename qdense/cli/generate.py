@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import TYPE_CHECKING
 
-from qdense.cli.arguments import add_base, add_sampling, positive
+from qdense.cli.arguments import add_base, add_sampling, asked_decoding, positive
 from qdense.errors import QDenseError
 from qdense.libraries import quiet_libraries
 from qdense.text import printable
+
+if TYPE_CHECKING:
+    from qdense.inference.generation import Completion
 
 HELP = "complete a prompt with an adapter"
 DESCRIPTION = "Answer prompts with an adapter, in the template it was trained with, and print the answers: for scripts."
@@ -28,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_base(parser, alone="")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt, if the template has conversations")
     parser.add_argument("--base", action="store_true", help="answer without the adapter, in the adapter's template")
-    add_sampling(parser, temperature=0.0)
+    add_sampling(parser)
     parser.add_argument("--batch-size", type=positive, metavar="N", default=16, help="prompts at a time (default: 16)")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each prompt")
 
@@ -41,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qdense.cli.chat import load_run
     from qdense.data.rows import Message
     from qdense.data.templates import prompt_ids, template_named
-    from qdense.inference.generation import Decoding, Prompt, generate
+    from qdense.inference.generation import Prompt, generate
 
     loaded, name = load_run(arguments)
     if arguments.base and not loaded.adapters[name].is_separate:
@@ -52,17 +56,14 @@ def run(arguments: argparse.Namespace) -> None:
         Prompt(index, 0, prompt_ids(template, [*system, Message("user", text)], loaded.base.tokenizer))
         for index, text in enumerate(prompts)
     ]
-    decoding = Decoding(
-        "generate", temperature=arguments.temperature, top_p=arguments.top_p or 1.0, seed=arguments.seed or 0
-    )
-    done = {}
+    done: dict[int, Completion] = {}
     shown = 0
     with loaded.answering(None if arguments.base else name):
         for completion in generate(
             loaded.base,
             loaded.model,
             wanted,
-            decoding,
+            asked_decoding(arguments),
             max_new_tokens=arguments.max_new_tokens,
             stop=template.stop,
             end_token=template.end_token,
@@ -78,10 +79,7 @@ def _lines() -> list[str]:
     return [line for line in sys.stdin.read().splitlines() if line.strip()]
 
 
-def _print(prompt: str, completion: object, *, as_json: bool) -> None:
-    from qdense.inference.generation import Completion
-
-    assert isinstance(completion, Completion)
+def _print(prompt: str, completion: Completion, *, as_json: bool) -> None:
     text = completion.completion.strip()
     if as_json:
         record = {

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from qdense.cli.arguments import add_json
+from qdense.cli.arguments import add_json, tell
 from qdense.libraries import quiet_libraries
-from qdense.text import printable
 
 HELP = "merge an adapter into its base model"
 DESCRIPTION = (
@@ -42,11 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
     quiet_libraries()
     from qdense.modeling.merge import merge
 
-    def notice(text: str) -> None:
-        print(printable(text), file=sys.stderr)
-
     report = merge(
-        arguments.run, arguments.output, onto=arguments.onto, into_nf4=arguments.into_nf4_with_loss, notice=notice
+        arguments.run, arguments.output, onto=arguments.onto, into_nf4=arguments.into_nf4_with_loss, notice=tell
     )
     if arguments.json:
         from dataclasses import asdict

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from socket import socket
 
-from qdense.cli.arguments import add_base, positive
+from qdense.cli.arguments import add_base, asked_base, positive, tell, tell_notice
 from qdense.errors import QDenseError
 from qdense.libraries import quiet_libraries, require_library
-from qdense.text import clean, printable
+from qdense.text import clean
 
 HELP = "serve adapters and their base to OpenAI clients"
 DESCRIPTION = (
@@ -33,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         nargs="*",
         help="a run's or an adapter's folder, or OWNER/NAME on the hub; NAME=RUN gives it a name for clients (default: its "
-        "folder's). "
-        "Without any, --model is served bare, or the newest finished run",
+        "folder's). Without any, --model is served bare, or the newest finished run",
     )
     add_base(parser, alone="; without a RUN, it is served bare")
     parser.add_argument(
@@ -81,7 +80,6 @@ def run(arguments: argparse.Namespace) -> None:
     quiet_libraries()
     import uvicorn
 
-    from qdense.events import Notice
     from qdense.inference.engine import Engine
     from qdense.inference.loaded import load_model
     from qdense.inference.server import LOOPBACK, make_app
@@ -93,21 +91,11 @@ def run(arguments: argparse.Namespace) -> None:
             f"--no-key: everyone who reaches {arguments.host} could use this server. Omit --no-key, or --host."
         )
 
-    def show(event: object) -> None:
-        if isinstance(event, Notice):
-            print(printable(event.text), file=sys.stderr)
-
     runs = list(arguments.runs)
     if not runs and arguments.model is None:
         runs = [str(newest_finished_run(Path("runs")).path)]
-    folders = {name: locate_adapter(path, lambda text: show(Notice(text))) for name, path in _named(runs).items()}
-    asked = {"name": arguments.model, "quantization": arguments.quantization, "dtype": arguments.dtype}
-    loaded = load_model(
-        folders,
-        show,
-        model={key: value for key, value in asked.items() if value is not None},
-        template=arguments.template,
-    )
+    folders = {name: locate_adapter(path, tell) for name, path in _named(runs).items()}
+    loaded = load_model(folders, tell_notice, model=asked_base(arguments), template=arguments.template)
     base_name = loaded.base.name if loaded.base.name not in folders else f"{loaded.base.name}-base"
     engine = Engine(
         loaded, most_running=arguments.batch_size, most_waiting=arguments.queue, max_length=arguments.max_length

@@ -263,7 +263,7 @@ def _row(place: str, record: Any, columns: Columns, gold: str | None) -> Row:
             return str(value)
         if not isinstance(value, str):
             raise RowError(f'{place}: column "{column}" must be text, not {_kind(value)}')
-        _refuse_half_characters(f'{place}: column "{column}"', value)
+        refuse_half_characters(f'{place}: column "{column}"', value)
         return value
 
     if columns.messages is not None:
@@ -281,7 +281,7 @@ def _row(place: str, record: Any, columns: Columns, gold: str | None) -> Row:
     return row
 
 
-def _refuse_half_characters(what: str, text: str) -> None:
+def refuse_half_characters(what: str, text: str) -> None:
     """JSON can spell half a character, "\\ud800", and no tokenizer takes it."""
     if text.isascii():
         return
@@ -331,7 +331,7 @@ def _message(place: str, turn: Any) -> Message:
         raise RowError(f"{place}: has tool_calls, which are not supported")
     if not content.strip() and _ROLES[role] != "system":
         raise RowError(f"{place}: {content_key} is blank")
-    _refuse_half_characters(f"{place}: {content_key}", content)
+    refuse_half_characters(f"{place}: {content_key}", content)
     return Message(_ROLES[role], content)
 
 

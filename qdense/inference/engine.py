@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qdense.data.rows import Message
+from qdense.data.rows import Message, refuse_half_characters
 from qdense.data.templates import Template, chat_template_for, prompt_ids, template_named
 from qdense.device import free_cache
 from qdense.errors import DataError, EvaluationError, QDenseError
@@ -84,14 +84,6 @@ class Request:
     is_cancelled: bool = field(default=False, init=False)
 
 
-def _refuse_half_characters(text: str) -> None:
-    """JSON may contain half of a surrogate pair, which tokenizers do not take."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"character {error.start} of the text is half a character (a lone surrogate)") from None
-
-
 class Engine:
     """Completes requests until it is closed.
 
@@ -134,13 +126,13 @@ class Engine:
     def conversation_ids(self, model: str | None, messages: Sequence[Message]) -> list[int]:
         """The prompt's tokens. Raises DataError if the model's template cannot express this conversation."""
         for message in messages:
-            _refuse_half_characters(message.content)
+            refuse_half_characters("a message", message.content)
         with self._tokenizing:
             return prompt_ids(self.template(model), messages, self.loaded.base.tokenizer)
 
     def text_ids(self, text: str) -> list[int]:
         """The tokens of a text without a template. Raises DataError for half a character."""
-        _refuse_half_characters(text)
+        refuse_half_characters("the text", text)
         with self._tokenizing:
             return list(self.loaded.base.tokenizer(text)["input_ids"])
 
@@ -216,7 +208,8 @@ class Engine:
             request = self._waiting.popleft()
             if not request.is_cancelled:
                 admitted.setdefault(request.model, []).append(request)
-                self._batches.setdefault(request.model, _Batch(self.loaded))
+                if request.model not in self._batches:
+                    self._batches[request.model] = _Batch(self.loaded)
                 free -= 1
         return admitted
 

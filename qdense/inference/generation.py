@@ -7,6 +7,7 @@ through rounding: beams compete within their item only, and every sample has its
 
 from __future__ import annotations
 
+import functools
 import gc
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -364,10 +365,8 @@ class Endings:
         if end_token is not None:
             listed = [*listed, base.tokenizer.convert_tokens_to_ids(end_token)]
         self.eos = {token for token in (base.tokenizer.eos_token_id, *listed) if token is not None}
-        # Only a token with a marker's last character can complete the marker; "<0x3A>" is how SentencePiece spells a byte.
-        last = {text[-1] for text in self.stop}
-        spelt = last | {f"<0x{ord(character):02X}>" for character in last}
-        self.closing = {i for token, i in base.tokenizer.get_vocab().items() if any(part in token for part in spelt)}
+        # Only a token with a marker's last character can complete the marker.
+        self.closing = _tokens_with(base.tokenizer, frozenset(text[-1] for text in self.stop))
         self.tail = max((len(text) for text in self.stop), default=0) + 2
 
     def finish(self, tokens: Sequence[int]) -> str | None:
@@ -385,6 +384,15 @@ class Endings:
         if finish == "stop":
             text = text[: min(text.find(marker) for marker in self.stop if marker in text)]
         return Completion(prompt.index, text, len(prompt.input_ids), len(tokens), finish, prompt.sample)
+
+
+@functools.lru_cache(maxsize=64)  # a server has new endings for each request, and a vocabulary has 100,000 tokens
+def _tokens_with(tokenizer: Any, characters: frozenset[str]) -> frozenset[int]:
+    """The tokens that contain one of the characters; "<0x3A>" is how SentencePiece spells a byte."""
+    if not characters:
+        return frozenset()
+    spelt = characters | {f"<0x{ord(character):02X}>" for character in characters}
+    return frozenset(i for token, i in tokenizer.get_vocab().items() if any(part in token for part in spelt))
 
 
 # --- the searches -----------------------------------------------------------------------------------------------------------

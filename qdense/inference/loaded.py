@@ -17,7 +17,7 @@ from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card
 from qdense.modeling.load import BaseModel, load_base
 from qdense.planning.generation import sequences_that_fit
 from qdense.planning.shapes import shape_of_config
-from qdense.recipe import ModelRecipe, recipe_from_tables
+from qdense.recipe import ModelRecipe, model_recipe
 from qdense.runs import CARD_FILE
 
 
@@ -135,9 +135,8 @@ def _model_recipe(asked: dict[str, Any], adapters: Mapping[str, Path], cards: Ma
         recorded = dict(card.model) if card else {}
         if "name" in asked:
             recorded.pop("revision", None)  # a different folder may have a different history
-        tables = {"model": {**recorded, **asked}, "data": {"name": "wordproblems"}}
         source = f"{adapters[name]}, its base" if card else "the model to load"
-        recipes[name] = recipe_from_tables(tables, source=source).model
+        recipes[name] = model_recipe({**recorded, **asked}, source)
     (first, recipe), *others = recipes.items()
     for name, other in others:
         differing = [key for key, value in recipe if getattr(other, key) != value]

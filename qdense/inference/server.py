@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import secrets
 import time
@@ -137,6 +138,13 @@ class CompletionBody(_Body):
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
+    def prompts(self) -> list[str | list[int]]:
+        """One text or list of token ids for each prompt."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [token for token in self.prompt if isinstance(token, int)]
+        return [ids] if ids else [prompt for prompt in self.prompt if not isinstance(prompt, int)]
+
 
 # --- the application -------------------------------------------------------------------------------------------------------
 
@@ -213,26 +221,21 @@ def make_app(engine: Engine, base_name: str, key: str | None) -> FastAPI:
     async def completions(body: CompletionBody, http: HTTPRequest) -> JSONResponse | StreamingResponse:
         model = known(body.model)
         vocabulary = len(engine.loaded.base.tokenizer)
-        prompts = body.prompt if isinstance(body.prompt, list) and not _is_ids(body.prompt) else [body.prompt]
         ids = []
-        for prompt in prompts:
+        for prompt in body.prompts():
             if isinstance(prompt, str):
                 try:
                     ids.append(await asyncio.to_thread(engine.text_ids, prompt))
                 except DataError as error:
                     raise _error(400, str(error), param="prompt") from None
-            elif all(0 <= token < vocabulary for token in prompt):  # type: ignore[union-attr, operator]
-                ids.append(list(prompt))  # type: ignore[arg-type]
+            elif all(0 <= token < vocabulary for token in prompt):
+                ids.append(prompt)
             else:
                 raise _error(400, f"token ids are whole numbers from 0 to {vocabulary - 1}", param="prompt")
         job = _Job(engine, body, model, ids, body.max_tokens or 16, body.num_logprobs(), None)
         return await job.answer(http, _TextFormat(engine, body.model))
 
     return app
-
-
-def _is_ids(prompt: Sequence[Any]) -> bool:
-    return bool(prompt) and isinstance(prompt[0], int)
 
 
 # --- errors, in OpenAI's form ------------------------------------------------------------------------------------------------
@@ -334,7 +337,7 @@ class _TextFormat:
         if logprobs is None:
             return {"text": text, "logprobs": None}
         tokens = [self.engine.token_text(token) for token, _, _ in logprobs]
-        offsets = [sum(map(len, tokens[:i])) for i in range(len(tokens))]
+        offsets = list(itertools.accumulate(map(len, tokens[:-1]), initial=0))
         best = [{self.engine.token_text(token): value for token, value in each} for _, _, each in logprobs]
         values = [value for _, value, _ in logprobs]
         found = {"tokens": tokens, "token_logprobs": values, "top_logprobs": best, "text_offset": offsets}

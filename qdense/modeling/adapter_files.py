@@ -63,6 +63,12 @@ def save_adapter(model: Any, folder: Path, card: AdapterCard | None) -> None:
         write_atomically(folder / CARD_FILE, json.dumps(asdict(card), indent=2) + "\n")
 
 
+def refuse_used_folder(output: Path) -> None:
+    """Raise AdapterError unless a result can be written to this folder: a new or an empty one."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise AdapterError(f"{output}: already exists and is not an empty folder; name another folder")
+
+
 def save_trainable(model: Any, path: Path) -> None:
     """Write the current trainable tensors, by their names in the model."""
     temporary = path.with_name(f".{path.name}")

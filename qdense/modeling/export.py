@@ -29,11 +29,11 @@ from qdense.data.examples import Example, encode_rows
 from qdense.data.sources import load_training_set
 from qdense.errors import AdapterError, DataError
 from qdense.methods import METHODS, method_of
-from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card
+from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card, refuse_used_folder
 from qdense.modeling.load import BaseModel, load_base
 from qdense.modeling.locate import Tell, locate_adapter
 from qdense.ops.denselora import denselora_delta
-from qdense.recipe import DataRecipe, recipe_from_tables
+from qdense.recipe import DataRecipe, model_recipe
 from qdense.runs import CARD_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 from qdense.tuners.base import AdaptedLinear
 from qdense.tuners.denselora.layer import DenseLoraLinear
@@ -94,14 +94,12 @@ def export_lora(
     Raises:
         QDenseError: the adapter is a LoRA already, or no matrix and `fit` is None; or a file is missing or wrong.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise AdapterError(f"{output}: already exists and is not an empty folder; name another folder")
+    refuse_used_folder(output)
     folder = locate_adapter(run, notice)
     card = read_card(folder)
     if (method := METHODS.get(card.method)) is not None and not method.is_adapter:
         raise AdapterError(f"{folder}: is a whole model; there is no adapter to export")
-    tables = {"model": card.model, "data": {"name": "wordproblems"}}
-    base = load_base(recipe_from_tables(tables, source=str(folder / CARD_FILE)).model, notice, for_training=False)
+    base = load_base(model_recipe(card.model, source=str(folder / CARD_FILE)), notice, for_training=False)
     model = load_adapter(base, folder, card)
     layers = _exportable(model, folder)
     if all(layer.supports_lora_conversion("default") for layer in layers.values()):
@@ -283,11 +281,11 @@ def _write(
     )
     tensors = {}
     for name, each in factors.items():
-        tensors[f"{name}.lora_A.weight"] = each.a.contiguous().cpu()
-        tensors[f"{name}.lora_B.weight"] = each.b.contiguous().cpu()
+        tensors[f"{name}.lora_A.weight"] = each.a.cpu().clone()  # safetensors refuses tensors that share memory
+        tensors[f"{name}.lora_B.weight"] = each.b.cpu().contiguous()
     with appearing_folder(output) as building:
         config.save_pretrained(str(building))
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, building / PEFT_WEIGHTS_FILE)
+        save_file(tensors, building / PEFT_WEIGHTS_FILE)
         method = method_of(json.loads((building / PEFT_CONFIG_FILE).read_text(encoding="utf-8")))
         assert method is not None
         record = asdict(replace(card, method=method.name))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdense.catalogs.models import CATALOG, CatalogModel
+from qdense.catalogs.models import CATALOG, CatalogModel, is_hub_id
 from qdense.errors import ModelError
 from qdense.modeling.smollm2 import prepare_smollm2
 from qdense.planning.shapes import model_shape
@@ -118,7 +117,7 @@ def locate_adapter(name: str | Path, notice: Tell = lambda text: None) -> Path:
         AdapterError, ModelError: there is none, or it cannot be fetched.
     """
     hub_id = str(name)
-    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", hub_id) or hub_id.startswith("runs/"):
+    if Path(name).exists() or not is_hub_id(hub_id) or hub_id.startswith("runs/"):
         return find_adapter(Path(name))
     from huggingface_hub import snapshot_download
 

@@ -21,11 +21,11 @@ from qdense.data.templates import template_named
 from qdense.data.wordproblems import test_rows
 from qdense.errors import AdapterError
 from qdense.methods import METHODS
-from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card
+from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card, refuse_used_folder
 from qdense.modeling.attach import adapter_tensors
 from qdense.modeling.load import BaseModel, load_base, quantize_folder
 from qdense.modeling.locate import Tell, locate_adapter
-from qdense.recipe import ModelRecipe, recipe_from_tables
+from qdense.recipe import ModelRecipe, model_recipe
 from qdense.runs import CARD_FILE, PEFT_CONFIG_FILE
 
 _NUM_PROMPTS = 8
@@ -68,8 +68,7 @@ def merge(run: Path, output: Path, *, onto: str, into_nf4: bool, notice: Tell) -
     Raises:
         AdapterError: the adapter is not a matrix, or does not fit, or `output` is in use.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise AdapterError(f"{output}: already exists and is not an empty folder; name another folder")
+    refuse_used_folder(output)
     folder = locate_adapter(run, notice)
     card = read_card(folder)
     if (method := METHODS.get(card.method)) is not None and not method.is_adapter:
@@ -120,8 +119,7 @@ def _refuse_activation(folder: Path) -> None:
 def _base_recipe(folder: Path, card: AdapterCard, onto: str) -> ModelRecipe:
     """How to load the base for the adapter in `folder`."""
     model = {**card.model, "quantization": "none" if onto == "original" else "nf4"}
-    tables = {"model": model, "data": {"name": "wordproblems"}}
-    return recipe_from_tables(tables, source=str(folder / CARD_FILE)).model
+    return model_recipe(model, source=str(folder / CARD_FILE))
 
 
 def _report(

@@ -16,7 +16,7 @@ from qdense.data.rows import Message
 from qdense.errors import QDenseError
 from qdense.inference.engine import Engine, Part, Request
 from qdense.inference.generation import Decoding
-from qdense.text import clean
+from qdense.text import clean, clean_lines
 from qdense.ui.console import make_console
 
 _HELP = """\
@@ -34,8 +34,8 @@ class Chat:
 
     Attributes:
         name: the adapter's, in the engine.
-        has_turns: whether its template has conversations; without them each question is asked alone.
         compares: whether the base answers too.
+        has_turns: whether the template has conversations; without them each question is asked alone.
     """
 
     engine: Engine
@@ -43,13 +43,12 @@ class Chat:
     decoding: Decoding
     max_new_tokens: int
     system: str
-    has_turns: bool
     compares: bool
-    can_compare: bool
 
     def __post_init__(self) -> None:
         self.console = make_console()
         self.turns: list[Message] = []
+        self.has_turns = self.engine.template(self.name).conversation is not None
 
     def run(self) -> None:
         """Until the input ends, or /exit."""
@@ -93,7 +92,7 @@ class Chat:
         elif command == "/system":
             self.system, self.turns = rest.strip(), []
             print("The system prompt is set; the conversation begins anew." if self.system else "No system prompt.")
-        elif command == "/compare" and not self.can_compare:
+        elif command == "/compare" and not self.engine.loaded.adapters[self.name].is_separate:
             print("This is a whole model, which is not separate from its base.")
         elif command == "/compare":
             self.compares = not self.compares
@@ -146,7 +145,7 @@ class Chat:
             for part in parts:
                 text = part.text if answer else part.text.lstrip()
                 answer += text
-                print("\n".join(map(clean, text.split("\n"))), end="", flush=True)
+                print(clean_lines(text), end="", flush=True)
                 if part.finish == "length":
                     print(" [cut off: --max-new-tokens]", end="")
         except KeyboardInterrupt:
@@ -161,10 +160,7 @@ class Chat:
 
         def panels() -> Columns:
             return Columns(
-                [
-                    Panel(Text("\n".join(map(clean, text.strip().split("\n")))), title=name, width=width)
-                    for name, text in answers.items()
-                ]
+                [Panel(Text(clean_lines(text.strip())), title=name, width=width) for name, text in answers.items()]
             )
 
         running = dict(streams)

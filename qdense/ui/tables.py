@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qdense.methods import METHODS
-from qdense.text import clean
+from qdense.text import clean, clean_lines
 from qdense.ui.console import accuracy_text, plain_decimals, size
 
 if TYPE_CHECKING:  # some of these import torch, which most commands do not need
@@ -121,7 +121,7 @@ def show_items(console: Console, task: str, items: Sequence[ShownItem]) -> None:
         verdict = Text("right", style="green") if item.is_right else Text("wrong", style="red")
         console.print(Text.assemble((f"\n{clean(task)}, item {item.index}: ", "bold"), verdict))
         for label, text in (("question", item.question), ("expected", item.expected), ("answer", item.completion)):
-            lines = f"\n{'':11}".join(clean(line) for line in text.strip().split("\n"))
+            lines = clean_lines(text.strip()).replace("\n", f"\n{'':11}")
             console.print(Text(f"  {label:<9}{lines}"))
 
 

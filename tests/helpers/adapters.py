@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from qdense.inference.generation import DECODINGS, Prompt, generate
 from qdense.modeling.adapter_files import AdapterCard, save_adapter
 from qdense.modeling.attach import adapter_tensors, attach_adapter
 from qdense.modeling.load import load_base
@@ -27,3 +28,11 @@ def make_run(
     folder.mkdir(parents=True)
     save_adapter(adapted, folder, AdapterCard(settings, base.fingerprint, template, method))
     return run
+
+
+def alone(loaded, text: str, model: str | None, decoding=DECODINGS["greedy"], **settings):
+    """What the search makes of one text by itself, with the adapter of this name or the bare base."""
+    prompt = Prompt(0, 0, loaded.base.tokenizer(text)["input_ids"])
+    settings = {"max_new_tokens": 12, "stop": (), "batch_size": 1} | settings
+    with loaded.answering(model):
+        return next(iter(generate(loaded.base, loaded.model, [prompt], decoding, **settings)))

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import json
-import socket
-import threading
-import time
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -37,23 +32,6 @@ class Hub:
         ]
         self.app = Starlette(routes=routes)
 
-    @contextlib.contextmanager
-    def serving(self):
-        """Its address."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        server = uvicorn.Server(uvicorn.Config(self.app, port=self.port, log_level="warning"))
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{self.port}"
-        finally:
-            server.should_exit = True
-            thread.join()
-
     def _name(self, request: Request) -> str:
         return f"{request.path_params['owner']}/{request.path_params['name']}"
 
@@ -75,7 +53,7 @@ class Hub:
             return JSONResponse({"error": "You already created this model repo", "url": name}, status_code=409)
         self.files[name] = {}
         self.private[name] = bool(body.get("private") or body.get("visibility") == "private")
-        return JSONResponse({"url": f"http://127.0.0.1:{self.port}/{name}", "name": name})
+        return JSONResponse({"url": f"{request.base_url}{name}", "name": name})
 
     async def _validate(self, request: Request) -> Response:
         return JSONResponse({"errors": [], "warnings": []})
@@ -94,9 +72,7 @@ class Hub:
             if entry["key"] == "file":
                 self.files[name][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
         oid = self._commit_id(name)
-        return JSONResponse(
-            {"commitUrl": f"http://127.0.0.1:{self.port}/{name}/commit/{oid}", "commitOid": oid, "success": True}
-        )
+        return JSONResponse({"commitUrl": f"{request.base_url}{name}/commit/{oid}", "commitOid": oid, "success": True})
 
     def _missing(self, request: Request) -> Response | None:
         name = self._name(request)

@@ -11,9 +11,9 @@ from qdense.data.rows import Message
 from qdense.errors import DataError
 from qdense.events import ignore
 from qdense.inference.engine import BusyError, Engine, Part, Request, StoppedError
-from qdense.inference.generation import DECODINGS, Generation, Prompt, generate
+from qdense.inference.generation import DECODINGS, Generation
 from qdense.inference.loaded import load_model
-from tests.helpers.adapters import make_run
+from tests.helpers.adapters import alone, make_run
 
 GREEDY = DECODINGS["greedy"]
 
@@ -48,14 +48,6 @@ class Client:
 
     def text(self):
         return "".join(part.text for part in self.all_parts())
-
-
-def alone(loaded, text, model, decoding=GREEDY, **settings):
-    """What `generate` makes of one prompt by itself."""
-    prompt = Prompt(0, 0, loaded.base.tokenizer(text)["input_ids"])
-    settings = {"max_new_tokens": 12, "stop": (), "batch_size": 1} | settings
-    with loaded.answering(model):
-        return next(iter(generate(loaded.base, loaded.model, [prompt], decoding, **settings)))
 
 
 SAMPLED = replace(DECODINGS["sample"], num_samples=1, temperature=1.5, top_p=0.95, seed=3)

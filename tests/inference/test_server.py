@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from qdense.events import ignore
 from qdense.inference.engine import Engine
-from qdense.inference.generation import DECODINGS, Generation, Prompt, generate
+from qdense.inference.generation import Generation
 from qdense.inference.loaded import load_model
 from qdense.inference.server import make_app
-from tests.helpers.adapters import make_run
+from tests.helpers.adapters import alone, make_run
+from tests.helpers.servers import serving as serving_app
 
 KEY = "a-key-of-clients"
 QUESTION = [{"role": "user", "content": "question 1"}]
@@ -38,19 +37,10 @@ def loaded(tiny_model, tmp_path_factory):
 def serving(loaded, key=KEY, **settings):
     """The address of a server, and its engine."""
     engine = Engine(loaded, **({"most_running": 16} | settings))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(make_app(engine, "tiny", key), port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{port}", engine
+        with serving_app(make_app(engine, "tiny", key)) as address:
+            yield address, engine
     finally:
-        server.should_exit = True
-        thread.join()
         engine.close()
 
 
@@ -65,27 +55,13 @@ def client(server):
     return openai.OpenAI(base_url=f"{server[0]}/v1", api_key=KEY, max_retries=0)
 
 
-def alone(loaded, model, text, max_new_tokens=12):
-    """What `qdense generate` writes after a text."""
-    prompt = Prompt(0, 0, loaded.base.tokenizer(text)["input_ids"])
-    with loaded.answering(model):
-        return next(
-            iter(
-                generate(
-                    loaded.base, loaded.model, [prompt], DECODINGS["greedy"],
-                    max_new_tokens=max_new_tokens, stop=(), batch_size=1,
-                )
-            )
-        )  # fmt: skip
-
-
 def test_the_base_and_its_adapters_are_listed(client):
     assert [model.id for model in client.models.list()] == ["tiny", "plain", "talk"]
 
 
 def test_each_model_answers_as_it_does_alone(client, loaded):
     names = {"tiny": None, "plain": "plain", "talk": "talk"}
-    alike = {name: alone(loaded, model, "question 1") for name, model in names.items()}
+    alike = {name: alone(loaded, "question 1", model) for name, model in names.items()}
     for name, expected in alike.items():
         answer = client.completions.create(model=name, prompt="question 1", max_tokens=12, temperature=0)
         assert answer.choices[0].text == expected.completion
@@ -100,7 +76,7 @@ def test_a_conversation_is_asked_in_the_template_of_its_adapter(client, loaded):
         f"<|im_start|>{role}\n{content}<|im_end|>\n"
         for role, content in (("system", "s"), ("user", "question 1"), ("assistant", "a"), ("user", "more"))
     )
-    expected = alone(loaded, "talk", f"{text}<|im_start|>assistant\n").completion
+    expected = alone(loaded, f"{text}<|im_start|>assistant\n", "talk").completion
     answer = client.chat.completions.create(model="talk", messages=turns, max_completion_tokens=12, temperature=0)
     assert answer.choices[0].message.content == expected
     with pytest.raises(openai.BadRequestError, match="single questions"):
@@ -245,7 +221,7 @@ def test_a_full_queue_says_so(loaded, monkeypatch):
 def test_64_clients_at_a_time_and_none_is_lost(client, loaded):
     models = [("tiny", "plain", "talk")[number % 3] for number in range(64)]
     expected = [
-        alone(loaded, None if model == "tiny" else model, f"question {number}").completion
+        alone(loaded, f"question {number}", None if model == "tiny" else model).completion
         for number, model in enumerate(models)
     ]
 

@@ -83,14 +83,14 @@ class SharedInput:
         """The input for the frozen layer, and its encoding (..., r) for `layer`."""
         key, place = (adapter, x.device), id(layer.place)
         found = self._encoded.get(key)
-        if found is None or found.source() is not x or place not in found.waiting:
+        is_new = found is None or found.source() is not x or place not in found.waiting
+        if found is None or is_new:
             found = self._encoded[key] = self._read(layer, adapter, x)
         encoding = found.waiting.pop(place)
         if not found.waiting:
             del self._encoded[key]
-        elif (
-            encoding.requires_grad
-        ):  # if some layer never reads x, as in cross-attention, the rest goes with the backward pass
+        elif is_new and encoding.requires_grad:
+            # If another layer never reads x, as in cross-attention, its encoding goes with the backward pass.
             encoding.register_hook(lambda gradient, source=found.source: self._forget(key, source))
         return x if found.x is None else found.x, encoding
 

@@ -8,7 +8,7 @@ released code (mulin-ahu/DenseLoRA@864e39b). s is exact GELU, after the encoder 
 
 One departure: modules that read the same x (q, k and v of a layer) are encoded together, so they share one dropout mask of x.
 
-`encode` and `decode` have fused counterparts for CUDA with the same signatures: qdense/ops/denselora_triton.py.
+`encode`, `decode` and `add` have fused counterparts for CUDA with the same signatures: qdense/ops/denselora_triton.py.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ def encode(
 
 
 def decode(
-    output: Tensor,
     mixed: Tensor,
     decoder: Tensor,
     *,
@@ -60,18 +59,24 @@ def decode(
     activation: str = "gelu",
     dropout: float = 0.0,
 ) -> Tensor:
-    """output + scaling * drop(s(D mixed)), where `mixed` is M times the encoding. The fused version writes into `output`.
+    """The adapter's part of the output, scaling * drop(s(D mixed)), for `add`.
+
+    Call it before the frozen projection: a layer that is recomputed in the backward pass stops where its last saved tensor is
+    there again, so with all of them saved before, its last projection is not computed again.
 
     Args:
-        output: (..., d_out): the frozen projection W0 x.
-        mixed: (..., r).
+        mixed: (..., r), M times the encoding.
         decoder: D, (d_out, r), dtype of mixed; shared like E, initially zero.
         scaling: alpha / r.
 
     Returns:
-        (..., d_out), dtype of output.
+        (..., d_out), dtype of mixed. (The fused version leaves the work to `add` and returns what that needs.)
     """
-    delta = drop(ACTIVATIONS[activation](F.linear(mixed, decoder)), dropout, scaling)
+    return drop(ACTIVATIONS[activation](F.linear(mixed, decoder)), dropout, scaling)
+
+
+def add(output: Tensor, delta: Tensor) -> Tensor:
+    """The frozen projection W0 x (..., d_out) plus what `decode` returned, in its dtype. The fused version writes into `output`."""
     return output + delta.to(output.dtype)
 
 

@@ -1,11 +1,11 @@
-"""`encode` and `decode` of qdense/ops/denselora.py as fused Triton kernels, for CUDA.
+"""`encode`, `decode` and `add` of qdense/ops/denselora.py as fused Triton kernels, for CUDA.
 
 The adapter does little arithmetic; its cost is moving tensors as wide as the model. In single operations, with masks and
 activations, a pass of the equation reads or writes about ten of them. Here it is only these, (T, d_in) or (T,
 d_out):
 
     encode    forward: x is read                              backward: x is read; the gradient of x is read and written
-    decode    forward: output is read and written in place    backward: the gradient of output is read
+    add       forward: output is read and written in place    backward: the gradient of output is read
 
 For the backward pass only x, which exists anyway, and tensors (T, r) are kept. Masks are not kept: they are a function of a
 seed and of an element's row and column, and each kernel recomputes them. A large r ("wide" below) does not
@@ -19,7 +19,7 @@ Sums over tokens have a fixed order, without atomics, so the same inputs give th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -99,9 +99,10 @@ def _elementwise_grid(num_rows: int, width: int) -> tuple[int, int]:
 
 # DROPOUT
 
-# Element (row, column) of a mask is dropped if a hash of (seed, row, column) is below p * 2**32. Nothing else matters, such
-# as block sizes, so all kernels see the same mask. Rows and columns are hashed before they are combined, so that no row has
-# another row's mask, shifted, and no product of sizes can overflow.
+# Element (row, column) of a mask is dropped if 16 bits of a hash of (seed, row, column // 2) are below p * 2**16: the low half
+# for even columns, the high half for odd ones, since a thread holds neighbours and then hashes once for both. Nothing else
+# matters, such as block sizes, so all kernels see the same mask. Rows and columns are hashed before they are combined, so that
+# no row has another row's mask, shifted, and no product of sizes can overflow.
 
 
 @triton.jit
@@ -119,7 +120,8 @@ def keep_tile(seed: tl.tensor, rows: tl.tensor, columns: tl.tensor, THRESHOLD: t
         keep = tl.full([rows.shape[0], columns.shape[0]], True, tl.int1)
     else:
         row_hash = _mix(_mix(rows.to(tl.uint32)) ^ seed.to(tl.uint32))
-        keep = _mix(row_hash[:, None] ^ _mix(columns.to(tl.uint32))[None, :]) >= THRESHOLD
+        bits = _mix(row_hash[:, None] ^ _mix(columns.to(tl.uint32) >> 1)[None, :])
+        keep = (bits << (16 - 16 * (columns & 1)).to(tl.uint32)[None, :]) >= (THRESHOLD << 16)
     return keep
 
 
@@ -131,12 +133,15 @@ def keep_mask(seed: int, num_rows: int, num_columns: int, dropout: float, device
         h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
         return h ^ (h >> 16)
 
+    columns = torch.arange(num_columns, device=device)
     row_hash = mix(mix(torch.arange(num_rows, device=device)) ^ seed)
-    return mix(row_hash[:, None] ^ mix(torch.arange(num_columns, device=device))) >= _threshold(dropout)
+    bits = mix(row_hash[:, None] ^ mix(columns >> 1))
+    return ((bits >> (16 * (columns & 1))) & 0xFFFF) >= _threshold(dropout)
 
 
 def _threshold(dropout: float) -> int:
-    return min(round(dropout * 2**32), 2**32 - 1)
+    """Of 2**16, so a dropout above 0 is a multiple of 1.5e-5, and at least one of these."""
+    return min(max(round(dropout * 2**16), 1), 2**16 - 1) if dropout else 0
 
 
 def _draw_seeds(num_seeds: int, dropout: float) -> list[int]:
@@ -158,10 +163,25 @@ def _round(tile: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def _normal_cdf(u: tl.tensor) -> tl.tensor:
+    """P(N(0, 1) <= u), with an error of at most 5e-8, as fp32 has anyway; GELU(u) is u times it.
+
+    The upper tail is 2**-p(|u|), with p a polynomial fitted to that error: half of the instructions of an `erf` that is exact to
+    the last bits of its own value, which GELU's 1 + erf loses.
+    """
+    a = tl.abs(u)
+    p = (2.83491278e-06 * a - 3.9377691e-05) * a + 0.000186180241
+    p = ((p * a + 0.000136936368) * a - 0.00706342012) * a + 0.0524961783
+    p = ((p * a + 0.459208197) * a + 1.15110521) * a + 1.0
+    tail = tl.exp2(-p)
+    return tl.where(u < 0.0, tail, 1.0 - tail)
+
+
+@triton.jit
 def _activate(u: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     """s(u), fp32."""
     if ACTIVATION == "gelu":
-        s = 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
+        s = u * _normal_cdf(u)
     elif ACTIVATION == "silu":
         s = u * tl.sigmoid(u)
     elif ACTIVATION == "tanh":
@@ -180,7 +200,7 @@ def _slope(u: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     """s'(u), fp32."""
     if ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * u * u)
-        slope = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * density
+        slope = _normal_cdf(u) + u * density
     elif ACTIVATION == "silu":
         sigmoid = tl.sigmoid(u)
         slope = sigmoid * (1.0 + u * (1.0 - sigmoid))
@@ -590,43 +610,76 @@ def _encode_backward_wide(
 # DECODE
 
 
+class Delta(NamedTuple):
+    """What `add` needs: `mixed` as handed on by `_Keep`, the decoder, and (seed, scaling / (1 - p), activation, threshold)."""
+
+    mixed: Tensor
+    decoder: Tensor
+    settings: tuple[int, float, str, int]
+
+
 def decode(
-    output: Tensor,
-    mixed: Tensor,
-    decoder: Tensor,
-    *,
-    scaling: float,
-    activation: str = "gelu",
-    dropout: float = 0.0,
-) -> Tensor:
-    """output + scaling * drop(s(D mixed)), where `mixed` is M times the encoding.
+    mixed: Tensor, decoder: Tensor, *, scaling: float, activation: str = "gelu", dropout: float = 0.0
+) -> Delta | Tensor:
+    """scaling * drop(s(D mixed)), computed by `add`; here its dropout is drawn, and saved what its backward pass needs.
+
+    Args:
+        mixed: (..., r), bf16, fp16 or fp32: M times the encoding.
+        decoder: D, (d_out, r), dtype of mixed.
+        scaling: alpha / r.
+        activation: s, a key of `ACTIVATIONS`.
+        dropout: probability of dropping an element; pass 0 outside training.
+    """
+    if not mixed.numel():
+        return denselora.decode(mixed, decoder, scaling=scaling, activation=activation, dropout=dropout)
+    mixed, decoder = mixed.contiguous(), decoder.contiguous()
+    (seed,) = _draw_seeds(1, dropout)
+    settings = (seed, scaling / (1 - dropout), activation, _threshold(dropout))
+    return Delta(_Keep.apply(mixed, decoder), decoder, settings)
+
+
+def add(output: Tensor, delta: Delta | Tensor) -> Tensor:
+    """output + delta.
 
     The result is written into `output`, unless autograd forbids that. If the producer of `output` has saved it for its
     backward pass, which no linear layer does, PyTorch raises its usual error.
 
     Args:
         output: (..., d_out): the frozen projection W0 x, bf16, fp16 or fp32.
-        mixed: (..., r), bf16, fp16 or fp32.
-        decoder: D, (d_out, r), dtype of mixed.
-        scaling: alpha / r.
-        activation: s, a key of `ACTIVATIONS`.
-        dropout: probability of dropping an element; pass 0 outside training.
+        delta: of `decode`.
 
     Returns:
         (..., d_out), dtype of output.
     """
-    if not output.numel():
-        return denselora.decode(output, mixed, decoder, scaling=scaling, activation=activation, dropout=dropout)
-    result: Tensor = _Decode.apply(output, mixed, decoder, scaling, activation, dropout)
+    if isinstance(delta, Tensor):  # there are no tokens
+        return denselora.add(output, delta)
+    result: Tensor = _Add.apply(output, delta.mixed, delta.decoder, delta.mixed.grad_fn, delta.settings)
     return result
 
 
-class _Decode(torch.autograd.Function):
-    """Saved: mixed and the decoder."""
+class _Keep(torch.autograd.Function):
+    """Hands `mixed` on, and saves it and the decoder for `_Add`.
+
+    `_Add` itself does not: a checkpoint ends its recomputation where the last saved tensor is saved again. That is here,
+    before the frozen projection. (So too in qdense/modeling/recompute.py.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, decoder: Tensor) -> Tensor:
+        ctx.save_for_backward(mixed, decoder)
+        return mixed.view_as(mixed)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        return gradients[0], None
+
+
+class _Add(torch.autograd.Function):
+    """Saves nothing."""
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, mixed: Tensor, decoder: Tensor, scaling: float, activation: str, dropout: float
+        ctx: Any, output: Tensor, mixed: Tensor, decoder: Tensor, keeper: Any, settings: tuple[int, float, str, int]
     ) -> Tensor:
         # A view (nn.Linear with a bias returns one, of 3-D inputs) could be written too, but then autograd would copy gradients.
         if output.is_contiguous() and not is_view(output) and not (output.is_leaf and output.requires_grad):
@@ -635,12 +688,9 @@ class _Decode(torch.autograd.Function):
         else:
             source = output.contiguous()
             result = torch.empty_like(source)
-        mixed, decoder = mixed.contiguous(), decoder.contiguous()
-        (seed,) = _draw_seeds(1, dropout)
-        ctx.save_for_backward(mixed, decoder)
-        ctx.settings = (seed, scaling / (1 - dropout), activation, _threshold(dropout))
+        ctx.keeper, ctx.settings = keeper, settings
         with torch.cuda.device_of(output):
-            _decode_tiles(source, result, mixed, decoder, *ctx.settings, is_backward=False)
+            _decode_tiles(source, result, mixed, decoder, *settings, is_backward=False)
         return result
 
     @staticmethod
@@ -649,13 +699,13 @@ class _Decode(torch.autograd.Function):
         needs_output, needs_mixed, needs_decoder = ctx.needs_input_grad[:3]
         mixed_gradient = decoder_gradient = None
         if needs_mixed or needs_decoder:
-            mixed, decoder = ctx.saved_tensors
+            mixed, decoder = ctx.keeper.saved_tensors  # under a checkpoint, this recomputes the layer up to there
             backward = _decode_backward if decoder.shape[1] <= _MAX_NARROW_DECODER else _decode_backward_wide
             with torch.cuda.device_of(gradient):
                 mixed_gradient, decoder_gradient = backward(
                     gradient.contiguous(), mixed, decoder, *ctx.settings, needs_decoder=needs_decoder
                 )
-        return gradient if needs_output else None, mixed_gradient, decoder_gradient, None, None, None
+        return gradient if needs_output else None, mixed_gradient, decoder_gradient, None, None
 
 
 def _decode_tiles(

@@ -70,7 +70,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
 
     def read(self, adapter: str, x: Tensor) -> tuple[Tensor, Any]:
-        """The input for the frozen layer, and what `adapter` takes of the layer's input `x` (..., d_in)."""
+        """The input for the frozen layer, and what `adapter` takes of the layer's input `x` (..., d_in).
+
+        What can be computed here should be, not in `adapt`: see `decode` in qdense/ops/denselora.py.
+        """
         return x, x
 
     def adapt(self, adapter: str, taken: Any, output: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from qdense.catalogs.choices import Activation
-from qdense.ops.denselora import ACTIVATIONS, DropoutMasks, decode, denselora_delta, denselora_delta_weight, encode
+from qdense.ops.denselora import ACTIVATIONS, DropoutMasks, add, decode, denselora_delta, denselora_delta_weight, encode
 
 
 def gelu(x: float) -> float:
@@ -99,7 +99,7 @@ def test_encoding_and_decoding_are_the_equation(activation):
     x, e, m, d = factors()
     output = torch.randn(64, 6)
     again, (encoded,) = encode(x, [e], activation=activation)
-    decoded = decode(output, F.linear(encoded, m), d, scaling=1.5, activation=activation)
+    decoded = add(output, decode(F.linear(encoded, m), d, scaling=1.5, activation=activation))
     assert again is x
     torch.testing.assert_close(decoded - output, denselora_delta(x, e, m, d, scaling=1.5, activation=activation))
 
@@ -122,7 +122,7 @@ def test_dropout_drops_all_three_and_repeats_with_the_seed():
     def run():
         torch.manual_seed(3)
         _, (encoded,) = encode(x, [e], dropout=0.5)
-        return encoded, decode(torch.zeros(64, 6), F.linear(encoded, m), d, scaling=1.0, dropout=0.5)
+        return encoded, decode(F.linear(encoded, m), d, scaling=1.0, dropout=0.5)
 
     (encoded, dropped), again = run(), run()
     assert torch.equal(dropped, again[1])

@@ -66,7 +66,7 @@ def test_layers_that_read_the_same_input_share_its_dropout_mask(tiny_model, bloc
         with torch.no_grad():
             layer.shared["default"].encoder.fill_(1.0)
     x = torch.arange(1.0, 65.0).expand(20, 64).contiguous()
-    encodings = [layer.read("default", x)[1] for layer in layers]
+    encodings = [layer.shared_input.encode(layer, "default", x)[1] for layer in layers]
     for encoding in encodings[1:]:
         # Each element of an encoding is dropped for itself: where both are there, they are of the same masked input.
         both = (encoding != 0) & (encodings[0] != 0)

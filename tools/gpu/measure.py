@@ -403,7 +403,8 @@ def _time_adapter(ops: Any, d_in: int, d_out: int, readers: int, r: int) -> list
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         again, encoded = ops.encode(x, encoders, dropout=0.05)
-        decoded = ops.decode(output * 1, torch.nn.functional.linear(encoded[0], m), decoder, scaling=2.0, dropout=0.05)
+        delta = ops.decode(torch.nn.functional.linear(encoded[0], m), decoder, scaling=2.0, dropout=0.05)
+        decoded = ops.add(output * 1, delta)
         torch.autograd.backward(
             [decoded, again, *encoded[1:]], [projection, x.detach(), *(e.detach() for e in encoded[1:])]
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -154,19 +154,20 @@ class DenseLoraLinear(AdaptedLinear):
         is_on = not (self.disable_adapters or self.merged)
         return is_on and self.has_adapter(adapter) and adapter in self.active_adapters
 
-    def read(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.shared_input.encode(self, adapter, x)
-
-    def adapt(self, adapter: str, taken: Tensor, output: Tensor) -> Tensor:
-        return adapter_ops(output).decode(
-            output,
-            F.linear(taken, self.denselora_m[adapter]),
+    def read(self, adapter: str, x: Tensor) -> tuple[Tensor, Any]:
+        x, encoding = self.shared_input.encode(self, adapter, x)
+        delta = adapter_ops(x).decode(
+            F.linear(encoding, self.denselora_m[adapter]),
             # layers of one kind may be on several devices; on one device this does not copy
-            self.shared[adapter].decoder.to(output.device),
+            self.shared[adapter].decoder.to(x.device),
             scaling=self.scaling[adapter],
             activation=self.activation[adapter],
             dropout=self.dropout[adapter] if self.training else 0.0,
         )
+        return x, delta
+
+    def adapt(self, adapter: str, taken: Any, output: Tensor) -> Tensor:
+        return adapter_ops(output).add(output, taken)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging adds to the weight: (d_out, d_in), fp32. Such a matrix exists only with activation "none"."""

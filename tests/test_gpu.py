@@ -7,6 +7,7 @@ import torch
 
 from qdense.data.examples import join
 from qdense.events import Notice, StepDone, TrainingDone, TrainingStarted
+from qdense.inference.generation import DECODINGS, Prompt, generate
 from qdense.modeling.attach import attach_adapter, trainable_parameters
 from qdense.modeling.liger import use_liger
 from qdense.modeling.load import load_base
@@ -99,6 +100,21 @@ def test_recomputation_repeats_the_fused_dropout(tiny_model):
     for loss, gradients in found[1:]:
         assert loss == found[0][0]
         assert difference(gradients, found[0][1]) < 1e-3  # flash attention's backward adds in no fixed order
+
+
+@pytest.mark.parametrize("name", ["greedy", "beam4"])
+def test_recorded_steps_give_the_same_tokens(tiny_model, name):
+    recipe = recipe_for(tiny_model, "unused", adapter__zero_init="none").adapter
+    base = base_on(tiny_model, "cuda", dtype="float32")
+    model = attach_adapter(base, recipe, 1).eval()
+    prompts = [Prompt(number, 0, list(range(3, 5 + 7 * number % 60))) for number in range(40)]
+
+    def complete(is_recorded):
+        settings = {"max_new_tokens": 30, "stop": (), "batch_size": 12, "is_recorded": is_recorded}
+        found = generate(base, model, prompts, DECODINGS[name], **settings)
+        return {completion.index: (completion.completion, completion.num_tokens) for completion in found}
+
+    assert complete(True) == complete(False)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])

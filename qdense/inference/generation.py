@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from qdense.device import free_cache
 from qdense.errors import EvaluationError
+from qdense.inference.recording import Recorder, why_not_recorded
 from qdense.modeling.load import BaseModel
 
 
@@ -110,6 +111,7 @@ def generate(
     batch_size: int,
     end_token: str | None = None,
     smaller_batch: Callable[[int], None] = lambda batch_size: None,
+    is_recorded: bool | None = None,
 ) -> Iterator[Completion]:
     """Complete the prompts; yields completions as they end.
 
@@ -121,6 +123,7 @@ def generate(
         end_token: a token that ends one too, besides the tokenizer's and the model's own EOS.
         batch_size: sequences (with beams: items) at a time.
         smaller_batch: is called with each new batch size.
+        is_recorded: see `Generation`.
 
     Raises:
         EvaluationError: not even one sequence fits in memory.
@@ -130,7 +133,7 @@ def generate(
     search: Tokens | _Beams
     while queue:
         search = _Beams(decoding, endings) if decoding.num_beams > 1 else Tokens()
-        generation = Generation(base, model, search)
+        generation = Generation(base, model, search, is_recorded=is_recorded)
         try:
             while queue or search.prompts:
                 free = batch_size - len(search.prompts)
@@ -172,10 +175,17 @@ class Generation:
 
     Args:
         search: decides on the next tokens. Its `prompts` are always those taken and not finished, also if memory runs out.
+        is_recorded: replay recorded steps (recording.py); None: on CUDA, if the model allows it.
     """
 
-    def __init__(self, base: BaseModel, model: Any, search: Tokens | _Beams) -> None:
+    def __init__(
+        self, base: BaseModel, model: Any, search: Tokens | _Beams, *, is_recorded: bool | None = None
+    ) -> None:
         self.base, self.model, self.search = base, model, search
+        is_cuda = base.device.type == "cuda"
+        if is_recorded is None:
+            is_recorded = is_cuda and why_not_recorded(base.model) is None
+        self._recorder = Recorder(model, is_captured=is_cuda) if is_recorded else None
         self._batch: _Batch | None = None
         self._logits = self._chosen = torch.empty(0)
         self._rows: list[int] = []
@@ -222,7 +232,7 @@ class Generation:
             self._batch, self._logits = None, torch.empty(0)
             return
         self._batch.select(self._rows)
-        self._logits = self._batch.forward(self.model, self._chosen)
+        self._logits = self._batch.forward(self.model, self._chosen, self._recorder)
 
 
 # --- the batch: one padded cache --------------------------------------------------------------------------------------------
@@ -255,14 +265,21 @@ class _Layer(DynamicLayer):
 
     def place(self, keys: torch.Tensor, values: torch.Tensor, *, room_tokens: int = room_tokens) -> None:
         """Store keys and values, with room to grow."""
-        self._buffers = tuple(torch.nn.functional.pad(states, (0, 0, 0, room_tokens)) for states in (keys, values))
-        self.keys, self.values = (buffer[:, :, : keys.shape[2]] for buffer in self._buffers)
+        keys_buffer, values_buffer = (torch.nn.functional.pad(each, (0, 0, 0, room_tokens)) for each in (keys, values))
+        self.put(keys_buffer, values_buffer, keys.shape[2])
+
+    def put(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        """Use these as buffers, of which `length` columns are filled."""
+        self._buffers = (keys, values)
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+    def is_in(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        return self._buffers[0] is keys and self._buffers[1] is values
 
     def select(self, rows: torch.Tensor, first: int) -> None:
         """Keep these rows, and the columns from `first` on."""
-        length = self.keys.shape[2] - first
-        self._buffers = tuple(buffer[:, :, first:].index_select(0, rows) for buffer in self._buffers)
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+        keys, values = (buffer[:, :, first:].index_select(0, rows) for buffer in self._buffers)
+        self.put(keys, values, self.keys.shape[2] - first)
 
 
 class _Batch:
@@ -271,6 +288,7 @@ class _Batch:
     def __init__(self, cache: Cache, mask: torch.Tensor) -> None:
         self.cache, self.mask = cache, mask  # mask: (rows, columns), 1 where a token is
         self.positions = mask.sum(dim=1)
+        self._recorded: list[tuple[torch.Tensor, torch.Tensor]] = []  # where a recorder holds keys and values
 
     @property
     def layers(self) -> list[_Layer]:
@@ -287,8 +305,10 @@ class _Batch:
         for layer in self.layers:
             layer.select(index, first)
 
-    def forward(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, model: Any, tokens: torch.Tensor, recorder: Recorder | None) -> torch.Tensor:
         """Append the next token of each row; returns the logits after it: (rows, vocabulary), fp32."""
+        if recorder is not None:
+            return self._replay(recorder, tokens)
         self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
         output = model(
             input_ids=tokens[:, None],
@@ -300,6 +320,20 @@ class _Batch:
         )
         self.positions = self.positions + 1
         return output.logits[:, -1].float()
+
+    def _replay(self, recorder: Recorder, tokens: torch.Tensor) -> torch.Tensor:
+        columns = self.mask.shape[1]
+        is_in_place = self._recorded and all(
+            layer.is_in(*places) for layer, places in zip(self.layers, self._recorded, strict=True)
+        )
+        if not is_in_place or columns == self._recorded[0][0].shape[2]:
+            self._recorded = recorder.take(self.layers, self.mask, self.positions)
+        logits = recorder.forward(tokens)
+        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
+        self.positions = self.positions + 1
+        for layer, places in zip(self.layers, self._recorded, strict=True):
+            layer.put(*places, columns + 1)
+        return logits
 
 
 def _prefill(base: BaseModel, model: Any, prompts: Sequence[Prompt], width: int) -> tuple[_Batch, torch.Tensor]:

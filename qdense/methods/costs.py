@@ -126,6 +126,7 @@ class Costs:
         frozen_parameters: ([adapter] table, shapes of one layer's target modules, number of layers) -> elements that the
             adapter holds and does not train.
         has_fused_kernels: whether it has Triton kernels of its own, which keep no masks.
+        stops_before_last_product: whether a recomputed layer ends before its last frozen product, as the bare base's does.
         has_weight_penalty: whether a term of the loss depends on the trained tensors alone; its gradients wait for the others.
     """
 
@@ -133,6 +134,7 @@ class Costs:
     of_module: Callable[[Computation, int, int], ModuleCosts]
     frozen_parameters: Callable[[AdapterSettings, LinearShapes, int], int]
     has_fused_kernels: bool = False
+    stops_before_last_product: bool = False
     has_weight_penalty: bool = False
 
 

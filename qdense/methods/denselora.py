@@ -108,7 +108,13 @@ def _module_of_matrix(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
     return dataclasses.replace(module, kept=r * (2 * at.width + mask) + d_out * mask)
 
 
-_COSTS = Costs(of_input=_input, of_module=_module, frozen_parameters=no_frozen_parameters, has_fused_kernels=True)
+_COSTS = Costs(
+    of_input=_input,
+    of_module=_module,
+    frozen_parameters=no_frozen_parameters,
+    has_fused_kernels=True,
+    stops_before_last_product=True,
+)
 
 
 def _learning_rate(adapter: AdapterSettings) -> float:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qdense.ops.kernels import is_fused
 from qdense.ops.slices import logits_slice_tokens
 
 IGNORED = -100  # such targets do not count in the loss
@@ -57,22 +58,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         for start in range(0, len(hidden), num_tokens):
             part = slice(start, start + num_tokens)
-            logits = F.linear(hidden[part], weight).float()
-            target = targets[part].unsqueeze(1)
-            normalizer = logits.logsumexp(dim=1, keepdim=True)
-            total += (normalizer - logits.gather(1, target)).sum()
-            if not (needs_hidden or needs_weight):
-                del logits  # freed here and below before the next slice is computed
-                continue
-            gradient = logits.sub_(normalizer).exp_()  # the probabilities
-            gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
-            # Divided before rounding, as in a graph of single operations.
-            rounded = gradient.div_(divisor).to(hidden.dtype)
+            # The logits have no name here, so that they can be freed.
+            losses, gradient = losses_of(
+                F.linear(hidden[part], weight), targets[part], divisor, needs_hidden or needs_weight
+            )
+            total += losses.sum()
             if hidden_gradient is not None:
-                torch.mm(rounded, weight, out=hidden_gradient[part])
+                torch.mm(gradient, weight, out=hidden_gradient[part])
             if weight_gradient is not None:
-                weight_gradient += rounded.T @ hidden[part]
-            del logits, gradient, rounded
+                weight_gradient += gradient.T @ hidden[part]
+            del gradient  # before the next slice is computed
         ctx.save_for_backward(hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype))
         return total / divisor
 
@@ -80,3 +75,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return *(None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors), None, None
+
+
+def losses_of(logits: Tensor, targets: Tensor, divisor: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor]:
+    """The cross entropies of logits (rows, vocabulary), in fp32, and if needed the gradient of their sum over `divisor`.
+
+    On CUDA by qdense/ops/cross_entropy_triton.py, in the memory of the logits.
+    """
+    if is_fused(logits):
+        from qdense.ops import cross_entropy_triton  # imports Triton
+
+        return cross_entropy_triton.losses_of(logits, targets, divisor, needs_gradient=needs_gradient), logits
+    dtype, targets = logits.dtype, targets.unsqueeze(1)
+    logits = logits.float()
+    normalizer = logits.logsumexp(dim=1, keepdim=True)
+    losses = normalizer - logits.gather(1, targets)
+    if needs_gradient:
+        logits.sub_(normalizer).exp_()  # the probabilities
+        logits.scatter_add_(1, targets, logits.new_full(targets.shape, -1.0))
+        logits.div_(divisor)  # before rounding, as in a graph of single operations
+    return losses, logits.to(dtype)

@@ -76,7 +76,7 @@ def decode(
 
 
 def add(output: Tensor, delta: Tensor) -> Tensor:
-    """The frozen projection W0 x (..., d_out) plus what `decode` returned, in its dtype. The fused version writes into `output`."""
+    """The frozen projection W0 x (..., d_out), plus what `decode` returned: dtype of W0 x. The fused version writes into it."""
     return output + delta.to(output.dtype)
 
 

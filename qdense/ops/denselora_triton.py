@@ -35,15 +35,16 @@ from qdense.ops.interpreter import is_interpreted
 
 _MAX_NARROW_ENCODER = 256  # rank of all encoders of a group together, at which dE fills the registers
 _MAX_NARROW_DECODER = 64  # above, the shares of `_decode_backward_blocks` move more bytes than cuBLAS needs
-_NUM_PROGRAMS = 256  # tokens are split until a backward kernel has this many: two or three for each multiprocessor
+_MAX_STEP_TOKENS = 256
+_NUM_SHARES = 2**15  # tokens are split until a backward kernel has this many programs, times the rank
 
 
 def _blocks(rows: int, width: int, rank: int, *, num_warps: int, num_stages: int = 2) -> dict[str, int]:
-    """Not tuned on a GPU yet. Compiled for sm_80, 86 and 90: in bf16, 64 KiB of shared memory at most (a 3090 or 4090 has 99 for
-    a program), and registers suffice, except for a few bytes. In fp32 the backward kernel of `encode` spills: correct, but slow.
+    """The sizes below are the quickest of 331 on an H200, for LLaMA-3-8B's widths in bf16 and 2,048 and 8,192 tokens; or the next
+    best, where a 4090 would hold half as many programs at once. tools/kernel_resources.py tells registers and shared memory.
 
-    Few rows, so that a micro-batch of 2,000 tokens gives most multiprocessors a program. No size depends on T, which changes with
-    every micro-batch; each new value would be compiled. Blocks of fp32 are half as wide, since they take twice the space.
+    No size depends on T, which changes with every micro-batch; each new value would be compiled. Blocks of fp32 are narrower:
+    they take twice the space, and tl.dot in fp32 many more registers.
     """
     blocks = {"BLOCK_ROWS": rows, "BLOCK_WIDTH": width, "BLOCK_RANK": rank}
     return blocks | {"num_warps": num_warps, "num_stages": num_stages}
@@ -56,19 +57,24 @@ def _rank_block(rank: int) -> int:
 def _encode_blocks(rank: int, itemsize: int) -> dict[str, int]:
     """All ranks up to 128: x is read, and its mask computed, once for each block of ranks."""
     block_rank = min(_rank_block(rank), 128)
-    return _blocks(32, (256 if block_rank <= 64 else 128) // itemsize, block_rank, num_warps=4, num_stages=3)
+    is_small = block_rank <= 64
+    return _blocks(16 if is_small else 32, 256 // itemsize, block_rank, num_warps=4 if is_small else 8)
 
 
 def _encode_backward_blocks(rank: int, itemsize: int) -> dict[str, int]:
     """dE stays in registers, (rank, width) in fp32: at most 64 for each thread, beside du, x and dx."""
     block_rank = _rank_block(rank)
-    return _blocks(
-        32, (256 if block_rank <= 32 else 128) // itemsize, block_rank, num_warps=4 if block_rank <= 64 else 8
-    )
+    if itemsize == 4:
+        return _blocks(32, 32, block_rank, num_warps=8, num_stages=1)
+    is_small = block_rank <= 64
+    width = 64 if block_rank <= 128 else 32
+    return _blocks(64, width, block_rank, num_warps=4 if is_small else 8, num_stages=2 if is_small else 1)
 
 
 def _decode_blocks(rank: int, itemsize: int) -> dict[str, int]:
-    return _blocks(64, 128, min(_rank_block(rank), 128 // itemsize), num_warps=8)
+    block_rank = min(_rank_block(rank), 128 // itemsize)
+    is_small = block_rank <= 32
+    return _blocks(32 if is_small else 64, 128 if is_small else 64, block_rank, num_warps=4)
 
 
 def _decode_backward_blocks(rank: int, itemsize: int) -> dict[str, int]:
@@ -78,15 +84,17 @@ def _decode_backward_blocks(rank: int, itemsize: int) -> dict[str, int]:
     that tl.dot splits its output among the warps: else each of them computes the mask and the slope of the same elements.
     """
     block_rank = _rank_block(rank)
-    is_small = block_rank <= 32
-    return _blocks(64 if is_small else 32, 256 // itemsize, block_rank, num_warps=4 if is_small else 8)
+    if itemsize == 4:
+        return _blocks(32, 32, block_rank, num_warps=8, num_stages=1)
+    return _blocks(64 if block_rank <= 32 else 32, 128, block_rank, num_warps=4, num_stages=1)
 
 
-def _split_rows(num_rows: int, num_tiles: int, block_rows: int) -> tuple[int, int]:
+def _split_rows(num_rows: int, num_tiles: int, blocks: dict[str, int]) -> tuple[int, int]:
     """(number of chunks of tokens, rows of a chunk), given the number of programs without such a split."""
-    num_blocks = triton.cdiv(num_rows, block_rows)
-    num_chunks = max(1, min(_NUM_PROGRAMS // num_tiles, num_blocks // 4))
-    rows = triton.cdiv(num_blocks, num_chunks) * block_rows
+    num_blocks = triton.cdiv(num_rows, blocks["BLOCK_ROWS"])
+    num_programs = _NUM_SHARES // blocks["BLOCK_RANK"]
+    num_chunks = max(1, min(num_programs // num_tiles, num_blocks // 4))
+    rows = triton.cdiv(num_blocks, num_chunks) * blocks["BLOCK_ROWS"]
     return triton.cdiv(num_rows, rows), rows
 
 
@@ -101,8 +109,8 @@ def _elementwise_grid(num_rows: int, width: int) -> tuple[int, int]:
 
 # Element (row, column) of a mask is dropped if 16 bits of a hash of (seed, row, column // 2) are below p * 2**16: the low half
 # for even columns, the high half for odd ones, since a thread holds neighbours and then hashes once for both. Nothing else
-# matters, such as block sizes, so all kernels see the same mask. Rows and columns are hashed before they are combined, so that
-# no row has another row's mask, shifted, and no product of sizes can overflow.
+# matters, such as block sizes, so all kernels see the same mask. Rows are hashed before they are combined with columns, so that
+# no row has another row's mask, shifted. The factors are odd: they scatter numbers over 32 bits and map no two onto one.
 
 
 @triton.jit
@@ -119,8 +127,8 @@ def keep_tile(seed: tl.tensor, rows: tl.tensor, columns: tl.tensor, THRESHOLD: t
     if THRESHOLD == 0:
         keep = tl.full([rows.shape[0], columns.shape[0]], True, tl.int1)
     else:
-        row_hash = _mix(_mix(rows.to(tl.uint32)) ^ seed.to(tl.uint32))
-        bits = _mix(row_hash[:, None] ^ _mix(columns.to(tl.uint32) >> 1)[None, :])
+        row_hash = _mix((rows.to(tl.uint32) * 0x9E3779B1) ^ seed.to(tl.uint32))
+        bits = _mix(row_hash[:, None] ^ ((columns.to(tl.uint32) >> 1) * 0x85EBCA77)[None, :])
         keep = (bits << (16 - 16 * (columns & 1)).to(tl.uint32)[None, :]) >= (THRESHOLD << 16)
     return keep
 
@@ -134,8 +142,8 @@ def keep_mask(seed: int, num_rows: int, num_columns: int, dropout: float, device
         return h ^ (h >> 16)
 
     columns = torch.arange(num_columns, device=device)
-    row_hash = mix(mix(torch.arange(num_rows, device=device)) ^ seed)
-    bits = mix(row_hash[:, None] ^ mix(columns >> 1))
+    row_hash = mix(((torch.arange(num_rows, device=device) * 0x9E3779B1) & 0xFFFFFFFF) ^ seed)
+    bits = mix(row_hash[:, None] ^ (((columns >> 1) * 0x85EBCA77) & 0xFFFFFFFF))
     return ((bits >> (16 * (columns & 1))) & 0xFFFF) >= _threshold(dropout)
 
 
@@ -155,7 +163,7 @@ _IS_INTERPRETED = tl.constexpr(is_interpreted())
 
 
 @triton.jit
-def _round(tile: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+def round_tile(tile: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     if _IS_INTERPRETED and dtype == tl.bfloat16:  # which truncates, as of Triton 3.9
         bits = tile.to(tl.uint32, bitcast=True)
         tile = (bits + ((bits >> 16) & 1) + 0x7FFF).to(tl.float32, bitcast=True)
@@ -199,8 +207,8 @@ def _activate(u: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
 def _slope(u: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     """s'(u), fp32."""
     if ACTIVATION == "gelu":
-        density = 0.3989422804014327 * tl.exp(-0.5 * u * u)
-        slope = _normal_cdf(u) + u * density
+        # The exponential to base 2 takes fewer instructions: it rounds numbers below 2**-126 to 0.
+        slope = _normal_cdf(u) + 0.3989422804014327 * u * tl.exp2(-0.7213475204444817 * u * u)
     elif ACTIVATION == "silu":
         sigmoid = tl.sigmoid(u)
         slope = sigmoid * (1.0 + u * (1.0 - sigmoid))
@@ -237,7 +245,7 @@ def _store(
 ) -> None:
     """Rounds to the dtype of the matrix."""
     pointers, is_inside = _tile(matrix, rows, columns, num_rows, num_columns)
-    tl.store(pointers, _round(tile.to(tl.float32), matrix.dtype.element_ty), mask=is_inside)
+    tl.store(pointers, round_tile(tile.to(tl.float32), matrix.dtype.element_ty), mask=is_inside)
 
 
 @triton.jit
@@ -285,7 +293,7 @@ def _encode_kernel(
         x_tile = _drop(_load(x, rows, columns, num_rows, width), keep_tile(x_seed, rows, columns, THRESHOLD))
         encoder_tile = _load(encoder, ranks, columns, rank, width)
         total = _dot(x_tile, tl.trans(encoder_tile), total)
-    u_tile = _round(total * scale, u.dtype.element_ty)
+    u_tile = round_tile(total * scale, u.dtype.element_ty)
     _store(u, rows, ranks, num_rows, rank, u_tile)
     # s of the rounded u, since the backward pass has no other.
     activated = _activate(u_tile.to(tl.float32), ACTIVATION) * scale
@@ -452,7 +460,7 @@ def _decode_backward_kernel(
         mixed_tile = _load(mixed, rows, ranks, end, rank)
         p = _dot(mixed_tile, tl.trans(decoder_tile), tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32))
         dp = _load(gradient, rows, columns, end, width).to(tl.float32) * scale * _slope(p, ACTIVATION)
-        dp = _round(_drop(dp, keep_tile(seed, rows, columns, THRESHOLD)), mixed.dtype.element_ty)
+        dp = round_tile(_drop(dp, keep_tile(seed, rows, columns, THRESHOLD)), mixed.dtype.element_ty)
         if decoder_gradient is not None:
             total = _dot(tl.trans(dp), mixed_tile, total)
         _store(
@@ -485,7 +493,9 @@ def encode(
         x again, for the frozen projections (the adapter's gradient is added to theirs, in place), and
         (..., r) for each encoder, dtype of x.
     """
-    if not x.numel():
+    # A step of generation has too few tokens to fill a card; cuBLAS then splits the width among programs.
+    is_step = x.numel() <= _MAX_STEP_TOKENS * x.shape[-1] and not torch.is_grad_enabled()
+    if not x.numel() or is_step:
         return denselora.encode(x, encoders, activation=activation, dropout=dropout)
     x_again, encoded = _Encode.apply(x, activation, dropout, *encoders)
     # An x without a gradient must not be returned as one for which the projections compute it.
@@ -573,7 +583,7 @@ def _encode_backward(
     (num_rows, width), rank = x.shape, len(encoder)
     blocks = _encode_backward_blocks(rank, x.itemsize)
     num_tiles = triton.cdiv(width, blocks["BLOCK_WIDTH"])
-    num_chunks, chunk_rows = _split_rows(num_rows, num_tiles, blocks["BLOCK_ROWS"])
+    num_chunks, chunk_rows = _split_rows(num_rows, num_tiles, blocks)
     shares = x.new_empty(num_chunks, rank, width, dtype=torch.float32) if needs_encoder else None
     _encode_backward_kernel[num_tiles, num_chunks](
         *(x, encoder, u_gradient, x_gradient, shares, x_seed, num_rows, chunk_rows, width, rank),
@@ -742,7 +752,7 @@ def _decode_backward(
     (width, rank), num_rows = decoder.shape, mixed.numel() // mixed.shape[-1]
     blocks = _decode_backward_blocks(rank, mixed.itemsize)
     num_tiles = triton.cdiv(width, blocks["BLOCK_WIDTH"])
-    num_chunks, chunk_rows = _split_rows(num_rows, num_tiles, blocks["BLOCK_ROWS"])
+    num_chunks, chunk_rows = _split_rows(num_rows, num_tiles, blocks)
     mixed_shares = mixed.new_empty(num_tiles, *mixed.shape, dtype=torch.float32)
     shares = mixed.new_empty(num_chunks, width, rank, dtype=torch.float32) if needs_decoder else None
     _decode_backward_kernel[num_tiles, num_chunks](

@@ -55,11 +55,15 @@ def why_no_liger(model_type: str) -> str | None:
     return None
 
 
-def adapter_ops(x: Tensor) -> ModuleType:
-    """The module whose `encode` and `decode` to use for `x`."""
-    is_fused = _choice == "triton" or (_choice == "auto" and x.device.type == "cuda" and has_triton())
-    if not is_fused:
-        return denselora
+def is_fused(x: Tensor) -> bool:
+    """Whether operations on `x` are the fused ones. Raises ValueError if they are forced and cannot run."""
+    if not (_choice == "triton" or (_choice == "auto" and x.device.type == "cuda" and has_triton())):
+        return False
     if fault := why_not_triton(x.device.type):
         raise ValueError(f'kernels = "triton": {fault}; use "auto"')
-    return importlib.import_module("qdense.ops.denselora_triton")  # imports Triton
+    return True
+
+
+def adapter_ops(x: Tensor) -> ModuleType:
+    """The module whose `encode`, `decode` and `add` to use for `x`."""
+    return importlib.import_module("qdense.ops.denselora_triton") if is_fused(x) else denselora  # imports Triton

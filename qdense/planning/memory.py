@@ -94,8 +94,9 @@ def memory_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels, layout: Ste
     tail = tokens * shape.hidden_size * (width + layer.norm_width)
 
     slice_tokens = min(tokens, logits_slice_tokens(shape.vocab_size, kernels.is_cuda))
-    # Logits in fp32 twice; the hidden states and their gradient.
-    logits = slice_tokens * shape.vocab_size * 8 + tokens * shape.hidden_size * 2 * width
+    # Logits in fp32 twice, or fused, in the base's dtype once; the hidden states and their gradient.
+    per_logit = width if kernels.is_fused else 8
+    logits = slice_tokens * shape.vocab_size * per_logit + tokens * shape.hidden_size * 2 * width
     is_tiled = layout.mlp_tile_tokens is not None
     in_mlp = shape.hidden_size * width if is_tiled else layer.saved_in_mlp(is_recomputed=True)
     again = tokens * layer.saved(is_recomputed=True, has_tiled_mlp=is_tiled)

@@ -87,7 +87,7 @@ def tokens_per_second(recipe: Recipe, shape: CatalogModel, kernels: Kernels, lay
     modules = _module_costs(recipe, shape, kernels)
     linear, head, attention = forward_flops(shape)
     context = recipe.data.max_length
-    products = (2 + again) * linear + 2 * head
+    products = (2 + again) * linear + 2 * head - again * 2 * shape.num_layers * _not_recomputed(recipe, shape)
     products += 2 * shape.num_layers * sum((1 + again) * each.products + each.backward_products for each in modules)
     of_weights = 2 * (3 + again) * shape.num_layers * sum(each.weights.products for each in modules)
     seconds = (tokens * products + of_weights) / (_REACHED * card.flops)
@@ -99,6 +99,14 @@ def tokens_per_second(recipe: Recipe, shape: CatalogModel, kernels: Kernels, lay
         seconds = max(seconds, copied / card.link)
     # The host launches ahead of the device, so the slower of the two decides.
     return tokens / max(seconds, shape.num_layers * _launching(card, len(modules), again))
+
+
+def _not_recomputed(recipe: Recipe, shape: CatalogModel) -> int:
+    """Elements of a layer's last weight, if a recomputed layer ends before its product (4-bit products save nothing); else 0."""
+    method, last = METHODS[recipe.adapter.method], MLP_MODULES[-1]
+    is_left_out = method.costs.stops_before_last_product or last not in recipe.adapter.target_modules
+    d_in, d_out = shape.linear_shapes()[last]
+    return d_in * d_out if is_left_out and recipe.model.quantization == "nf4" else 0
 
 
 def _launching(card: Card, num_modules: int, again: float) -> float:
@@ -125,12 +133,14 @@ def _moved(recipe: Recipe, shape: CatalogModel, kernels: Kernels, layout: StepLa
         tiles = -(-tokens // layout.mlp_tile_tokens) if layout.mlp_tile_tokens else 1
         elements = {kind: d_in * d_out for kind, (d_in, d_out) in shapes.items()}
         mlp = sum(elements[kind] for kind in MLP_MODULES)
-        moved += passes * shape.num_layers * (sum(elements.values()) + (tiles - 1) * mlp) * (NF4_BYTES + width)
+        unpacked = passes * (sum(elements.values()) + (tiles - 1) * mlp) - again * _not_recomputed(recipe, shape)
+        moved += shape.num_layers * unpacked * (NF4_BYTES + width)
     # norms, rotary embeddings, silu and product, additions: reads and writes of one forward pass; backward about twice
     plain = 1 if kernels.has_liger else 3
     layer: float = width * plain * (10 * shape.hidden_size + 2 * shape.q_size + 3 * shape.intermediate_size)
     modules = _module_costs(recipe, shape, kernels)
     layer += sum(each.moved for each in modules)
     moved += shape.num_layers * (tokens * layer + sum(each.weights.moved for each in modules)) * (3 + again)
-    moved += tokens * shape.vocab_size * 20  # the slices of logits, several times
+    # The slices of logits: fused, written once, read twice and overwritten once; else many times in fp32.
+    moved += tokens * shape.vocab_size * (4 * width if kernels.is_fused else 60)
     return moved

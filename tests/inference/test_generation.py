@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig
 
 from qdense.errors import EvaluationError
+from qdense.inference import recording
 from qdense.inference.generation import DECODINGS, Prompt, generate, longest_first
 from qdense.modeling.load import load_base
 from qdense.recipe import ModelRecipe
@@ -81,8 +82,11 @@ def by_transformers(base, prompt, num_beams):
     return text, len(tokens[:end]) + (end is not None), "length" if end is None else "eos"
 
 
+@pytest.mark.parametrize("is_recorded", [False, True])
 @pytest.mark.parametrize(("name", "eos"), [("greedy", EOS), ("beam4", EOS), ("beam4", [256, *range(0, 256, 3)])])
-def test_tokens_are_those_of_transformers_one_prompt_at_a_time(base, name, eos, monkeypatch):
+def test_tokens_are_those_of_transformers_one_prompt_at_a_time(base, name, eos, is_recorded, monkeypatch):
+    """As the steps are, and as a CUDA graph would record them."""
+    monkeypatch.setattr(recording, "_COLUMNS", 16)  # so that places run out
     monkeypatch.setattr(base.model.generation_config, "eos_token_id", eos)
     wanted = prompts(60)
     expected = {(p.index, 0): by_transformers(base, p, DECODINGS[name].num_beams) for p in wanted}
@@ -95,7 +99,7 @@ def test_tokens_are_those_of_transformers_one_prompt_at_a_time(base, name, eos, 
         lambda _, arguments, named: passes.append(tuple(named["input_ids"].shape)), with_kwargs=True
     )
     for batch_size in (1, 3, 7, 16, 64):
-        found = complete(base, wanted, DECODINGS[name], batch_size)
+        found = complete(base, wanted, DECODINGS[name], batch_size, is_recorded=is_recorded)
         assert {key: (c.completion, c.num_tokens, c.finish) for key, c in found.items()} == expected
     handle.remove()
     joined = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import weakref
 from contextlib import nullcontext
 
@@ -18,6 +19,7 @@ from qdense.modeling.load import load_base
 from qdense.modeling.loss import without_logits
 from qdense.modeling.packing import packed_attention
 from qdense.modeling.recompute import HostMemory, Recompute, apply_recompute
+from qdense.ops.kernels import use_kernels
 from qdense.recipe import ModelRecipe
 from qdense.training.optimizer import build_optimizer
 from qdense.tuners import DenseLoraConfig
@@ -260,6 +262,26 @@ def test_the_first_layers_are_recomputed_and_each_mlp_runs_twice_at_most(dense):
         assert attention == mlp == [2 * TOKENS] * 3 + [TOKENS]
     apply_recompute(dense, PLAIN)
     assert counted_tokens(dense) == ([TOKENS] * LAYERS, [TOKENS] * LAYERS)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_recomputed_layer_stops_before_its_last_product(tiny_model, kernels):
+    """Everything that its backward pass needs is saved before. (PEFT's LoRA saves after: its down_proj runs twice.)"""
+    if kernels == "triton":
+        pytest.importorskip("triton")
+    model = nf4(tiny_model, denselora())
+    calls = collections.Counter()
+    for name, module in model.named_modules():
+        if name.endswith("proj.base_layer"):
+            module.register_forward_hook(lambda *_, kind=name.split(".")[-2]: calls.update([kind]))
+    use_kernels(kernels)
+    try:
+        apply_recompute(model, Recompute(len(layers_of(model))))
+        step(model)
+    finally:
+        use_kernels("auto")
+    assert calls["up_proj"] == 2 * len(layers_of(model))
+    assert calls["down_proj"] == len(layers_of(model))
 
 
 def test_without_early_stop_tiles_run_once_more_and_are_right(dense):

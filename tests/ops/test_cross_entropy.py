@@ -7,8 +7,22 @@ import torch.nn.functional as F
 from qdense.modeling.loss import without_logits
 from qdense.ops import cross_entropy
 from qdense.ops.cross_entropy import IGNORED, linear_cross_entropy
+from qdense.ops.interpreter import is_interpreted
+from qdense.ops.kernels import use_kernels
 from tests.helpers.memory import TensorMemory
 from tests.helpers.tuners import fresh_base
+
+
+@pytest.fixture(params=["torch", "triton"])
+def kernels(request):
+    """Single operations, and the fused ones, here in Triton's interpreter."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        if not is_interpreted():
+            pytest.skip("TRITON_INTERPRET=1 is not set")
+    use_kernels(request.param)
+    yield
+    use_kernels("auto")
 
 
 def leaves(tokens, width, vocabulary, dtype=torch.float32):
@@ -22,7 +36,7 @@ def leaves(tokens, width, vocabulary, dtype=torch.float32):
 
 @pytest.mark.parametrize("slice_elements", [1, 37 * 4, 2**24])
 @pytest.mark.parametrize("divisor", [None, 5.0, torch.tensor(11)])
-def test_value_and_gradients_are_pytorchs(monkeypatch, slice_elements, divisor):
+def test_value_and_gradients_are_pytorchs(kernels, monkeypatch, slice_elements, divisor):
     monkeypatch.setattr(cross_entropy, "logits_slice_tokens", lambda width, is_cuda: max(1, slice_elements // width))
     hidden, weight, targets = leaves(23, 12, 37)
     loss = linear_cross_entropy(hidden, weight, targets, divisor)
@@ -37,7 +51,7 @@ def test_value_and_gradients_are_pytorchs(monkeypatch, slice_elements, divisor):
     assert (hidden.grad[::3] == 0).all()
 
 
-def test_without_gradients_all_slices_count(monkeypatch):
+def test_without_gradients_all_slices_count(kernels, monkeypatch):
     asked = []
 
     def two_tokens(vocab_size, is_cuda):
@@ -61,7 +75,7 @@ def test_a_second_derivative_is_refused():
         gradient.sum().backward()
 
 
-def test_bf16_is_as_near_to_fp32_as_pytorchs_own():
+def test_bf16_is_as_near_to_fp32_as_pytorchs_own(kernels):
     hidden, weight, targets = leaves(64, 32, 211, torch.bfloat16)
     linear_cross_entropy(hidden, weight, targets).backward()
     exact_hidden, exact_weight = (t.detach().float().requires_grad_() for t in (hidden, weight))
@@ -75,7 +89,7 @@ def test_bf16_is_as_near_to_fp32_as_pytorchs_own():
         assert (ours.grad - exact.grad).norm() <= 1.05 * (own.grad - exact.grad).norm()
 
 
-def test_a_gradient_is_rounded_once_after_its_division():
+def test_a_gradient_is_rounded_once_after_its_division(kernels):
     """An output layer of identity hands the logits' gradients through: they are the exact ones, rounded to bf16."""
     size = 128
     logits = torch.randn(5, size, generator=torch.Generator().manual_seed(4)).bfloat16().requires_grad_()
@@ -83,6 +97,22 @@ def test_a_gradient_is_rounded_once_after_its_division():
     linear_cross_entropy(logits, torch.eye(size, dtype=torch.bfloat16), targets, divisor=3.0).backward()
     exact = (logits.detach().double().softmax(1) - F.one_hot(targets, size)) / 3
     assert (logits.grad != exact.bfloat16()).double().mean() < 0.01  # fp32 may fall on the other side of a tie
+
+
+def test_fused_logits_beyond_one_block_and_of_any_size(kernels):
+    """Wider than a block, with logits that overflow an exponential, and with infinite ones, as masked tokens have."""
+    vocabulary = 4096 + 100
+    logits = 50 * torch.randn(6, vocabulary, generator=torch.Generator().manual_seed(4))
+    logits[0] += 1e4
+    logits[1, 7:] = -torch.inf
+    logits[2] = -1e4
+    targets = torch.tensor([0, 3, 4099, 4100, 4195, 11])
+    losses, gradient = cross_entropy.losses_of(logits.clone(), targets, torch.tensor(2.0), needs_gradient=True)
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    torch.testing.assert_close(losses.flatten().double(), expected, rtol=1e-6, atol=1e-3)
+    (slope,) = torch.autograd.grad(expected.sum() / 2, exact)
+    torch.testing.assert_close(gradient.double(), slope, rtol=1e-3, atol=1e-6)  # 1e4 has a last place of 1e-3
 
 
 def test_a_frozen_weight_gets_no_gradient_and_no_target_gives_no_number():

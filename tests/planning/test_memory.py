@@ -212,11 +212,11 @@ def test_bytes_of_every_adapter(method, small_llama):
 
 HALF_AS_WIDE = {"hidden_size": 256, "num_key_value_heads": 4}
 FUSED_STEPS = {
-    "nothing recomputed": (StepLayout(2, 0), "loss", {}, {}),
-    "one layer recomputed": (StepLayout(2, 1), "loss", {}, {}),
+    "nothing recomputed": (StepLayout(2, 0), "backward", {}, {}),
+    "one layer recomputed": (StepLayout(2, 1), "backward", {}, {}),
     "all recomputed": (StepLayout(2, 3), "recompute", {}, {}),
-    "no dropout": (StepLayout(2, 0), "loss", {"adapter__dropout": 0.0}, {}),
-    "a narrow MLP": (StepLayout(2, 0), "loss", {}, HALF_AS_WIDE),
+    "no dropout": (StepLayout(2, 0), "backward", {"adapter__dropout": 0.0}, {}),
+    "a narrow MLP": (StepLayout(2, 0), "backward", {}, HALF_AS_WIDE),
     "a narrow MLP, all recomputed": (StepLayout(2, 3), "recompute", {}, HALF_AS_WIDE),
     "a wide MLP, all recomputed": (StepLayout(2, 3), "recompute", {}, WIDE),
     "LoRA": (StepLayout(2, 0), "loss", LORA, {}),

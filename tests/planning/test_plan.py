@@ -128,7 +128,7 @@ def test_a_fast_card_is_given_fewer_and_larger_passes():
         make_plan(recipe, LLAMA3, Machine.card_of(24 * GIB, card=CARDS[name])).layout for name in ("H200", "RTX 4090")
     )
     assert fast.micro_batch_size >= 4
-    assert slow == StepLayout(1, 0)  # its GPU is the slower part
+    assert slow.micro_batch_size <= 2  # its GPU is the slower part
 
 
 def test_methods_are_not_taken_for_the_fused_one():
@@ -140,7 +140,9 @@ def test_methods_are_not_taken_for_the_fused_one():
 
     plain = Kernels(is_cuda=True, is_fused=False, has_liger=True)
     assert speed("denselora") > speed("denselora", plain)
-    assert speed("lora") == speed("lora", plain)  # it has no kernels of its own
+    assert speed("lora") == pytest.approx(
+        speed("lora", plain), rel=0.03
+    )  # it has no kernels of its own; only the loss has
     assert all(speed("lora") > 1.2 * speed(method) for method in ("dora", "hira", "lokr", "randlora"))
 
 
@@ -214,8 +216,8 @@ def test_measures_for_long_rows_are_taken_one_after_the_other():
     def layout(max_length):
         return make_plan(recipe_of(data__max_length=max_length), LLAMA3, card(24)).layout
 
-    assert layout(2048) == StepLayout(1, 0)
-    assert 0 < layout(8192).recompute_layers < 32
+    assert layout(2048).recompute_layers < 16
+    assert 16 < layout(8192).recompute_layers < 32
     lengths = range(20_000, 170_000, 10_000)
     measures = [(layout(length).offload, layout(length).mlp_tile_tokens is not None) for length in lengths]
     assert measures == sorted(measures)

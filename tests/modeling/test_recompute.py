@@ -271,9 +271,10 @@ def test_a_recomputed_layer_stops_before_its_last_product(tiny_model, kernels):
         pytest.importorskip("triton")
     model = nf4(tiny_model, denselora())
     calls = collections.Counter()
-    for name, module in model.named_modules():
-        if name.endswith("proj.base_layer"):
-            module.register_forward_hook(lambda *_, kind=name.split(".")[-2]: calls.update([kind]))
+    for kind in ("up_proj", "down_proj"):
+        for layer in layers_of(model):
+            frozen = layer.mlp.get_submodule(kind).base_layer
+            frozen.register_forward_hook(lambda *_, kind=kind: calls.update([kind]))
     use_kernels(kernels)
     try:
         apply_recompute(model, Recompute(len(layers_of(model))))

@@ -283,15 +283,14 @@ class Stages:
         return "## Longest context, batch 1\n\n" + "\n".join(lines)
 
     def generate(self) -> str:
-        """Greedy completion with an adapter, prompts of 200 tokens, 128 new ones."""
+        """Completion with an adapter, prompts of 200 tokens: steps one by one, and recorded."""
         from qdense.inference.generation import DECODINGS, Prompt, generate
         from qdense.modeling.attach import attach_adapter
         from qdense.planning.generation import sequences_that_fit
 
         recipe = _recipe(batch_size=1, max_length=256)
         tokenizer = importlib.import_module("tests.helpers.models").make_tokenizer()
-        bench = Bench(recipe, replace(self.base, tokenizer=tokenizer), [])
-        base = bench.fresh_base()
+        base = Bench(recipe, replace(self.base, tokenizer=tokenizer), []).fresh_base()
         model = attach_adapter(base, recipe.adapter, 1).eval()
         size = sequences_that_fit(
             recipe.model,
@@ -301,20 +300,30 @@ class Stages:
             memory_bytes=24 * _GIB,
             most=DECODINGS["greedy"].batch_size_cuda,
         )
-        prompts = [
-            Prompt(i, 0, example.input_ids.tolist()) for i, example in enumerate(random_examples([200] * size * 2, 256))
+        lines = [
+            "| decoding | prompts | at a time | new tokens | one by one, tokens/s | recorded, tokens/s | times | equal completions "
+            "| reserved, recorded |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
-        torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        done = list(generate(base, model, prompts, DECODINGS["greedy"], max_new_tokens=128, stop=(), batch_size=size))
-        torch.cuda.synchronize()
-        took = time.perf_counter() - start
-        new = sum(completion.num_tokens for completion in done)
-        peak = torch.cuda.max_memory_reserved() / _GIB
-        return (
-            f"## Completion in 4 bits\n\n{len(prompts)} prompts of 200 tokens, {size} at a time (planned for 24 GiB), greedy: "
-            f"{new / took:,.0f} new tokens/s, {peak:.1f} GiB reserved."
-        )
+        for name, count, at_once, new_tokens in (("greedy", size, size, 40), ("greedy", 1, 1, 40), ("beam4", 8, 8, 24)):
+            examples = random_examples([200] * count, 256)
+            prompts = [Prompt(i, 0, example.input_ids.tolist()) for i, example in enumerate(examples)]
+            speeds, texts = [], []
+            for is_recorded in (False, True, True):  # the second time, nothing is compiled any more
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                start = time.perf_counter()
+                settings: dict[str, Any] = {"max_new_tokens": new_tokens, "stop": (), "batch_size": at_once}
+                done = list(generate(base, model, prompts, DECODINGS[name], **settings, is_recorded=is_recorded))
+                torch.cuda.synchronize()
+                speeds.append(sum(completion.num_tokens for completion in done) / (time.perf_counter() - start))
+                texts.append({completion.index: completion.completion for completion in done})
+            equal = sum(texts[0][number] == texts[2][number] for number in texts[0])
+            lines.append(
+                f"| {name} | {count} | {at_once} | {new_tokens} | {speeds[0]:,.0f} | {speeds[2]:,.0f} | "
+                f"{speeds[2] / speeds[0]:.1f} | {equal} of {count} | {torch.cuda.max_memory_reserved() / _GIB:.1f} GiB |"
+            )
+        return "## Completion in 4 bits\n\n" + "\n".join(lines)
 
     def adapter(self) -> str:
         """encode and decode, forward and backward, on 8,192 tokens, beside the bytes that they must move."""

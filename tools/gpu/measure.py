@@ -301,8 +301,8 @@ class Stages:
             most=DECODINGS["greedy"].batch_size_cuda,
         )
         lines = [
-            "| decoding | prompts | at a time | new tokens | one by one, tokens/s | recorded, tokens/s | times | equal completions "
-            "| reserved, recorded |",
+            "| decoding | prompts | at a time | new tokens | one by one, tokens/s | recorded, tokens/s | times "
+            "| equal completions | reserved, recorded |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for name, count, at_once, new_tokens in (("greedy", size, size, 40), ("greedy", 1, 1, 40), ("beam4", 8, 8, 24)):

@@ -29,6 +29,7 @@ from qdense.inference.generation import (
     Running,
     Tokens,
     is_out_of_memory,
+    recorder_for,
 )
 from qdense.inference.loaded import LoadedModel
 
@@ -186,8 +187,8 @@ class Engine:
         try:
             while True:
                 with self._change:
-                    self._change.wait_for(lambda: self._waiting or self._batches or self._is_closing)
-                    if not self._waiting and not self._batches:
+                    self._change.wait_for(lambda: self._waiting or self._is_busy() or self._is_closing)
+                    if not self._waiting and not self._is_busy():
                         return
                     admitted = self._admit()
                 self._round(admitted)
@@ -199,6 +200,9 @@ class Engine:
                 self._waiting.clear()
             for request in left:
                 request.on_part(Part("", 0, error=self.failure))
+
+    def _is_busy(self) -> bool:
+        return any(batch.requests for batch in self._batches.values())
 
     def _admit(self) -> dict[str | None, list[Request]]:
         """Requests from the queue, as many as there are places, by model."""
@@ -215,7 +219,9 @@ class Engine:
 
     def _round(self, admitted: dict[str | None, list[Request]]) -> None:
         """One token for every sequence, after reading the prompts of those that are new."""
-        for model, batch in list(self._batches.items()):
+        for model, batch in self._batches.items():
+            if not batch.requests and model not in admitted:
+                continue  # it stays for its recorded steps
             with self.loaded.answering(model):
                 try:
                     batch.take(admitted.get(model, ()), self._numbers)
@@ -226,8 +232,6 @@ class Engine:
                     if not is_out_of_memory(error):
                         raise
                     self._retreat(batch)
-            if not batch.requests:
-                del self._batches[model]
 
     def _retreat(self, batch: _Batch) -> None:
         """After running out of memory: half as many sequences from now on. Those of this batch go on where they are."""
@@ -252,7 +256,8 @@ class _Batch:
     def restart(self) -> None:
         """Begin again: every prompt is still to be read, with what has been written after it."""
         self.search = Tokens()
-        self.generation = Generation(self.loaded.base, self.loaded.model, self.search)
+        base, model = self.loaded.base, self.loaded.model
+        self.generation = Generation(base, model, self.search, recorder_for(base, model))
         for request, (running, text) in list(self.requests.items()):
             finish = running.endings.finish(running.tokens) if running.tokens else None
             if finish is not None:  # it ended just before memory ran out
@@ -303,6 +308,7 @@ class _Batch:
         for request, (running, _) in self.requests.items():
             request.on_part(Part("", len(running.tokens), error=reason))
         self.requests.clear()
+        self.restart()
 
     def _drop_cancelled(self) -> None:
         gone = {self.requests.pop(request)[0] for request in list(self.requests) if request.is_cancelled}

@@ -123,7 +123,7 @@ def generate(
         end_token: a token that ends one too, besides the tokenizer's and the model's own EOS.
         batch_size: sequences (with beams: items) at a time.
         smaller_batch: is called with each new batch size.
-        is_recorded: see `Generation`.
+        is_recorded: see `recorder_for`.
 
     Raises:
         EvaluationError: not even one sequence fits in memory.
@@ -133,7 +133,7 @@ def generate(
     search: Tokens | _Beams
     while queue:
         search = _Beams(decoding, endings) if decoding.num_beams > 1 else Tokens()
-        generation = Generation(base, model, search, is_recorded=is_recorded)
+        generation = Generation(base, model, search, recorder_for(base, model, is_recorded))
         try:
             while queue or search.prompts:
                 free = batch_size - len(search.prompts)
@@ -165,6 +165,18 @@ def generate(
             smaller_batch(batch_size)
 
 
+def recorder_for(base: BaseModel, model: Any, is_recorded: bool | None = None) -> Recorder | None:
+    """What replays recorded steps of `model`, with the adapter that is now active; None where they run one by one.
+
+    Args:
+        is_recorded: None records on CUDA, if the model allows it. On a CPU, True runs the same steps without a recording.
+    """
+    is_cuda = base.device.type == "cuda"
+    if is_recorded is None:
+        is_recorded = is_cuda and why_not_recorded(base.model) is None
+    return Recorder(model, is_captured=is_cuda) if is_recorded else None
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether the card's, or the machine's, memory ran out."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
@@ -175,17 +187,11 @@ class Generation:
 
     Args:
         search: decides on the next tokens. Its `prompts` are always those taken and not finished, also if memory runs out.
-        is_recorded: replay recorded steps (recording.py); None: on CUDA, if the model allows it.
+        recorder: of `recorder_for`; a later batch of the same model may use it again.
     """
 
-    def __init__(
-        self, base: BaseModel, model: Any, search: Tokens | _Beams, *, is_recorded: bool | None = None
-    ) -> None:
-        self.base, self.model, self.search = base, model, search
-        is_cuda = base.device.type == "cuda"
-        if is_recorded is None:
-            is_recorded = is_cuda and why_not_recorded(base.model) is None
-        self._recorder = Recorder(model, is_captured=is_cuda) if is_recorded else None
+    def __init__(self, base: BaseModel, model: Any, search: Tokens | _Beams, recorder: Recorder | None = None) -> None:
+        self.base, self.model, self.search, self.recorder = base, model, search, recorder
         self._batch: _Batch | None = None
         self._logits = self._chosen = torch.empty(0)
         self._rows: list[int] = []
@@ -232,7 +238,7 @@ class Generation:
             self._batch, self._logits = None, torch.empty(0)
             return
         self._batch.select(self._rows)
-        self._logits = self._batch.forward(self.model, self._chosen, self._recorder)
+        self._logits = self._batch.forward(self.model, self._chosen, self.recorder)
 
 
 # --- the batch: one padded cache --------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ more columns and rows than are filled, and a mask says which count; the attentio
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ class Recorder:
     def __init__(self, model: Any, *, is_captured: bool = True) -> None:
         self.model, self.is_captured = model, is_captured
         self.places: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer: (rows, heads, columns, size)
-        self._steps: dict[int, _Step] = {}  # by number of rows
+        # By number of rows: the graph and the logits that it writes; None after the first step, which is not recorded.
+        self._recordings: dict[int, tuple[torch.cuda.CUDAGraph, Tensor] | None] = {}
 
     def take(self, layers: list[Any], mask: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Copy a batch in; returns where its keys and values are now: (rows, heads, places, size) of each layer.
@@ -75,18 +77,57 @@ class Recorder:
 
         The next call overwrites them.
         """
-        rows = len(tokens)
-        self.tokens[:rows, 0] = tokens
-        size = _rounded(rows)
-        step = self._steps.setdefault(size, _Step(self, size))
-        return step.run()[:rows]
+        self.tokens[: len(tokens), 0] = tokens
+        size = _rounded(len(tokens))
+        if size not in self._recordings:
+            self._recordings[size] = None
+            return self._compute(size)[: len(tokens)]  # compiles what is to be compiled
+        recording = self._recordings[size]
+        if recording is None and self.is_captured:
+            recording = self._recordings[size] = self._record(size)
+        if recording is None:
+            return self._compute(size)[: len(tokens)]
+        graph, logits = recording
+        graph.replay()
+        return logits[: len(tokens)]
+
+    def _record(self, rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        was_enabled = gc.isenabled()
+        gc.disable()  # freeing another graph's memory would spoil the recording
+        try:
+            # Other threads may use the card meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                logits = self._compute(rows)
+        finally:
+            if was_enabled:
+                gc.enable()
+        return graph, logits
+
+    def _compute(self, rows: int) -> Tensor:
+        """One token for each of the first `rows` rows."""
+        self.mask[:rows].index_fill_(3, self.column, 0.0)
+        cache = Cache(layers=[_Places(keys[:rows], values[:rows], self.column) for keys, values in self.places])
+        with attention_set_to(self.model, _NAME):
+            output = self.model(
+                input_ids=self.tokens[:rows],
+                attention_mask=self.mask[:rows],
+                position_ids=self.positions[:rows],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self.positions += 1
+        self.column += 1
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
 
     @property
     def _size(self) -> tuple[int, int]:
         return (self.places[0][0].shape[0], self.places[0][0].shape[2]) if self.places else (0, 0)
 
     def _make_places(self, layers: list[Any], rows: int, columns: int) -> None:
-        self._steps.clear()
+        self._recordings.clear()
         self.places.clear()
         for layer in layers:
             self.places.append(
@@ -100,48 +141,7 @@ class Recorder:
         self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=keys.device)
         self.positions = torch.zeros_like(self.tokens)
         self.column = torch.zeros(1, dtype=torch.int64, device=keys.device)
-        self.pool = torch.cuda.graph_pool_handle() if self.is_captured else None
-
-
-class _Step:
-    """One token for each of the first `rows` rows. The first run compiles what is to be compiled, the second records."""
-
-    def __init__(self, recorder: Recorder, rows: int) -> None:
-        self.recorder, self.rows = recorder, rows
-        self.has_run = False
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.logits = torch.empty(0)
-
-    def run(self) -> Tensor:
-        if not self.recorder.is_captured or not self.has_run:
-            self.has_run = True
-            return self._compute()
-        if self.graph is None:
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may use the card meanwhile.
-            with torch.cuda.graph(graph, pool=self.recorder.pool, capture_error_mode="thread_local"):
-                self.logits = self._compute()
-            self.graph = graph
-        self.graph.replay()
-        return self.logits
-
-    def _compute(self) -> Tensor:
-        of, rows = self.recorder, self.rows
-        of.mask[:rows].index_fill_(3, of.column, 0.0)
-        cache = Cache(layers=[_Places(keys[:rows], values[:rows], of.column) for keys, values in of.places])
-        with attention_set_to(of.model, _NAME):
-            output = of.model(
-                input_ids=of.tokens[:rows],
-                attention_mask=of.mask[:rows],
-                position_ids=of.positions[:rows],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        of.positions += 1
-        of.column += 1
-        logits: Tensor = output.logits[:, -1].float()
-        return logits
+        self._pool = torch.cuda.graph_pool_handle() if self.is_captured else None
 
 
 class _Places(DynamicLayer):
@@ -179,10 +179,10 @@ def _attend(
 
     query (rows, heads, 1, d), key and value (rows, kv heads, columns, d), mask (rows, 1, 1, columns) -> (rows, 1, heads, d).
     """
-    rows, heads, _, size = query.shape
-    grouped = query.view(rows, key.shape[1], -1, size)
+    rows, heads, head_size = query.shape[0], query.shape[1], query.shape[3]
+    grouped = query.view(rows, key.shape[1], -1, head_size)
     output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return output.reshape(rows, 1, heads, size), None
+    return output.reshape(rows, 1, heads, head_size), None
 
 
 AttentionInterface.register(_NAME, _attend)

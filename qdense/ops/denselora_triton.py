@@ -35,7 +35,6 @@ from qdense.ops.interpreter import is_interpreted
 
 _MAX_NARROW_ENCODER = 256  # rank of all encoders of a group together, at which dE fills the registers
 _MAX_NARROW_DECODER = 64  # above, the shares of `_decode_backward_blocks` move more bytes than cuBLAS needs
-_MAX_STEP_TOKENS = 256
 _NUM_SHARES = 2**15  # tokens are split until a backward kernel has this many programs, times the rank
 
 
@@ -493,9 +492,7 @@ def encode(
         x again, for the frozen projections (the adapter's gradient is added to theirs, in place), and
         (..., r) for each encoder, dtype of x.
     """
-    # A step of generation has too few tokens to fill a card; cuBLAS then splits the width among programs.
-    is_step = x.numel() <= _MAX_STEP_TOKENS * x.shape[-1] and not torch.is_grad_enabled()
-    if not x.numel() or is_step:
+    if not x.numel():
         return denselora.encode(x, encoders, activation=activation, dropout=dropout)
     x_again, encoded = _Encode.apply(x, activation, dropout, *encoders)
     # An x without a gradient must not be returned as one for which the projections compute it.

@@ -14,6 +14,7 @@ from qdense.ops.interpreter import is_interpreted
 
 KERNELS = ("auto", "torch", "triton")
 _choice = "auto"
+_MAX_STEP_TOKENS = 256
 
 
 def use_kernels(choice: str) -> None:
@@ -67,3 +68,12 @@ def is_fused(x: Tensor) -> bool:
 def adapter_ops(x: Tensor) -> ModuleType:
     """The module whose `encode`, `decode` and `add` to use for `x`."""
     return importlib.import_module("qdense.ops.denselora_triton") if is_fused(x) else denselora  # imports Triton
+
+
+def encoding_ops(x: Tensor, *, is_training: bool) -> ModuleType:
+    """As `adapter_ops`, for `encode` alone.
+
+    In a step of generation x has too few tokens to fill a card with programs that each read all of their width; cuBLAS splits it.
+    """
+    is_step = not is_training and x.numel() <= _MAX_STEP_TOKENS * x.shape[-1]
+    return denselora if is_step else adapter_ops(x)

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from qdense.data.rows import Message
-from qdense.errors import DataError
+from qdense.errors import DataError, EvaluationError
 from qdense.events import ignore
+from qdense.inference import engine as engine_module
 from qdense.inference.engine import BusyError, Engine, Part, Request, StoppedError
 from qdense.inference.generation import DECODINGS, Generation
 from qdense.inference.loaded import load_model
+from qdense.inference.recording import Recorder
 from tests.helpers.adapters import alone, make_run
 
 GREEDY = DECODINGS["greedy"]
@@ -145,6 +147,46 @@ def test_memory_that_runs_out_costs_no_answer(loaded, monkeypatch):
     assert [client.text() for client in clients] == expected
     assert refused
     assert engine.most_running == 2
+    engine.close()
+
+
+def test_recorded_steps_serve_one_batch_after_another(loaded, monkeypatch):
+    """As on CUDA, where each adapter's recordings stay for its next requests."""
+    recorders = []
+
+    def unrecorded(base, model):
+        recorders.append(Recorder(model, is_captured=False))
+        return recorders[-1]
+
+    monkeypatch.setattr(engine_module, "recorder_for", unrecorded)
+    engine = Engine(loaded, most_running=4)
+    for turn in range(3):
+        wanted = [(f"{'x' * number} question {turn}", model) for number in range(turn + 2) for model in ("first", None)]
+        expected = [alone(loaded, *each).completion for each in wanted]
+        clients = [Client(engine, *each) for each in wanted]
+        for client in clients:
+            engine.submit(client.request)
+        assert [client.text() for client in clients] == expected
+    assert len(recorders) == 2
+    engine.close()
+
+
+def test_a_model_that_fails_a_request_answers_the_next(loaded, monkeypatch):
+    engine = Engine(loaded, most_running=4)
+    original, calls = Generation.choose, []
+
+    def choose(self):
+        calls.append(1)
+        if len(calls) == 2:
+            raise EvaluationError("the model's logits are not finite")
+        return original(self)
+
+    monkeypatch.setattr(Generation, "choose", choose)
+    first, second = Client(engine, "a question", "first"), Client(engine, "a question", "first")
+    engine.submit(first.request)
+    assert "not finite" in first.all_parts()[-1].error
+    engine.submit(second.request)
+    assert second.text() == alone(loaded, "a question", "first").completion
     engine.close()
 
 

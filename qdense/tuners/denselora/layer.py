@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qdense.compat.peft import cast_input
 from qdense.ops.denselora import denselora_delta_weight
-from qdense.ops.kernels import adapter_ops
+from qdense.ops.kernels import adapter_ops, encoding_ops
 from qdense.tuners.base import AdaptedLinear
 from qdense.tuners.denselora.config import DenseLoraConfig
 
@@ -104,7 +104,8 @@ class SharedInput:
         encoders = [other.shared[adapter].encoder.to(x.device) for other in layers]
         cast = cast_input(layer, x, encoders[0].dtype)
         dropout = layer.dropout[adapter] if layer.training else 0.0
-        read, encoded = adapter_ops(x).encode(cast, encoders, activation=layer.activation[adapter], dropout=dropout)
+        ops = encoding_ops(x, is_training=layer.training)
+        read, encoded = ops.encode(cast, encoders, activation=layer.activation[adapter], dropout=dropout)
         waiting = {id(other.place): encoding for other, encoding in zip(layers, encoded, strict=True)}
         source = weakref.ref(x, partial(self._forget, (adapter, x.device)))
         return _EncodedInput(source, read if cast is x and read is not x else None, waiting)

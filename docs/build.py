@@ -1,7 +1,7 @@
 """Build the documentation into build/docs/site: `make docs`, or `python docs/build.py`.
 
-Pages are staged into build/docs/source first: those of this folder, the measurements of tools/, and the reference, which is
-written here from the code, so that it describes the code it is built with. Zensical then builds them in strict mode: a broken
+The pages of the reference are written from the code first, into docs/reference. Then pages are staged into build/docs/source:
+those of this folder, and the measurements of tools/. Zensical then builds them in strict mode: a broken
 link or anchor fails. Nothing is fetched, and nothing on the built pages is.
 """
 
@@ -34,6 +34,7 @@ STAGED = {
     "tools/results/display.svg": "results/display.svg",
     "tools/results/faults.md": "results/faults.md",
     "tools/results/generation.md": "results/generation.md",
+    "tools/results/kernels.md": "results/kernels.md",
     "tools/results/methods.md": "results/methods.md",
     "tools/results/mutation.md": "results/mutation.md",
     "tools/results/tasks.md": "results/tasks.md",
@@ -66,13 +67,6 @@ def stage(folder: Path) -> None:
     """Write every page of the site as Markdown."""
     shutil.rmtree(folder, ignore_errors=True)
     places = {str(path.relative_to(ROOT)): str(path.relative_to(DOCS)) for path in _pages_and_assets()} | STAGED
-    generated = {
-        "reference/recipe.md": recipe_page(),
-        "reference/experiment.md": experiment_page(),
-        "reference/command-line.md": command_line_page(),
-        "reference/run-folder.md": run_folder_page(),
-        "reference/python.md": python_page(),
-    }
     for source, place in places.items():
         target = folder / place
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -83,9 +77,17 @@ def stage(folder: Path) -> None:
             target.write_text(re.sub(r"@font-face \{.*?\}", "", text, flags=re.DOTALL), encoding="utf-8")
         else:
             shutil.copy(ROOT / source, target)
-    for place, text in generated.items():
-        (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        (folder / place).write_text(text, encoding="utf-8")
+
+
+def reference() -> dict[str, str]:
+    """The pages that are written from the code, by their place in this folder. They are committed, so that a clone has them."""
+    return {
+        "reference/recipe.md": recipe_page(),
+        "reference/experiment.md": experiment_page(),
+        "reference/command-line.md": command_line_page(),
+        "reference/run-folder.md": run_folder_page(),
+        "reference/python.md": python_page(),
+    }
 
 
 def _pages_and_assets() -> Iterator[Path]:
@@ -109,8 +111,6 @@ def _with_site_links(source: str, place: str, places: Mapping[str, str]) -> str:
         if named in places:
             target = posixpath.relpath(places[named], posixpath.dirname(place))
             return f"{mark}[{text}]({target}{hash_sign}{anchor})"
-        if named.startswith("docs/"):
-            return match[0]  # a page of the reference; Zensical checks it
         if not (ROOT / named).exists():
             raise SystemExit(f"{source}: links to {address}, and there is no such file")
         return text
@@ -169,7 +169,7 @@ def _default(field: Any) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    if value is None or hasattr(value, "model_fields") or value == {}:
+    if value is None or hasattr(type(value), "model_fields") or value == {}:
         return ""
     from qdense.catalogs.families import PAPER_TARGET_MODULES
 
@@ -473,6 +473,8 @@ def _dataclass_default(field: Any) -> str:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # the checkout's own package is the one that is described
+    for place, text in reference().items():
+        (DOCS / place).write_text(text, encoding="utf-8")
     status = build(BUILD)
     if status == 0:
         print(f"open {BUILD / 'site' / 'index.html'}")

@@ -102,12 +102,14 @@ class TrainingDone:
 
 @dataclass(frozen=True)
 class EvaluationStarted:
-    """`columns` are the models to score, in order ("base", "adapter")."""
+    """`columns` are the models to score, in order ("base", "adapter"). All `tasks` may be a person's own (`are_own`): then the
+    paper's way to read answers is of no interest."""
 
     title: str
     facts: tuple[tuple[str, str], ...]
     tasks: tuple[str, ...]
     columns: tuple[str, ...]
+    are_own: bool = False
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,9 @@ def evaluate(request: EvaluationRequest, emit: Emit) -> dict[str, Any]:
     clean = _clean_items(request, adapter, data, emit) if request.clean else {}
     sources = _completion_sources(request, adapter, emit)
     asked = sources[-1]
-    emit(EvaluationStarted(asked.title, asked.facts, tuple(data), tuple(source.column for source in sources)))
+    columns = tuple(source.column for source in sources)
+    are_own = all(isinstance(task.file, Path) for task in request.tasks)
+    emit(EvaluationStarted(asked.title, asked.facts, tuple(data), columns, are_own))
     summaries = [_evaluate_one(request, source, data, clean, emit) for source in sources]
     summary = dict(summaries[-1])
     if len(summaries) > 1:

@@ -221,7 +221,8 @@ def build_parser() -> argparse.ArgumentParser:
         subparser = commands.add_parser(
             name,
             help=module.HELP,
-            description=textwrap.fill(module.DESCRIPTION, 79),  # the formatter keeps line breaks, for the examples
+            # The formatter keeps line breaks, for the examples.
+            description=textwrap.fill(module.DESCRIPTION, 79, break_on_hyphens=False),
             epilog=f"examples:\n{module.EXAMPLES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show rows as the model reads them",
         description="Show rows as the model reads them, with what counts in the loss; their lengths; what is cut or skipped; and "
         "whether the model learns to end its answers. The weights are not needed.",
+        epilog="example: qdense data show questions.toml -n 5",
     )
     add_recipe(show)
     show.add_argument("-n", metavar="N", dest="num_rows", type=positive, default=3, help="rows to show (default: 3)")
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="find test items in a training set",
         description="Find the test items that a training set contains, exactly or nearly. The exit status is 0 whatever is "
         "found.",
+        epilog="example: qdense data check questions.jsonl gsm8k,addsub",
     )
     check.add_argument("train", metavar="TRAIN", help="a known training set (math10k, ...), a file, or a recipe")
     check.add_argument("tasks", metavar="TASKS", help="comma-separated tasks: gsm8k, math, commonsense, all, ...")

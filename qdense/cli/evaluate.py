@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--seed", type=int, metavar="N", help="sample: the random seed (default: 0)")
     how.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest completion (default: the task's)")
-    how.add_argument("--batch-size", type=positive, metavar="N", help="questions at a time")
+    how.add_argument("--batch-size", type=positive, metavar="N", help="completions at a time; with beam4, questions")
     add_data_dir(parser)
     parser.add_argument(
         "--show",

@@ -62,7 +62,7 @@ def compare(evaluations: Sequence[Evaluation], *, rule: str = "paper", published
                 "runs": [{"run": one.run, "folder": str(one.folder), "seed": one.seed} for one in group],
                 "settings": group[0].how(tasks),
                 "tasks": {task: _accuracy([one]) for task, one in zip(tasks, outcomes[label], strict=True)},
-                "average": _accuracy(outcomes[label], is_average=True),
+                "average": _accuracy(outcomes[label]),
                 "difference": None
                 if label == reference
                 else _difference(reference, tasks, outcomes[label], outcomes[reference]),
@@ -178,11 +178,11 @@ def _mean(matrices: Sequence[OutcomeMatrix]) -> float:
     return math.fsum(float(matrix.mean()) for matrix in matrices) / len(matrices)
 
 
-def _accuracy(matrices: Sequence[OutcomeMatrix], *, is_average: bool = False) -> dict[str, Any]:
+def _accuracy(matrices: Sequence[OutcomeMatrix]) -> dict[str, Any]:
     """Accuracy on one task, or on average over several: with Wilson's interval for one run on one task, otherwise the
     bootstrap's."""
     num_seeds = len(matrices[0])
-    if num_seeds == 1 and not is_average:
+    if num_seeds == len(matrices) == 1:
         interval = wilson_interval(int(matrices[0].sum()), matrices[0].shape[1], CONFIDENCE)
     else:
         interval = bootstrap_interval(matrices, confidence=CONFIDENCE, num_draws=NUM_DRAWS)

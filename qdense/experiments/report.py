@@ -228,7 +228,7 @@ def _sections(results: _Results, prices: Mapping[str, float]) -> Iterator[Sectio
     yield Section("What training changed", list(_updates(results)))
     yield Section("Test items in the training data", list(_leaks(results)))
     yield Section("Cost", list(_cost(results, prices)))
-    yield Section("To repeat it", list(_repeat(results)))
+    yield Section("How to repeat it", list(_repeat(results)))
 
 
 def _state(results: _Results) -> Iterator[Block]:
@@ -481,7 +481,7 @@ def _tests(results: _Results) -> Iterator[Block]:
             f"Validation loss (last) against {reference.name}",
             ["method", f"minus {reference.name}", "by seed"],
             rows,
-            note="Negative is better. No test: so few seeds cannot carry one. Where the seeds' signs differ, the order is open.",
+            note="Negative is better. There are too few seeds for a test. Where seeds differ in sign, neither is better.",
         )
 
 
@@ -536,8 +536,8 @@ def _rates(results: _Results) -> Iterator[Block]:
     )
     yield Text(
         f"Each rate was tried in a run of the final length ({steps} steps), with other seeds "
-        f"({', '.join(map(str, search.seeds))}) than the final runs. The lowest validation loss chose. While the best rate was "
-        f"at an edge, the grid was extended.{stopping}"
+        f"({', '.join(map(str, search.seeds))}) than the final runs. The rate with the lowest validation loss was chosen. While "
+        f"it was at an edge of the grid, the grid was extended.{stopping}"
     )
     rates = sorted({rate for arm in arms for rate in arm.standing.losses})
     rows, points = [], []
@@ -639,8 +639,8 @@ def _leaks(results: _Results) -> Iterator[Block]:
         return
     if not how.clean:
         yield Text(
-            "Not looked for: evaluate.clean is false. With true, accuracies are given also without the items that the training "
-            "set contains; `qdense data check` lists them."
+            "The training set was not searched for test items, because evaluate.clean is false. Set it to true for accuracies "
+            "without the items that the training set contains; `qdense data check` lists them."
         )
         return
     rows = []

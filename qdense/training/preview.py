@@ -54,7 +54,7 @@ class Preview:
 
     Attributes:
         num_measured: rows whose tokens were counted, if not all were.
-        bins: (longest, rows) of each range of lengths.
+        bins: (shortest, longest, rows) of each range of lengths.
         num_cut, num_without_answer, num_dropped: of the measured rows (see `Encoded`).
         num_ended: of the measured rows, those whose last token that counts ends generation.
         end_tokens: the tokens that do.
@@ -73,7 +73,7 @@ class Preview:
     mean_tokens: float
     longest_tokens: int
     max_length: int
-    bins: list[tuple[int, int]]
+    bins: list[tuple[int, int, int]]
     num_cut: int
     num_without_answer: int
     num_dropped: int
@@ -150,8 +150,10 @@ def _last_counted(example: Example) -> int | None:
     return int(example.input_ids[counted[-1]]) if len(counted) else None
 
 
-def _bins(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """(longest, rows) of ranges of equal width up to the longest row."""
-    width = max(1, -(-max(lengths) // _NUM_BINS))
-    counts = np.bincount((np.asarray(lengths) - 1) // width, minlength=1)
-    return [((i + 1) * width, int(count)) for i, count in enumerate(counts)]
+def _bins(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(shortest, longest, rows) of ranges of equal width, from the shortest row to the longest."""
+    first = min(lengths)
+    width = max(1, -(-(max(lengths) - first + 1) // _NUM_BINS))
+    counts = np.bincount((np.asarray(lengths) - first) // width, minlength=1)
+    starts = range(first, first + width * len(counts), width)
+    return [(start, start + width - 1, int(count)) for start, count in zip(starts, counts, strict=True)]

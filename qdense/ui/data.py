@@ -20,20 +20,22 @@ def show_preview(console: Console, preview: Preview) -> None:
     for row in preview.rows:
         console.print(_panel(row))
     console.print(Text.assemble(("green", "green"), ": counts in the loss", style="dim"))
+    if preview.num_validation:
+        console.print(
+            Text("Rows are numbered from 0, as in the file; a number that is left out is for validation.", style="dim")
+        )
     console.print(facts_panel(preview.origin, _facts(preview)))
-    most = max(count for _, count in preview.bins)
+    most = max(count for _, _, count in preview.bins)
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("tokens", justify="right", no_wrap=True)
     table.add_column("rows", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    first = 1
-    for longest, count in preview.bins:
-        is_cut = first > preview.max_length
+    for shortest, longest, count in preview.bins:
+        is_cut = shortest > preview.max_length
         bar = Text("█" * max(1 if count else 0, round(_BAR * count / most)), style="yellow" if is_cut else "cyan")
-        table.add_row(f"{first:,} to {longest:,}", f"{count:,}", bar)
-        first = longest + 1
+        table.add_row(f"{shortest:,} to {longest:,}", f"{count:,}", bar)
     console.print(table)
-    if first > preview.max_length + 1 and preview.num_cut:
+    if preview.bins[-1][0] > preview.max_length:
         console.print(Text(f"yellow: longer than data.max_length = {preview.max_length:,}", style="dim"))
     for warning in warnings_of(preview):
         console.print(Text.assemble(("warning: ", "yellow"), clean(warning)))

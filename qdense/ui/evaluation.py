@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qdense.benchmarks.accuracy import wilson_interval
+from qdense.benchmarks.scoring import RULES
 from qdense.errors import counted
 from qdense.events import EvaluationDone, EvaluationProgress, EvaluationStarted
 from qdense.text import clean
@@ -20,7 +21,8 @@ _NARROW, _WIDE = 80, 100  # columns
 
 
 class EvaluationDisplay(Display):
-    """A table that fills as completions arrive: a row for each task and model, both rules with their intervals."""
+    """A table that fills as completions arrive: a row for each task and model, both rules with their intervals; for a person's
+    own tasks the strict rule alone."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic, *, quiet: bool = False) -> None:
         super().__init__(console, clock, quiet=quiet)
@@ -54,7 +56,7 @@ class EvaluationDisplay(Display):
         table = Table(box=None, padding=(0, 1 if is_narrow else 3, 0, 0), header_style="dim")
         table.add_column("task", no_wrap=True)
         table.add_column("model", no_wrap=True, max_width=16 if is_narrow else 28)
-        for name in ("items", "paper %", "strict %"):
+        for name in ("items", *(("correct %",) if self._rules == ("strict",) else ("paper %", "strict %"))):
             table.add_column(name, justify="right", no_wrap=True)
         if self.done and self._has_room_for_counts:
             for name in ("cut off", "no answer"):
@@ -69,6 +71,11 @@ class EvaluationDisplay(Display):
                 else:
                     self._add_progress(table, (first, clean(column)), self.progress.get((task, column)), style)
         return table
+
+    @property
+    def _rules(self) -> tuple[str, ...]:
+        assert self.started
+        return ("strict",) if self.started.are_own else RULES
 
     @property
     def _has_room_for_counts(self) -> bool:
@@ -102,29 +109,28 @@ class EvaluationDisplay(Display):
 
     def _add_result(self, table: Table, names: tuple[str, str], result: dict[str, Any], style: str) -> None:
         digits = 0 if self.console.width < _NARROW else 1
-        shares = [accuracy_text(result[rule], digits) for rule in ("paper", "strict")]
-        counts = [f"{result['num_truncated']:,}", f"{result['strict']['num_without_answer']:,}"]
-        table.add_row(
-            *names, f"{result['num_scored']:,}", *shares, *(counts if len(table.columns) > 5 else ()), style=style
-        )
+        shares = [accuracy_text(result[rule], digits) for rule in self._rules]
+        has_counts = len(table.columns) > 3 + len(self._rules)
+        counts = [f"{result['num_truncated']:,}", f"{result['strict']['num_without_answer']:,}"] if has_counts else []
+        table.add_row(*names, f"{result['num_scored']:,}", *shares, *counts, style=style)
         samples = result.get("num_samples", 1)
         if samples > 1:
-            ks = [f"{100 * result[rule]['pass_at'][str(samples)]:.1f}" for rule in ("paper", "strict")]
+            ks = [f"{100 * result[rule]['pass_at'][str(samples)]:.1f}" for rule in self._rules]
             table.add_row("", f" pass@{samples}", "", *ks, style="dim")
         if "clean" in result:
-            shares = [accuracy_text(result["clean"][rule], digits) for rule in ("paper", "strict")]
+            shares = [accuracy_text(result["clean"][rule], digits) for rule in self._rules]
             table.add_row("", " clean", f"{result['clean']['num_items']:,}", *shares, style="dim")
 
     def _add_progress(
         self, table: Table, names: tuple[str, str], progress: EvaluationProgress | None, style: str
     ) -> None:
         if progress is None or not progress.num_done:
-            table.add_row(*names, "", "", "", style="dim")
+            table.add_row(*names, "", *[""] * len(self._rules), style="dim")
             return
         of = f"/{progress.num_items}" if progress.num_done < progress.num_items else ""
         digits = 0 if self.console.width < _NARROW else 1
         shares = []
-        for rule in ("paper", "strict"):
+        for rule in self._rules:
             num_correct = progress.num_correct[rule]
             interval = wilson_interval(num_correct, progress.num_done)
             shares.append(accuracy_text({"accuracy": num_correct / progress.num_done, "interval": interval}, digits))

@@ -222,7 +222,7 @@ def show_plan(console: Console, plan: Plan, title: str, longest_context_tokens: 
         )
     elif plan.speeds:
         speeds = ", ".join(f"{name} {speed:,.0f}" for name, speed in plan.speeds.items())
-        console.print(f"tokens/s, predicted from shapes (an H200 reached 0.79 and 0.93 of them): {speeds}")
+        console.print(f"tokens/s, predicted from shapes (an H200 reached 0.60 to 0.93 of them): {speeds}")
 
 
 def show_parameters(console: Console, count: ParameterCount) -> None:

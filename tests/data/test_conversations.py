@@ -296,7 +296,8 @@ def test_rows_are_shown_as_the_model_reads_them(talks, capsys):
     )
     assert [span["text"] for span in row["spans"] if span["counts"]] == [f"[{row['number']}]<|im_end|>"]
     assert row["num_counted"] == len(f"[{row['number']}]<|im_end|>")  # a token is a byte
-    assert sum(count for _, count in shown["bins"]) == 27
+    assert sum(count for _, _, count in shown["bins"]) == 27
+    assert shown["bins"][0][0] > 1
     assert shown["num_ended"] == 0
     assert [text for text in shown["warnings"] if "do not teach the model to end its answer" in text]
     assert [text for text in shown["warnings"] if f"Raise it to {shown['longest_tokens']}" in text]

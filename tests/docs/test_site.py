@@ -35,6 +35,15 @@ def pages(built) -> dict[str, str]:
     return {path.stem: path.read_text(encoding="utf-8") for path in (built / "source/reference").glob("*.md")}
 
 
+def test_the_committed_reference_is_what_the_code_says(builder) -> None:
+    stale = [
+        place
+        for place, text in builder.reference().items()
+        if (ROOT / "docs" / place).read_text(encoding="utf-8") != text
+    ]
+    assert not stale, "run `make docs`, and commit these"
+
+
 def test_every_page_is_in_the_menu(built) -> None:
     menu = (ROOT / "docs/zensical.toml").read_text(encoding="utf-8")
     pages = {str(path.relative_to(built / "source")) for path in (built / "source").rglob("*.md")}

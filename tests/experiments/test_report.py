@@ -72,8 +72,8 @@ def test_its_numbers_are_those_of_the_runs(reported):
     assert [row[1] for row in curves] == ["1", "2"]
     assert curves[0][2].endswith(f"4: {dense.finals[1].loss:.4f}")
     assert "base tiny" in sections["Results"]
-    assert "qdense sweep" in sections["To repeat it"]
-    assert "torch" in sections["To repeat it"]
+    assert "qdense sweep" in sections["How to repeat it"]
+    assert "torch" in sections["How to repeat it"]
     assert "at 0.5 an hour" in sections["Cost"]
     assert "effective rank" in sections["What training changed"]
     assert rows_of(sections["What training changed"], "LoRA")[0][1] == "A"
@@ -115,7 +115,7 @@ def test_the_committed_page_is_what_the_committed_runs_say(tmp_path):
     again = sections_of((tmp_path / "report.md").read_text())
     committed = sections_of((results / "wordproblems" / "report.md").read_text())
     assert again.keys() == committed.keys()
-    for title in committed.keys() - {"What training changed", "Cost", "To repeat it"}:
+    for title in committed.keys() - {"What training changed", "Cost", "How to repeat it"}:
         assert again[title] == committed[title], title
     assert "Unfinished" not in committed["Set-up"]
     page = (results / "wordproblems" / "report.html").read_text()

@@ -144,7 +144,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if arguments.json:
         print(json.dumps(summary, indent=2))
-    elif arguments.show is not None:
+    if arguments.show is not None:
         from qdense.benchmarks.evaluate import shown_items
         from qdense.ui.tables import show_items
 

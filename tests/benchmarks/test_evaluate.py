@@ -471,6 +471,10 @@ def test_items_are_shown_with_what_the_model_answered_wrong_ones_first(finished_
     assert [(item[0], item[1], item[2], item[3]) for item in first] == [
         (str(n), "wrong", f"question {n}", "none of these") for n in range(3)
     ]
+    assert main([*arguments, "--batch-size", "4", "--show", "1", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "question 0" in captured.err
+    assert json.loads(captured.out)["tasks"]
     (kept,) = (finished_run / "eval").glob("*/*.jsonl")
     answers = {line["index"]: line["completion"] for line in map(json.loads, kept.read_text().splitlines())}
     assert [item[4].strip() for item in first] == [answers[n].strip() for n in range(3)]

@@ -505,11 +505,12 @@ def test_dead_parameters_stop_the_run(tiny_model, tmp_path, monkeypatch):
 
 
 def test_tensors_that_stay_dead_stop_at_step_3(tiny_model, tmp_path, monkeypatch):
-    def without_m(self, adapter, taken, output):
-        mixed = F.linear(taken, self.denselora_m[adapter].detach())
-        return decode(output, mixed, self.shared[adapter].decoder, scaling=self.scaling[adapter])
+    def without_m(self, adapter, x):
+        x, encoding = self.shared_input.encode(self, adapter, x)
+        mixed = F.linear(encoding, self.denselora_m[adapter].detach())
+        return x, decode(mixed, self.shared[adapter].decoder, scaling=self.scaling[adapter])
 
-    monkeypatch.setattr(DenseLoraLinear, "adapt", without_m)
+    monkeypatch.setattr(DenseLoraLinear, "read", without_m)
     with pytest.raises(RunError, match=r"step 3: 10 of 20 trainable tensors have no gradient.*denselora_m"):
         run(recipe_for(tiny_model, tmp_path / "run"))
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field, create_model
 
-from qdense.catalogs.choices import Activation, Init, Sharing, ZeroInit
+from qdense.catalogs.choices import Activation, Init, RowKind, Sharing, ZeroInit
 from qdense.catalogs.datasets import TRAINING_SETS
 from qdense.catalogs.families import MODULE_LETTERS, PAPER_TARGET_MODULES
 from qdense.catalogs.models import CATALOG
-from qdense.errors import RecipeError, did_you_mean, near_file, shortened
+from qdense.errors import DataError, RecipeError, did_you_mean, near_file, shortened
 from qdense.methods import METHODS
 from qdense.schema import (
     AS_TUPLE,
@@ -36,7 +36,7 @@ from qdense.schema import (
 )
 
 Optimizer = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"]
-NamedTemplate = Literal["alpaca", "llm-adapters", "chat", "chatml", "llama3"]
+NamedTemplate = Literal["alpaca", "llm-adapters", "plain", "chat", "chatml", "llama3"]
 TemplateName = Literal["auto"] | NamedTemplate
 Quantization = Literal["nf4", "int8", "none"]
 DType = Literal["bfloat16", "float32"]
@@ -181,6 +181,9 @@ class ColumnsRecipe(Table):
     messages: str | None = Field(
         None, min_length=1, description="the name of a column of conversations, in place of the others"
     )
+    text: str | None = Field(
+        None, min_length=1, description="the name of a column of whole texts, in place of the others"
+    )
 
 
 class DataRecipe(Table):
@@ -200,14 +203,14 @@ class DataRecipe(Table):
     )
     template: TemplateName = Field(
         "auto",
-        description="alpaca, llm-adapters, chat (the tokenizer's own), chatml or llama3; auto: chat for conversations, else "
-        "alpaca",
+        description="alpaca, llm-adapters, plain (prompt and completion joined as they are), chat (the tokenizer's own), chatml "
+        "or llama3; auto: chat for conversations, plain for whole texts, else alpaca",
     )
     max_length: int = Field(256, ge=8, le=2**22, description="a whole number of tokens from 8 to 4194304")
     train_on: Literal["auto", "all", "response", "last"] = Field(
         "auto",
         description="all, response (of a conversation: all answers) or last (its last answer): which tokens count in the loss; "
-        "auto: response with a chat template, else all",
+        "auto: response with a chat template or plain, else all",
     )
     fraction: float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
     seed: int = Field(42, ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
@@ -215,9 +218,15 @@ class DataRecipe(Table):
         120, ge=0, le=10**9, description="a whole number of rows, 0 or more, at most a billion"
     )
 
-    def settled(self, *, has_conversations: bool) -> DataRecipe:
-        """With what "auto" stands for."""
-        template = self.template if self.template != "auto" else "chat" if has_conversations else "alpaca"
+    def settled(self, kind: RowKind) -> DataRecipe:
+        """With what "auto" stands for, for rows of this kind. Raises DataError for a template that cannot express them."""
+        defaults = {"pair": "alpaca", "conversation": "chat", "text": "plain"}
+        template = self.template if self.template != "auto" else defaults[kind]
+        if kind == "text" and template != "plain":
+            raise DataError(
+                f'data.template = "{template}": the rows are whole texts, which no template divides into prompt and completion. '
+                'Use "plain", or name the columns in [data.columns] (instruction, output)'
+            )
         is_chat = template not in ("alpaca", "llm-adapters")
         train_on = self.train_on if self.train_on != "auto" else "response" if is_chat else "all"
         return self.model_copy(update={"template": template, "train_on": train_on})

@@ -326,6 +326,10 @@ def own_task(path: Path, columns: Columns | None = None) -> Task:
         if columns is None:
             raise
         read = read_rows(path, columns)
+    if read.rows[0].kind == "text":
+        raise DataError(
+            f"{path}: holds whole texts, without a question and its answer to score. Name a file of prompts and completions"
+        )
     are_numbers = all(NUMBER.is_label(row.output.strip()) for row in read.rows)
     return Task(
         name=re.sub(r"[^\w.-]", "-", path.name),

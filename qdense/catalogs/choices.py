@@ -1,4 +1,4 @@
-"""What a DenseLoRA adapter may be, by name: for recipes, and for PEFT configurations."""
+"""What a setting may be, by name: what both recipes and PEFT configurations, or both recipes and rows, must know."""
 
 from __future__ import annotations
 
@@ -11,3 +11,4 @@ Sharing = Literal["kind", "shape", "none"]
 Init = Literal["paper", "balanced"]
 # The factor that starts at zero, so that the adapter adds nothing at first.
 ZeroInit = Literal["decoder", "m", "none"]
+RowKind = Literal["pair", "conversation", "text"]  # what all rows of a data set are

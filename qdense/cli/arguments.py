@@ -97,7 +97,7 @@ def add_base(parser: Any, *, alone: str) -> None:
     parser.add_argument(
         "--template",
         metavar="NAME",
-        help="prompt template, if not the adapter's: alpaca, llm-adapters, chat, chatml, llama3",
+        help="prompt template, if not the adapter's: alpaca, llm-adapters, plain, chat, chatml, llama3",
     )
 
 
@@ -210,8 +210,9 @@ def columns(text: str) -> dict[str, str]:
         if key in found:
             raise argparse.ArgumentTypeError(f'"{key}" is given twice')
         found[key] = column
-    if "messages" in found and len(found) > 1:
-        raise argparse.ArgumentTypeError("messages holds whole conversations: give it alone")
+    for key, what in (("messages", "conversations"), ("text", "texts")):
+        if key in found and len(found) > 1:
+            raise argparse.ArgumentTypeError(f"{key} holds whole {what}: give it alone")
     return found
 
 

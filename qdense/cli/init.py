@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--columns",
         type=columns,
         metavar="KEY=COLUMN,...",
-        help="which columns hold the instruction, input and output, or the messages (default: recognised by their names)",
+        help="which columns hold the instruction, input and output, or the messages, or the text (default: recognised by their "
+        "names)",
     )
     parser.add_argument("--model", help="a built-in name, a hub id or a folder (default: the largest that fits)")
     parser.add_argument(
@@ -154,9 +155,12 @@ def _tables(arguments: argparse.Namespace, name: str, rows: Rows, model: str) ->
     if rows.skipped:
         total = len(rows.rows) + len(rows.skipped)
         yield f'bad_rows = "skip"                 # {len(rows.skipped):,} of {total:,} rows: blank or broken'
+    if (kind := rows.rows[0].kind) != "text":
+        yield (
+            'train_on = "response"             # the loss counts the answers only; "all" counts the prompts too'
+            + (', "last" the last answer' if kind == "conversation" else "")
+        )
     yield from (
-        'train_on = "response"             # the loss counts the answers only; "all" counts the prompts too'
-        + (', "last" the last answer' if rows.columns.messages else ""),
         f"max_length = {max_length:<21}# tokens of a row; by a rough count {counted(num_longer, 'row is', 'rows are')} longer "
         "and will be cut off",
         f"validation_rows = {num_validation:<16}# kept out of training, to see whether it generalises",
@@ -179,6 +183,8 @@ def _columns_line(rows: Rows) -> str:
         return (
             f"columns = {{ messages = {as_toml(columns.messages)} }}  # conversations, by the tokenizer's chat template"
         )
+    if columns.text is not None:
+        return f"columns = {{ text = {as_toml(columns.text)} }}  # whole texts, learnt as they are"
     named = {"instruction": columns.instruction, "input": columns.input, "output": columns.output}
     if columns.input not in rows.names:
         del named["input"]
@@ -194,6 +200,8 @@ def _token_counts(rows: Sequence[Row]) -> list[int]:
     def num_characters(row: Row) -> int:
         if row.messages:
             return sum(len(message.content) + _CHARACTERS_OF_A_TURN for message in row.messages)
+        if row.kind == "text":
+            return len(row.output)
         return len(template.training_prompt(row)) + len(template.response(row))
 
     return [math.ceil(num_characters(row) / _CHARACTERS_PER_TOKEN) for row in rows]

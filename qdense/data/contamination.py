@@ -207,7 +207,7 @@ def words(text: str) -> list[str]:
 
 
 def _text(row: Row) -> str:
-    return f"{row.instruction}\n{row.input}".strip()
+    return f"{row.instruction}\n{row.input}".strip() or row.output  # a whole text may hold any question
 
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)

@@ -103,7 +103,7 @@ def encode_rows(rows: Sequence[Row], numbers: Sequence[int], tokenizer: Any, dat
     Tokenizing the prompt alone, as upstream does, can split the boundary differently. Of a conversation, all answers are
     responses, or with train_on = "last" the last one; one that is too long is cut at the end of an answer, if one fits.
     """
-    data = data.settled(has_conversations=any(rows[number].messages for number in numbers))
+    data = data.settled(rows[numbers[0]].kind)
     template = template_named(data.template, tokenizer)
     examples: list[Example] = []
     lengths: dict[int, int] = {}
@@ -129,6 +129,9 @@ def encode_rows(rows: Sequence[Row], numbers: Sequence[int], tokenizer: Any, dat
             if template.adds_special_tokens:
                 # One response, to the end, with special tokens that have no place in the text.
                 in_response = [i >= first_of_response for i in range(len(ids))]
+            if template.adds_special_tokens and ids[:2] == [tokenizer.bos_token_id] * 2:  # a text that brings its own
+                ids, in_response = ids[1:], in_response[1:]
+                first_of_response = min(first_of_response, 1)
             needs_eos = template.adds_special_tokens and ids[-1] != tokenizer.eos_token_id
             lengths[number] = len(ids) + needs_eos
             if len(ids) > data.max_length:

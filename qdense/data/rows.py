@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from qdense.catalogs.choices import RowKind
 from qdense.errors import DataError, closest, did_you_mean, listed, near_file, shortened
 
 # How much text a compressed file may hold. A few kilobytes can unpack to gigabytes, and a byte of "{}" takes 24 in memory.
@@ -31,7 +32,8 @@ class Message(NamedTuple):
 class Row(NamedTuple):
     """One example. `answer` is the gold answer of a test row; training rows need none.
 
-    Of a conversation, `messages` has all turns; `instruction` is its first question and `output` the last answer.
+    Of a conversation, `messages` has all turns, of which the first `num_given` are not learnt; `instruction` is its first
+    question and `output` the last answer. A whole text is an `output` without an instruction.
     """
 
     instruction: str
@@ -39,33 +41,48 @@ class Row(NamedTuple):
     output: str
     answer: str = ""
     messages: tuple[Message, ...] = ()
+    num_given: int = 0
+
+    @property
+    def kind(self) -> RowKind:
+        return "conversation" if self.messages else "pair" if self.instruction else "text"
 
 
 class Columns(NamedTuple):
-    """Which column of a file holds what. With `messages`, each row is a conversation, and the others are not read."""
+    """Which column of a file holds what. With `messages` (each row is a conversation) or `text` (each is a whole text), the
+    others are not read. Instruction and output may also be lists of messages: a conversation so far, and how it goes on."""
 
     instruction: str = "instruction"
     input: str = "input"
     output: str = "output"
     messages: str | None = None
+    text: str | None = None
 
 
 STANDARD_COLUMNS = Columns()
 _NAME_THEM = (
     'Name them in the recipe, for instance: [data.columns] instruction = "prompt", output = "completion"; qdense init takes '
-    "--columns instruction=prompt,output=completion"
+    '--columns instruction=prompt,output=completion. A column of whole texts is text = "..."'
 )
 
 # Names by which columns are recognised if a recipe names none. `input` is the instruction only if there is no other.
 _INSTRUCTION_NAMES = ("instruction", "prompt", "question", "query", "problem")
 _INPUT_NAMES = ("input", "context")
 _CONVERSATION_NAMES = ("messages", "conversations", "conversation")
+_TEXT_NAME = "text"
 # The roles of OpenAI's messages, and those of ShareGPT's conversations.
 _ROLES = {
     "system": "system", "user": "user", "assistant": "assistant",
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
 }  # fmt: skip
 _OUTPUT_NAMES = ("output", "completion", "response", "answer", "solution")
+
+
+_A_KIND: dict[RowKind, str] = {
+    "pair": "a prompt and its completion",
+    "conversation": "a conversation",
+    "text": "a whole text",
+}
 
 
 class RowError(DataError):
@@ -97,7 +114,7 @@ class Rows(NamedTuple):
 
 def detect_columns(names: Collection[str], *, needs_output: bool = True) -> Columns | None:
     """Recognise the columns by their names: messages, or instruction, input and output, or for instance prompt and completion,
-    question and answer. None if no name is known, or if several could be meant."""
+    question and answer, or text as the only one. None if no name is known, or if several could be meant."""
     if conversations := [name for name in _CONVERSATION_NAMES if name in names]:
         return Columns(messages=conversations[0]) if len(conversations) == 1 else None
     if {"instruction", "output"} <= set(names):
@@ -105,6 +122,8 @@ def detect_columns(names: Collection[str], *, needs_output: bool = True) -> Colu
     instructions = [name for name in _INSTRUCTION_NAMES if name in names]
     outputs = [name for name in _OUTPUT_NAMES if name in names]
     inputs = [name for name in _INPUT_NAMES if name in names]
+    if set(names) == {_TEXT_NAME}:  # beside a label, for instance, it is not all that is to be learnt
+        return Columns(text=_TEXT_NAME)
     if not instructions and "input" in inputs:
         instructions, inputs = ["input"], inputs[1:]
     if not outputs and not needs_output:
@@ -202,7 +221,12 @@ def rows_from_records(
         if lacking is not None and not skip_bad:  # the rest is read only to see whether any row has the column
             continue
         try:
-            rows.append(_row(place, record, columns or STANDARD_COLUMNS, gold))
+            row = _row(place, record, columns or STANDARD_COLUMNS, gold)
+            if rows and row.kind != rows[0].kind:
+                raise RowError(
+                    f"{place}: is {_A_KIND[row.kind]}, and the rows before it are not; a file holds rows of one kind"
+                )
+            rows.append(row)
         except RowError as fault:
             if isinstance(fault, _NoColumnError) and not rows:
                 lacking = lacking or fault
@@ -267,7 +291,14 @@ def _row(place: str, record: Any, columns: Columns, gold: str | None) -> Row:
         return value
 
     if columns.messages is not None:
-        return _conversation(place, record, columns.messages, needs_answer=gold == "output")
+        return _conversation(place, _messages(place, record, columns.messages), needs_answer=gold == "output")
+    if columns.text is not None:
+        row = Row("", "", text(columns.text, required=True))
+        if not row.output.strip():
+            raise RowError(f'{place}: column "{columns.text}" is blank')
+        return row
+    if isinstance(record.get(columns.instruction), list) or isinstance(record.get(columns.output), list):
+        return _continued_conversation(place, record, columns, gold)
     row = Row(
         instruction=text(columns.instruction, required=True),
         input=text(columns.input, required=False),
@@ -291,8 +322,8 @@ def refuse_half_characters(what: str, text: str) -> None:
         raise RowError(f"{what} holds half a surrogate pair, which is not a character") from None
 
 
-def _conversation(place: str, record: Mapping[Any, Any], column: str, *, needs_answer: bool) -> Row:
-    """A row of a list of turns: {"role", "content"} as OpenAI's, or {"from", "value"} as ShareGPT's."""
+def _messages(place: str, record: Mapping[Any, Any], column: str) -> tuple[Message, ...]:
+    """A column with a list of turns: {"role", "content"} as OpenAI's, or {"from", "value"} as ShareGPT's."""
     turns = record.get(column)
     if not isinstance(turns, list) or not turns:
         if column not in record:
@@ -300,14 +331,32 @@ def _conversation(place: str, record: Mapping[Any, Any], column: str, *, needs_a
             raise _NoColumnError(f'{place}: no column "{column}"{did_you_mean(column, names)}', column)
         found = "an empty one" if turns == [] else _kind(turns)
         raise RowError(f'{place}: column "{column}" must be a list of messages, not {found}')
-    messages = tuple(_message(f"{place}, message {number}", turn) for number, turn in enumerate(turns, start=1))
+    where = f'{place}, column "{column}"' if column not in _CONVERSATION_NAMES else place
+    return tuple(_message(f"{where}, message {number}", turn) for number, turn in enumerate(turns, start=1))
+
+
+def _conversation(place: str, messages: tuple[Message, ...], *, needs_answer: bool, num_given: int = 0) -> Row:
     questions = [message.content for message in messages if message.role == "user"]
-    answers = [message.content for message in messages if message.role == "assistant"]
+    answers = [message.content for message in messages[num_given:] if message.role == "assistant"]
     if not questions:
-        raise RowError(f'{place}: column "{column}" has no message from the user')
+        raise RowError(f"{place}: has no message from the user")
     if needs_answer and not answers:
-        raise RowError(f'{place}: column "{column}" has no message from the assistant, so there is nothing to learn')
-    return Row(questions[0], "", answers[-1] if answers else "", messages=messages)
+        raise RowError(f"{place}: has no message from the assistant, so there is nothing to learn")
+    return Row(questions[0], "", answers[-1] if answers else "", messages=messages, num_given=num_given)
+
+
+def _continued_conversation(place: str, record: Mapping[Any, Any], columns: Columns, gold: str | None) -> Row:
+    """A conversation in two columns, as TRL's prompt and completion: only the second is learnt."""
+    if record.get(columns.input):
+        raise RowError(
+            f'{place}: column "{columns.input}" cannot be added to the list of messages in "{columns.instruction}". If it is no '
+            "part of the prompt, name the other two in [data.columns], and for input a column that the file lacks"
+        )
+    given = _messages(place, record, columns.instruction)
+    if gold != "output" and columns.output not in record:
+        return _conversation(place, given, needs_answer=False, num_given=len(given))
+    messages = given + _messages(place, record, columns.output)
+    return _conversation(place, messages, needs_answer=gold == "output", num_given=len(given))
 
 
 def _message(place: str, turn: Any) -> Message:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdense.cache import cache_dir
+from qdense.catalogs.choices import RowKind
 from qdense.catalogs.datasets import TRAINING_SETS, UPSTREAM_URL, UpstreamFile
 from qdense.data import wordproblems
 from qdense.data.download import download, git_blob_id
@@ -44,14 +45,16 @@ class DataSet:
     skipped: Sequence[str] = ()
 
     @property
-    def has_conversations(self) -> bool:
-        return self.columns.messages is not None
+    def kind(self) -> RowKind:
+        """What all its rows are."""
+        return self.rows[0].kind
 
     @cached_property
     def checksum(self) -> str:
         digest = hashlib.sha256()
         for row in self.rows:
-            content = row if row.messages else row[:4]  # as before there were conversations
+            # Equal to what it was before there were conversations, and rows of a conversation so far.
+            content = row[: 6 if row.num_given else 5 if row.messages else 4]
             digest.update(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
         return digest.hexdigest()
 

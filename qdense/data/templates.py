@@ -1,10 +1,10 @@
 """Prompt templates: what the model reads before its response.
 
 `alpaca`: the plain text of Stanford Alpaca, the same in training and evaluation; surrounding white space of a row is
-removed. `chat`: the tokenizer's own chat template; `chatml` and `llama3` are for tokenizers that have none. `llm-adapters`:
-exactly what the authors' code sends. There training and evaluation differ (an indented f-string, trailing spaces, an indented
-or an empty separator line), and rows are not stripped. The sources are finetune.py and commonsense_evaluate.py of
-mulin-ahu/DenseLoRA@864e39b, as in LLM-Adapters@8166572.
+removed. `plain`: prompt and completion as they are, and whole texts. `chat`: the tokenizer's own chat template; `chatml` and
+`llama3` are for tokenizers that have none. `llm-adapters`: exactly what the authors' code sends. There training and evaluation
+differ (an indented f-string, trailing spaces, an indented or an empty separator line), and rows are not stripped. The sources
+are finetune.py and commonsense_evaluate.py of mulin-ahu/DenseLoRA@864e39b, as in LLM-Adapters@8166572.
 """
 
 from __future__ import annotations
@@ -71,6 +71,11 @@ class Template:
         """A training text. Raises DataError for a conversation that a chat template refuses."""
         if self.split is not None:
             return self.split(row)
+        if [message.role for message in row.messages] not in ([], ["user", "assistant"]):
+            raise DataError(
+                f'data.template = "{self.name}" has single questions: no system prompt and no earlier turns, as these '
+                "conversations have. Use a template of conversations: chat, chatml, llama3"
+            )
         return [Piece(self.training_prompt(row), False), Piece(self.response(row), True)]
 
 
@@ -90,17 +95,17 @@ def _chat_template(name: str, tokenizer: Any) -> Template:
         stop=(),
         adds_special_tokens=False,
         end_token=_end_token(render, tokenizer),
-        split=lambda row: _turns(render, _messages_of(row)),
+        split=lambda row: _turns(render, _messages_of(row), row.num_given),
         conversation=lambda messages: render(messages, is_open=True),
     )
 
 
-def _turns(render: _Renderer, messages: Sequence[Message]) -> list[Piece]:
-    """The text of a conversation, divided at the beginning and end of each answer."""
+def _turns(render: _Renderer, messages: Sequence[Message], num_given: int) -> list[Piece]:
+    """The text of a conversation, divided at the beginning and end of each answer that is not among the given messages."""
     pieces: list[Piece] = []
     whole, start = render(messages), 0
     for number, message in enumerate(messages):
-        if message.role != "assistant":
+        if message.role != "assistant" or number < num_given:
             continue
         prompt = render(messages[:number], is_open=True)
         turn = render(messages[: number + 1])
@@ -177,6 +182,10 @@ def _llm_adapters_evaluation_prompt(row: Row) -> str:
     return _indented(f"{_TASK}. {_REQUEST} ", "", [("Instruction", row.instruction), ("Response", "")])
 
 
+def _plain_prompt(row: Row) -> str:
+    return f"{row.instruction}\n{row.input}" if row.input else row.instruction
+
+
 TEMPLATES = {
     template.name: template
     for template in (
@@ -184,6 +193,7 @@ TEMPLATES = {
         Template(
             "llm-adapters", _llm_adapters_training_prompt, _llm_adapters_evaluation_prompt, lambda row: row.output
         ),
+        Template("plain", _plain_prompt, _plain_prompt, lambda row: row.output, stop=()),
     )
 }
 

@@ -67,7 +67,7 @@ class EvaluateTable(Table):
     )
     decoding: Literal["beam4", "greedy"] = Field("beam4", description="beam4 (the authors') or greedy")
     template: NamedTemplate | None = Field(
-        None, description="alpaca, llm-adapters, chat, chatml or llama3; omitted, the run's own"
+        None, description="alpaca, llm-adapters, plain, chat, chatml or llama3; omitted, the run's own"
     )
     limit: int | None = Field(None, ge=1, description="a positive whole number: only the first items of each task")
     max_new_tokens: int | None = Field(None, ge=1, description="a positive whole number; omitted, the task's own")

@@ -91,7 +91,7 @@ def preview(recipe: Recipe, data_dir: Path | None, num_shown: int, emit: Emit = 
         seed=recipe.data.seed,
     )
     tokenizer = load_tokenizer(recipe.model, lambda text: emit(Notice(text)))
-    settings = recipe.data.settled(has_conversations=data.has_conversations)
+    settings = recipe.data.settled(data.kind)
     if settings.template == "chat":
         settings = settings.model_copy(update={"template": chat_template_for(tokenizer)})
     step = max(1, len(split.training) // _MOST_MEASURED)
@@ -103,7 +103,7 @@ def preview(recipe: Recipe, data_dir: Path | None, num_shown: int, emit: Emit = 
     columns = data.columns
     return Preview(
         origin=data.origin,
-        columns=columns.messages or ", ".join((columns.instruction, columns.input, columns.output)),
+        columns=columns.messages or columns.text or ", ".join((columns.instruction, columns.input, columns.output)),
         template=settings.template,
         train_on=settings.train_on,
         num_training=len(split.training),

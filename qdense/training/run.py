@@ -156,7 +156,7 @@ class _Prepared:
 def _prepare(recipe: Recipe, resumed: Resumed | None, data_dir: Path | None, emit: Emit) -> _Prepared:
     # Data comes before the model: its faults are the most common, and are found in a second.
     data = load_training_set(recipe.data, data_dir, emit)
-    recipe = _with_data(recipe, recipe.data.settled(has_conversations=data.has_conversations))
+    recipe = _with_data(recipe, recipe.data.settled(data.kind))
     _tell_of_data(recipe, data, emit)
     split = split_rows(
         len(data.rows),
@@ -441,11 +441,13 @@ def _tell_of_data(recipe: Recipe, data: DataSet, emit: Emit) -> None:
         loss_on = {"all": "all tokens", "response": "all answers", "last": "the last answer"}.get(
             recipe.data.train_on, ""
         )
-        found = (
-            f"conversations in {data.columns.messages}; template {recipe.data.template}, loss on {loss_on}"
-            if data.columns.messages is not None
-            else f"{data.columns.instruction} is the instruction, {data.columns.output} the output"
-        )
+        named = data.columns
+        where = named.messages or f"{named.instruction} and {named.output}"
+        found = {
+            "pair": f"{named.instruction} is the instruction, {named.output} the output",
+            "conversation": f"conversations in {where}; template {recipe.data.template}, loss on {loss_on}",
+            "text": f"whole texts in {named.text}; loss on all of their tokens",
+        }[data.kind]
         emit(Notice(f"columns: {found}"))
     if data.skipped:
         total, num_skipped = len(data.rows) + len(data.skipped), len(data.skipped)

@@ -413,7 +413,7 @@ columns = {{ instruction = "question", output = "reply" }}
     assert json.loads(out)["addsub"]["num_exact"] == 1
     assert "2 rows could not be read and are left out; the first:" in err
     assert 'row 1: column "question" is blank' in " ".join(err.split())
-    (tmp_path / "own.json").write_text(json.dumps([{"text": "x"}]))
+    (tmp_path / "own.json").write_text(json.dumps([{"words": "x"}]))
     assert main(["data", "check", str(tmp_path / "own.json"), "addsub", "--data-dir", str(data_dir)]) == 2
     assert "Name them in the recipe, for instance: [data.columns]" in capsys.readouterr().err
 

@@ -101,6 +101,81 @@ def test_a_bad_row_is_named(tmp_path, record, message):
     assert (len(skipped.rows), len(skipped.skipped)) == (1, 1)
 
 
+CONTINUED = {"prompt": OPENAI[:4], "completion": OPENAI[4:]}
+
+
+def test_prompt_and_completion_may_be_messages_of_which_the_completion_is_learnt(tmp_path, chatting):
+    read = read_rows(written(tmp_path, CONTINUED, CONTINUED))
+    assert read.columns == Columns(instruction="prompt", output="completion")
+    assert read.rows[0] == ROW._replace(num_given=4)
+    assert read.rows[0].kind == "conversation"
+    encoded = encode_rows(read.rows, [0], chatting, DataRecipe(path="x", max_length=1000)).examples[0]
+    whole = encode_rows([ROW], [0], chatting, DataRecipe(path="x", max_length=1000)).examples[0]
+    assert list(encoded.input_ids) == list(whole.input_ids)
+    assert counted(encoded, chatting) == ["6.<|im_end|>"]
+    assert counted(whole, chatting) == ["4.<|im_end|>", "6.<|im_end|>"]
+    # A run of such rows may not be resumed on rows of which all answers are learnt.
+    assert DataSet(read.rows[:1], "x").checksum != DataSet([ROW], "x").checksum
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": OPENAI[:2], "completion": "4."}, 'column "completion" must be a list of messages, not text'),
+        ({"prompt": "Hello", "completion": OPENAI[2:3]}, 'column "prompt" must be a list of messages, not text'),
+        ({"prompt": OPENAI[:2], "completion": OPENAI[3:4]}, "has no message from the assistant"),
+        (
+            {"prompt": OPENAI[:2], "completion": [{"role": "usr", "content": "x"}]},
+            'column "completion", message 1: role "usr"',
+        ),
+        ({"prompt": OPENAI[:2]}, 'no column "completion"'),
+        ({**CONTINUED, "input": "more"}, 'column "input" cannot be added to the list of messages'),
+        (
+            {"prompt": "What is 2 + 2?", "completion": "4."},
+            "is a prompt and its completion, and the rows before it are not",
+        ),
+    ],
+)
+def test_a_half_recognised_row_is_named(tmp_path, record, message):
+    file = written(tmp_path, CONTINUED, record)
+    with pytest.raises(DataError) as caught:
+        read_rows(file)
+    assert f"line 2: {message}" in str(caught.value) or f"line 2, {message}" in str(caught.value)
+
+
+def test_whole_texts_are_learnt_as_they_are(tmp_path, chatting):
+    chatting.add_bos_token = False
+    read = read_rows(written(tmp_path, {"text": " One. "}, {"text": "Two."}))
+    assert read.columns == Columns(text="text")
+    assert [row.kind for row in read.rows] == ["text", "text"]
+    data = DataRecipe(path="x", max_length=100)
+    assert data.settled("text").template == "plain"
+    first, second = encode_rows(read.rows, [0, 1], chatting, data).examples
+    assert chatting.decode(first.input_ids) == " One. " + chatting.eos_token
+    assert counted(second, chatting) == ["Two." + chatting.eos_token]
+    with pytest.raises(DataError, match=r'data\.template = "alpaca": the rows are whole texts'):
+        encode_rows(read.rows, [0], chatting, DataRecipe(path="x", template="alpaca"))
+    with pytest.raises(DataError, match=r'column "text" is blank'):
+        read_rows(written(tmp_path, {"text": "One."}, {"text": " "}))
+    # What has other columns too is recognised by them, or not at all.
+    assert read_rows(written(tmp_path, {"instruction": "a", "output": "b", "text": "a b"})).columns.text is None
+    with pytest.raises(DataError, match="cannot tell which column"):
+        read_rows(written(tmp_path, {"label": "a", "text": "a b"}))
+    assert len(read_rows(written(tmp_path, {"label": "a", "text": "a b"}), Columns(text="text")).rows) == 1
+
+
+def test_plain_joins_prompt_and_completion(chatting):
+    row = Row("2 + 2 =", "", " 4")
+    example = encode_rows([row], [0], chatting, DataRecipe(path="x", template="plain", max_length=100)).examples[0]
+    assert chatting.decode(example.input_ids) == "2 + 2 = 4" + chatting.eos_token
+    assert counted(example, chatting) == [" 4" + chatting.eos_token]
+
+
+def test_a_template_of_single_questions_refuses_a_conversation(chatting):
+    with pytest.raises(DataError, match=r'data\.template = "alpaca" has single questions'):
+        encode_rows([ROW], [0], chatting, DataRecipe(path="x", template="alpaca"))
+
+
 def test_a_checksum_knows_all_turns_and_rows_without_turns_keep_theirs():
     other = ROW._replace(messages=(*MESSAGES[:2], Message("assistant", "5."), *MESSAGES[3:]))
     assert DataSet([ROW], "x").checksum != DataSet([other], "x").checksum

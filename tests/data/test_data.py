@@ -61,7 +61,8 @@ def test_columns_can_be_named(tmp_path):
         (["input", "output"], Columns("input", "input", "output")),
         (["prompt", "completion", "answer"], None),
         (["prompt", "question", "answer"], None),
-        (["text"], None),
+        (["text"], Columns(text="text")),
+        (["words"], None),
     ],
 )
 def test_columns_are_recognised_by_their_names(tmp_path, names, columns):
@@ -73,7 +74,8 @@ def test_columns_are_recognised_by_their_names(tmp_path, names, columns):
         return
     read = read_rows(tmp_path / "a.jsonl")
     assert (read.columns, read.skipped) == (columns, [])
-    assert (read.rows[0].instruction, read.rows[0].output) == (f"the {columns.instruction}", f"the {columns.output}")
+    expected = ("", "the text") if columns.text else (f"the {columns.instruction}", f"the {columns.output}")
+    assert (read.rows[0].instruction, read.rows[0].output) == expected
 
 
 def test_numbers_are_read_as_text(tmp_path):

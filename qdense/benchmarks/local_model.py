@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from qdense.benchmarks.request import EvaluationRequest
@@ -12,11 +10,11 @@ from qdense.benchmarks.tasks import Task
 from qdense.data.rows import Row
 from qdense.data.templates import Template, prompt_ids, template_named
 from qdense.device import device_name
-from qdense.errors import AdapterError
 from qdense.events import Emit, Notice
 from qdense.inference.generation import Completion, Prompt, generate
 from qdense.inference.loaded import LoadedModel
-from qdense.runs import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, RunFolder
+from qdense.modeling.adapter_files import weights_digest
+from qdense.runs import RunFolder
 
 
 class LocalModel:
@@ -42,7 +40,7 @@ class LocalModel:
         self.settings = {
             "model": base.name,
             "base_fingerprint": base.fingerprint,
-            "adapter_sha256": _weights_digest(adapter) if adapter else None,
+            "adapter_sha256": weights_digest(adapter) if adapter else None,
             "quantization": recipe.quantization,
             "dtype": recipe.dtype,
             "template": ", ".join(sorted({template.name for template in self.templates.values()})),
@@ -96,14 +94,3 @@ class LocalModel:
         )
         self.batch_size = batch_size
         self.session["batch_sizes"].append(batch_size)
-
-
-def _weights_digest(adapter: Path) -> str:
-    digest = hashlib.sha256()
-    files = sorted(adapter.glob("*.safetensors"))
-    if not files:
-        raise AdapterError(f"{adapter}: has no {PEFT_WEIGHTS_FILE}")
-    for path in (*adapter.glob(PEFT_CONFIG_FILE), *files):
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from qdense.benchmarks.endpoint import Endpoint
 from qdense.benchmarks.tasks import Task
@@ -27,6 +28,7 @@ class EvaluationRequest:
         clean: also score, separately, the items that are not in the training set.
         trained_on: that training set, a known name or a file; None is the run's own.
         endpoint: the model to ask instead of one that is loaded here.
+        engine: what runs a model that is loaded here.
     """
 
     tasks: Sequence[Task]
@@ -42,3 +44,4 @@ class EvaluationRequest:
     clean: bool = False
     trained_on: str | None = None
     endpoint: Endpoint | None = None
+    engine: Literal["qdense", "vllm"] = "qdense"

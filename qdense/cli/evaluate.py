@@ -59,9 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how = parser.add_argument_group("how completions are generated")
     how.add_argument(
+        "--engine",
+        choices=("qdense", "vllm"),
+        default="qdense",
+        help="what runs the model: qdense, or vLLM for DenseLoRA and LoRA adapters on an unquantized base (default: qdense; vllm "
+        'needs "qdense[vllm]")',
+    )
+    how.add_argument(
         "--decoding",
         choices=("beam4", "greedy", "sample"),
-        help="beam4 is the DenseLoRA authors' search (default; greedy with --endpoint)",
+        help="beam4 is the DenseLoRA authors' search (default; greedy with --endpoint or --engine vllm)",
     )
     how.add_argument("--samples", type=positive, metavar="K", help="sample: completions of each item (default: 8)")
     how.add_argument("--temperature", type=temperature, metavar="T", help="sample: the temperature (default: 0.7)")
@@ -93,6 +100,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.template is not None:
         check_template(arguments.template)
     _refuse_contradictions(arguments)
+    if arguments.engine == "vllm":
+        require_library("vllm", extra="vllm", purpose="--engine vllm")
     if arguments.endpoint is not None:
         require_library("openai", extra="endpoint", purpose="--endpoint")
 
@@ -128,7 +137,7 @@ def run(arguments: argparse.Namespace) -> None:
                 model=asked_base(arguments),
                 with_base=arguments.with_base,
                 decoding=replace(
-                    DECODINGS[arguments.decoding or ("greedy" if endpoint else "beam4")],
+                    DECODINGS[arguments.decoding or ("greedy" if endpoint or arguments.engine == "vllm" else "beam4")],
                     **{key: value for key, value in sampling.items() if value is not None},
                 ),
                 limit=arguments.limit,
@@ -139,6 +148,7 @@ def run(arguments: argparse.Namespace) -> None:
                 clean=arguments.clean,
                 trained_on=arguments.trained_on,
                 endpoint=endpoint,
+                engine=arguments.engine,
             ),
             emit=show,
         )
@@ -187,6 +197,9 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
         )
     if arguments.trained_on is not None and not arguments.clean:
         raise QDenseError("--trained-on: names the training set for --clean; add --clean")
+    if arguments.engine == "vllm" and (unused := given("with-base", "endpoint", "batch-size")):
+        instead = "; score the base separately, with --model" if "--with-base" in unused else ""
+        raise QDenseError(f"{', '.join(unused)}: cannot be used with --engine vllm{instead}")
     if arguments.endpoint is None:
         if arguments.concurrency is not None:
             raise QDenseError("--concurrency: only with --endpoint URL")

@@ -110,7 +110,7 @@ def load_model(
                 check_template(card.template)
             except DataError as error:
                 raise AdapterError(f"{adapters[name]}: {error}; choose another with --template") from None
-    recipe = _model_recipe(dict(model or {}), adapters, cards)
+    recipe = recipe_of_base(model or {}, {name: (folder, cards[name]) for name, folder in adapters.items()})
     base = load_base(recipe, lambda text: emit(Notice(text)), for_training=False)
     whole: Any = base.model
     peft_names = ["default", *(f"adapter{number}" for number in range(1, len(adapters)))]
@@ -128,22 +128,23 @@ def load_model(
     return LoadedModel(recipe, base, whole, loaded)
 
 
-def _model_recipe(asked: dict[str, Any], adapters: Mapping[str, Path], cards: Mapping[str, AdapterCard]) -> ModelRecipe:
-    """How to load the base: as requested, else as the adapters recorded."""
-    recipes: dict[str, ModelRecipe] = {}
-    for name, card in cards.items() or {"": None}.items():
-        recorded = dict(card.model) if card else {}
+def recipe_of_base(asked: Mapping[str, Any], adapters: Mapping[str, tuple[Path, AdapterCard]]) -> ModelRecipe:
+    """How to load the base: as requested, else as the adapters recorded. Raises QDenseError if these differ."""
+    if not adapters:
+        return model_recipe(asked, "the model to load")
+    recipes: dict[Path, ModelRecipe] = {}
+    for folder, card in adapters.values():
+        recorded = dict(card.model)
         if "name" in asked:
             recorded.pop("revision", None)  # a different folder may have a different history
-        source = f"{adapters[name]}, its base" if card else "the model to load"
-        recipes[name] = model_recipe({**recorded, **asked}, source)
+        recipes[folder] = model_recipe({**recorded, **asked}, f"{folder}, its base")
     (first, recipe), *others = recipes.items()
-    for name, other in others:
+    for folder, other in others:
         differing = [key for key, value in recipe if getattr(other, key) != value]
         if differing:
             key = differing[0]
             raise AdapterError(
-                f"{adapters[name]}: model.{key} = {getattr(other, key)!r}, but {getattr(recipe, key)!r} for {adapters[first]}. "
+                f"{folder}: model.{key} = {getattr(other, key)!r}, but {getattr(recipe, key)!r} for {first}. "
                 "Adapters that share a base must load it in the same way: use --model, --quantization or --dtype for all, or a "
                 "server for each."
             )

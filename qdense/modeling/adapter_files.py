@@ -7,6 +7,7 @@ too, but their base cannot be verified.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -61,6 +62,18 @@ def save_adapter(model: Any, folder: Path, card: AdapterCard | None) -> None:
         model.save_pretrained(folder)
     if card is not None:
         write_atomically(folder / CARD_FILE, json.dumps(asdict(card), indent=2) + "\n")
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of what decides an adapter's output: its weights and its configuration. Raises AdapterError if it has none."""
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise AdapterError(f"{folder}: has no {PEFT_WEIGHTS_FILE}")
+    for path in (*folder.glob(PEFT_CONFIG_FILE), *files):
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def refuse_used_folder(output: Path) -> None:
@@ -192,7 +205,11 @@ def load_adapter(
         never_repack(base.model)
     try:
         if beside is None:
-            model = PeftModel.from_pretrained(base.model, folder, name, autocast_adapter_dtype=False)
+            # Of a base without weights, the adapter's own tensors are still real.
+            has_no_weights = base.device.type == "meta"
+            model = PeftModel.from_pretrained(
+                base.model, folder, name, autocast_adapter_dtype=False, low_cpu_mem_usage=has_no_weights
+            )
         else:
             model = beside
             model.load_adapter(str(folder), name, autocast_adapter_dtype=False)

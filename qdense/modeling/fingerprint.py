@@ -29,7 +29,11 @@ class WeightSample:
     """A few elements of each of a model's parameters, to tell later whether anything has written into them."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._sampled = [(name, parameter, _sample(parameter)) for name, parameter in model.named_parameters()]
+        self._sampled = [
+            (name, parameter, _sample(parameter))
+            for name, parameter in model.named_parameters()
+            if not parameter.is_meta
+        ]
 
     def changed(self, model: nn.Module) -> str | None:
         """The first parameter that was changed, or that `model` (the same one, possibly inside another) no longer has."""

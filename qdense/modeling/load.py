@@ -59,9 +59,7 @@ def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_trai
         ModelError: the model cannot be found, reached or read, or the device does not exist.
     """
     device = choose_device(recipe.device)
-    folder, identity = locate_model(recipe.name, recipe.revision, notice)
-    require_data_only(recipe.name, folder)
-    tokenizer = _tokenizer(recipe, folder)
+    folder, identity, tokenizer = _located(recipe, notice)
     try:
         fingerprint = fingerprint_of(folder, tokenizer)
         if recipe.quantization == "none":
@@ -71,9 +69,7 @@ def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_trai
             model = _load_quantized(folder, identity, fingerprint, recipe, device, notice)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{recipe.name}: the model in {folder} cannot be loaded: {_reason(error)}") from error
-    model.name_or_path = folder_name_for_peft(recipe.name, folder)
     model.config.use_cache = False
-    model.requires_grad_(False)
     stored_as: str = recipe.quantization if recipe.quantization != "none" else recipe.dtype
     if for_training:
         never_repack(model)
@@ -81,6 +77,49 @@ def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_trai
         # The logits are bit for bit those of NF4 weights unpacked at each use; reading a prompt takes 0.4 times as long.
         model = model.dequantize(dtype=getattr(torch, recipe.dtype))
         stored_as = f"{recipe.dtype}, with NF4's values"
+    return _frozen(model, folder, recipe, tokenizer, fingerprint, device, stored_as)
+
+
+def load_skeleton(recipe: ModelRecipe, notice: Tell = lambda text: None) -> BaseModel:
+    """The base without its weights, its modules on the meta device: for a program that has the weights itself.
+
+    Raises:
+        ModelError: as `load_base`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    folder, _, tokenizer = _located(recipe, notice)
+    device = torch.device("meta")
+    try:
+        fingerprint = fingerprint_of(folder, tokenizer)
+        with device:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{recipe.name}: the model in {folder} cannot be loaded: {_reason(error)}") from error
+    return _frozen(model, folder, recipe, tokenizer, fingerprint, device, "nothing")
+
+
+def _located(recipe: ModelRecipe, notice: Tell) -> tuple[Path, str, Any]:
+    """The base's folder, a text that changes when its files do, and its tokenizer."""
+    folder, identity = locate_model(recipe.name, recipe.revision, notice)
+    require_data_only(recipe.name, folder)
+    return folder, identity, _tokenizer(recipe, folder)
+
+
+def _frozen(
+    model: Any,
+    folder: Path,
+    recipe: ModelRecipe,
+    tokenizer: Any,
+    fingerprint: Fingerprint,
+    device: torch.device,
+    stored_as: str,
+) -> BaseModel:
+    model.name_or_path = folder_name_for_peft(recipe.name, folder)
+    model.requires_grad_(False)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     reference = os.path.abspath(recipe.name) if os.path.isdir(recipe.name) else recipe.name
     return BaseModel(recipe.name, reference, model, tokenizer, fingerprint, pad_token_id, device, stored_as)

@@ -111,7 +111,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Not super()'s: it rebuilds ParameterDict entries in the base's dtype, which makes frozen ones trainable.
         for tensor in self.adapter_tensors(adapter_name):
-            if not tensor.is_meta:
+            if not tensor.is_meta and not self.weight.is_meta:  # of a base without weights, the adapter is still real
                 tensor.data = tensor.data.to(device or self.weight.device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -178,6 +178,7 @@ def commands_in(script: str) -> Iterator[list[str]]:
         words = shlex.split(line, comments=True)
         for start in (["qdense"], ["-m", "qdense"]):
             places = [i for i in range(len(words)) if words[i : i + len(start)] == start]
+            places = [i for i in places if not (i and words[i - 1].startswith("--"))]  # an option's value
             if places:
                 yield words[places[0] + len(start) :]
                 break

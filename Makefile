@@ -23,7 +23,7 @@ $(READY): pyproject.toml tools/constraints.txt
 # Trains recipes/demo.toml, then scores base and adapter with the same decoding. SEED=1 repeats it with another seed.
 # With QDENSE_DATA set, AddSub is scored too, which the demo never trains on.
 demo: $(READY)
-	@set -e; run=runs/demo/seed-$(SEED)-$$(date +%Y%m%d-%H%M%S); \
+	@set -e; run=runs/demo-seed-$(SEED)-$$(date +%Y%m%d-%H%M%S); \
 	tasks=wordproblems$${QDENSE_DATA:+,addsub}; \
 	$(BIN)/qdense train recipes/demo.toml --set training.seed=$(SEED) --output $$run; \
 	$(BIN)/qdense evaluate $$tasks --adapter $$run --with-base --decoding greedy --limit 64 --max-new-tokens 48; \

@@ -103,12 +103,14 @@ def near_file(path: str | Path, endings: Sequence[str] = ()) -> str:
 
     try:
         with os.scandir(path.parent) as entries:
-            beside = {
-                stem(entry.name): entry.name
+            names = [
+                entry.name
                 for entry in itertools.islice(entries, _MOST_COMPARED)
                 if (entry.name.lower().endswith(tuple(endings)) if endings else entry.is_dir())
-            }
+            ]
     except (OSError, ValueError):  # ValueError: a NUL character
         return ""
+    # Of several with one stem, the one with the given ending.
+    beside = {stem(name): name for name in sorted(names, key=lambda name: name.endswith(path.suffix))}
     found = closest(stem(path.name), beside)
     return f'; did you mean "{path.parent / beside[found]}"?' if found else ""

@@ -44,9 +44,32 @@ _MOST = 10**6  # of what is counted or scaled: far beyond use, and nothing that 
 _DTYPE_BYTES: dict[DType, int] = {"bfloat16": 2, "float32": 4}
 Device = Literal["auto", "cuda", "cpu"]
 _DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".gz")
+# What other trainers (Transformers, PEFT, TRL, Unsloth, Axolotl) call it.
 _RENAMED = {
     "training.gradient_checkpointing": 'is called training.recompute here: "auto", "all" (for true), "none" (for false) or a '
-    "number of layers"
+    "number of layers",
+    "training.gradient_accumulation_steps": "is not needed: training.batch_size is the rows of one step, and the plan divides "
+    "them as the memory allows",
+    "training.warmup_ratio": "is called training.warmup_steps here, a number of steps; omitted, a share of the run",
+    "model.load_in_4bit": 'is called model.quantization = "nf4" here, which is the default',
+    "model.load_in_8bit": 'is called model.quantization = "int8" here',
+    **{
+        key: f"is called {here} here"
+        for here, keys in {
+            "model.name": ("model.base_model", "model.path", "model.model_name_or_path"),
+            "adapter.r": ("adapter.lora_r", "adapter.rank"),
+            "adapter.alpha": ("adapter.lora_alpha",),
+            "adapter.dropout": ("adapter.lora_dropout",),
+            "adapter.target_modules": ("adapter.lora_target_modules",),
+            "data.max_length": ("data.max_seq_length", "data.cutoff_len", "data.sequence_len"),
+            "training.learning_rate": ("training.lr",),
+            "training.epochs": ("training.num_train_epochs", "training.num_epochs"),
+            "training.batch_size": ("training.per_device_train_batch_size",),
+            "training.schedule": ("training.lr_scheduler", "training.lr_scheduler_type"),
+            "training.optimizer": ("training.optim",),
+        }.items()
+        for key in keys
+    },
 }
 # Those that accelerate supports.
 Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
@@ -73,6 +96,10 @@ def _known_training_set(name: str | None) -> str | None:
 
 
 def _known_method(name: str) -> str:
+    if name.lower() == "qlora":
+        raise RefusedError(
+            'QLoRA is a LoRA on a 4-bit base: adapter.method = "lora" with model.quantization = "nf4", the default'
+        )
     if name not in METHODS:
         raise RefusedError(f"unknown method{did_you_mean(name, METHODS)}")
     return name

@@ -312,6 +312,8 @@ def find_adapter(path: Path) -> Path:
     if path.suffix == ".toml" and path.is_file():
         raise AdapterError(f"{path}: is a recipe; name its run, the folder that it gives as output.dir")
     hint = " The run is not finished: `qdense train RECIPE --resume` continues it." if run.checkpoints.exists() else ""
+    if within := [each.parent.parent.name for each in path.glob(f"*/{_ADAPTER}/{CARD_FILE}")]:
+        hint = f" Name one of the runs in it: {listed(within)}"
     raise AdapterError(f"{path}: holds no adapter ({PEFT_CONFIG_FILE} or {CARD_FILE}, here or in {_ADAPTER}/).{hint}")
 
 

@@ -218,6 +218,10 @@ def test_alternatives_are_listed_in_one_line(value):
 def test_the_name_of_others_for_recomputation_is_understood():
     text = problems_of(MINIMAL | {"training": {"gradient_checkpointing": True}})
     assert "training.gradient_checkpointing   is called training.recompute here" in text
+    text = problems_of(MINIMAL | {"training": {"lr": 1e-3}, "adapter": {"lora_r": 8, "method": "qlora"}})
+    assert "training.lr                is called training.learning_rate here" in text
+    assert "adapter.lora_r             is called adapter.r here" in text
+    assert 'QLoRA is a LoRA on a 4-bit base: adapter.method = "lora"' in text
 
 
 def test_values_by_dotted_key():

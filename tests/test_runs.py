@@ -220,6 +220,10 @@ def test_adapters_that_are_not_there(tmp_path):
     (tmp_path / "my-rows").mkdir()
     with pytest.raises(AdapterError, match=r'my-rowz: no such run or adapter; did you mean ".*/my-rows"\?'):
         find_adapter(tmp_path / "my-rowz")
+    (tmp_path / "sweeps" / "one" / "adapter").mkdir(parents=True)
+    (tmp_path / "sweeps" / "one" / "adapter" / "qdense.json").touch()
+    with pytest.raises(AdapterError, match=r"sweeps: holds no adapter .* Name one of the runs in it: one$"):
+        find_adapter(tmp_path / "sweeps")
     (tmp_path / "r.toml").touch()
     with pytest.raises(AdapterError, match=r"r\.toml: is a recipe; name its run"):
         find_adapter(tmp_path / "r.toml")

@@ -1,6 +1,6 @@
 """Draw a finished run's live display again, from its own recipe and metrics, as an SVG for the README.
 
-    python tools/capture_display.py runs/demo/seed-42-... --step 30 --width 100 --output tools/results/display.svg
+    python tools/capture_display.py runs/demo-seed-42-... --step 30 --width 100 --output tools/results/display.svg
 
 Nothing is made up: the panel is rebuilt from recipe.toml, the rest is the run's recorded events up to the step.
 """

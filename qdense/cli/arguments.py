@@ -70,7 +70,8 @@ def add_data_dir(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         type=Path,
         default=Path(os.environ["QDENSE_DATA"]) if os.environ.get("QDENSE_DATA") else None,
-        help="data in LLM-Adapters' layout (default: QDENSE_DATA); what is missing there is downloaded",
+        help="a folder with data in LLM-Adapters' layout (default: the variable QDENSE_DATA, if it is set); what is not found "
+        "there is downloaded",
     )
 
 
@@ -82,22 +83,22 @@ def add_base(parser: Any, *, alone: str) -> None:
         alone: what `--model` does without an adapter, if that is possible.
     """
     parser.add_argument(
-        "--model", metavar="NAME", help=f"the base model, if not the one recorded with the adapter{alone}"
+        "--model", metavar="NAME", help=f"the base model (default: the one recorded with the adapter){alone}"
     )
     parser.add_argument(
         "--quantization",
         choices=("nf4", "int8", "none"),
-        help="how to load the base (default: as recorded with the adapter; nf4)",
+        help="how to load the base model (default: as recorded with the adapter, else nf4)",
     )
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
-        help="the base's compute dtype (default: as recorded with the adapter; bfloat16)",
+        help="the base model's compute dtype (default: as recorded with the adapter, else bfloat16)",
     )
     parser.add_argument(
         "--template",
         metavar="NAME",
-        help="prompt template, if not the adapter's: alpaca, llm-adapters, plain, chat, chatml, llama3",
+        help="prompt template: alpaca, llm-adapters, plain, chat, chatml, llama3 (default: the adapter's, else the task's)",
     )
 
 
@@ -201,6 +202,7 @@ def columns(text: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for part in text.split(","):
         key, _, column = (each.strip() for each in part.partition("="))
+        key = {"prompt": "instruction", "completion": "output"}.get(key, key)
         if not key or not column:
             raise argparse.ArgumentTypeError(
                 f"{part!r} is not KEY=COLUMN, for instance instruction=question,output=answer"

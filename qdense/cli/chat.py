@@ -27,13 +27,16 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "run", metavar="RUN", nargs="?", help="a run's folder, an adapter in PEFT's format, or OWNER/NAME on the hub"
+        "run",
+        metavar="RUN",
+        nargs="?",
+        help="a run's folder, an adapter in PEFT's format, or OWNER/NAME on the hub (default: the newest finished run)",
     )
     add_base(parser, alone="")
     parser.add_argument(
         "--system", metavar="TEXT", default="", help="a system prompt, if the template has conversations"
     )
-    parser.add_argument("--compare", action="store_true", help="show the base's answer beside the adapter's")
+    parser.add_argument("--compare", action="store_true", help="show the base model's answer beside the adapter's")
     add_sampling(parser)
 
 

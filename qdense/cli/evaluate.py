@@ -16,10 +16,11 @@ from qdense.libraries import quiet_libraries, require_library
 if TYPE_CHECKING:
     from qdense.data.rows import Columns
 
-HELP = "score a model or an adapter on benchmarks"
+HELP = "score an adapter or a base model on benchmarks or on your own questions"
 DESCRIPTION = (
-    "Score an adapter, or a bare base model, on benchmarks. Without --adapter and --model, the newest finished run is "
-    "scored."
+    "Score an adapter, or a base model alone. A task is a benchmark, or a file of your own with prompts and completions; each "
+    "row of it is an item. An answer is right if the task's rules find the expected one in it (of your own files: if it equals "
+    "the completion)."
 )
 EXAMPLES = """\
   qdense evaluate held-out.jsonl --adapter runs/questions --with-base --decoding greedy
@@ -33,12 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "tasks",
         metavar="TASKS",
-        help="comma-separated tasks and groups: gsm8k, math, commonsense, ... (`qdense tasks` lists them), and files of your own",
+        help="comma-separated benchmarks, groups of them (math, commonsense) and files of your own; `qdense tasks` lists them",
     )
     what = parser.add_argument_group("what is scored")
-    what.add_argument("--adapter", metavar="RUN", type=Path, help="a run's folder, or an adapter in PEFT's format")
-    add_base(what, alone="; without --adapter, it is scored bare")
-    what.add_argument("--with-base", action="store_true", help="also score the adapter's base, with the same decoding")
+    what.add_argument(
+        "--adapter",
+        metavar="RUN",
+        type=Path,
+        help="a run's folder, or an adapter in PEFT's format (default: the newest finished run)",
+    )
+    add_base(what, alone="; without --adapter, it is scored alone")
+    what.add_argument(
+        "--with-base", action="store_true", help="also score the base model without the adapter, with the same decoding"
+    )
     what.add_argument(
         "--endpoint",
         metavar="URL",
@@ -48,14 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--concurrency", type=positive, metavar="N", help="simultaneous requests to the server (default: 8)"
     )
-    what.add_argument("--limit", type=positive, metavar="N", help="only the first N items of each task")
+    what.add_argument("--limit", type=positive, metavar="N", help="only the first N items of each task (default: all)")
     what.add_argument(
         "--clean", action="store_true", help="also score without the items that the training set contains"
     )
     what.add_argument(
         "--trained-on",
         metavar="TRAIN",
-        help="with --clean: the training set, if not the run's own: a known name, a file or a recipe",
+        help="with --clean: the training set: a known name, a file or a recipe (default: the run's own)",
     )
     how = parser.add_argument_group("how completions are generated")
     how.add_argument(
@@ -79,14 +87,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sample: draw from the likeliest tokens that together have this probability (default: 1)",
     )
     how.add_argument("--seed", type=int, metavar="N", help="sample: the random seed (default: 0)")
-    how.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest completion (default: the task's)")
-    how.add_argument("--batch-size", type=positive, metavar="N", help="completions at a time; with beam4, questions")
+    how.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        help="longest answer, in tokens (default: the benchmark's; 256 for your own files)",
+    )
+    how.add_argument(
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help="answers at a time; with beam4, items (default: as many as fit the memory)",
+    )
     add_data_dir(parser)
     parser.add_argument(
         "--show",
         type=positive,
         metavar="N",
-        help="print N items of each task with the model's answers, wrong ones first",
+        help="print N items of each task with the model's answers, wrong ones first (default: none)",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else, on stdout")
     add_quiet(parser)

@@ -12,8 +12,9 @@ from qdense.libraries import quiet_libraries
 
 HELP = "write an adapter as a plain LoRA, for other programs"
 DESCRIPTION = (
-    "Write an adapter as a LoRA in PEFT's format, which PEFT without qdense, vLLM and llama.cpp's converter read: exactly where "
-    "it is a matrix (denselora-only-matrix, nora), else fitted to rows by least squares, with a report of what is lost."
+    "Write an adapter as a LoRA in PEFT's format, which PEFT without qdense, vLLM and llama.cpp's converter read. It is "
+    "exact for adapters that are a matrix (denselora-only-matrix, nora). Others are fitted to your rows by least squares, with a "
+    "report of what is lost."
 )
 EXAMPLES = """\
   qdense export runs/only-matrix lora
@@ -32,17 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fit",
         metavar="ROWS",
         type=Path,
-        help="rows like those of training, to which an adapter that is no matrix is fitted",
+        help="rows like those of training, for an adapter that cannot be written as a matrix (default: refuse it)",
     )
     parser.add_argument(
-        "--rows", type=positive, metavar="N", default=512, help="of --fit: at most so many (default: 512)"
+        "--rows", type=positive, metavar="N", default=512, help="with --fit: use at most N rows (default: 512)"
     )
     parser.add_argument(
         "--max-length",
         type=positive,
         metavar="N",
         default=512,
-        help="of --fit: tokens at which rows are cut (default: 512)",
+        help="with --fit: cut rows at N tokens (default: 512)",
     )
     add_json(parser)
 

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     loaded, name = load_run(arguments)
     if arguments.base and not loaded.adapters[name].is_separate:
-        raise QDenseError(f"--base: {arguments.run} is a whole model, which is not separate from its base")
+        raise QDenseError(f"--base: {name} is a whole model, which is not separate from its base")
     template = template_named(loaded.adapters[name].template, loaded.base.tokenizer)
     system = [Message("system", arguments.system)] if arguments.system else []
     wanted = [

@@ -40,7 +40,10 @@ _FEWEST_TO_VALIDATE = 20  # rows
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "data", metavar="DATA", type=Path, help="a JSON, JSONL, CSV or Parquet file of prompts and answers"
+        "data",
+        metavar="DATA",
+        type=Path,
+        help="a JSON, JSONL, CSV or Parquet file of prompts and completions, conversations or texts",
     )
     parser.add_argument(
         "--columns",
@@ -71,12 +74,14 @@ def run(arguments: argparse.Namespace) -> None:
         raise RecipeError(f"{output}: exists, and is left as it is. Name another file with --output.")
     rows = _rows(arguments)
     recipe, plan, body = _fitting(arguments, output.stem, rows)
-    text = "\n".join([*_heading(arguments, rows, recipe, plan), *body]) + "\n"
+    text = "\n".join([*_heading(arguments, output, rows, recipe, plan), *body]) + "\n"
     with output.open("x", encoding="utf-8") as stream:
         stream.write(text)
     print(
         f"{output}: {recipe.adapter.method} on {recipe.model.name}, {counted(len(rows.rows), 'row')}. {_prediction(plan)}"
     )
+    if arguments.model is None and not plan.machine.kernels.is_cuda:
+        print("This machine has no GPU, so that is the smallest model. For a card: --memory 24GiB, for instance.")
     for warning in _warnings(rows):
         print(printable(f"warning: {warning}"), file=sys.stderr)
     print(f"Read it, then: qdense train {output}")
@@ -161,8 +166,12 @@ def _tables(arguments: argparse.Namespace, name: str, rows: Rows, model: str) ->
             + (', "last" the last answer' if kind == "conversation" else "")
         )
     yield from (
-        f"max_length = {max_length:<21}# tokens of a row; by a rough count {counted(num_longer, 'row is', 'rows are')} longer "
-        "and will be cut off",
+        f"max_length = {max_length:<21}# tokens of a row; "
+        + (
+            f"by a rough count {counted(num_longer, 'row is', 'rows are')} cut off"
+            if num_longer
+            else "enough by a rough count"
+        ),
         f"validation_rows = {num_validation:<16}# kept out of training, to see whether it generalises",
         "",
         "[training]",
@@ -213,9 +222,9 @@ def _max_length(lengths: Sequence[int]) -> int:
     return min(4096, max(128, math.ceil(enough / 64) * 64))
 
 
-def _heading(arguments: argparse.Namespace, rows: Rows, recipe: Recipe, plan: Plan) -> Iterator[str]:
+def _heading(arguments: argparse.Namespace, output: Path, rows: Rows, recipe: Recipe, plan: Plan) -> Iterator[str]:
     num_rows = counted(len(rows.rows), "row")
-    yield f"# Written by `qdense init` for {arguments.data.name}: {num_rows}. Every key: the recipe reference."
+    yield f"# Written by `qdense init` for {arguments.data.name}: {num_rows}. Every key is explained in docs/reference/recipe.md."
     yield f"# {_prediction(plan)}"
     if plan.speeds:
         num_tokens = _EPOCHS * sum(min(n, recipe.data.max_length) for n in _token_counts(rows.rows))
@@ -226,7 +235,7 @@ def _heading(arguments: argparse.Namespace, rows: Rows, recipe: Recipe, plan: Pl
         }
         times = ", ".join(f"{max(hour, 0.1):.1f} h on an {card}" for card, hour in hours.items())
         yield f"# Predicted time, from shapes alone: {times}."
-    yield "# What takes the memory, and what would fit: qdense plan FILE. Train: qdense train FILE."
+    yield f"# What takes the memory, and what would fit: qdense plan {output}. Train: qdense train {output}."
     yield ""
 
 

@@ -22,9 +22,13 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder, or an adapter's")
-    parser.add_argument("repository", metavar="OWNER/NAME", help="the repository on the hub; it is created if need be")
     parser.add_argument(
-        "--base", metavar="OWNER/NAME", help="the base's name on the hub, if it was loaded from a folder"
+        "repository", metavar="OWNER/NAME", help="the repository on the hub; it is created if it does not exist"
+    )
+    parser.add_argument(
+        "--base",
+        metavar="OWNER/NAME",
+        help="the base model's name on the hub, if it was loaded from a folder (default: as recorded)",
     )
     parser.add_argument("--public", action="store_true", help="let everyone see it (of a new repository)")
     parser.add_argument("--dry-run", action="store_true", help="print the model card and upload nothing")

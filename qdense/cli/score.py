@@ -18,9 +18,11 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", metavar="TASK", help="one task, for instance gsm8k")
+    parser.add_argument("task", metavar="TASK", help="a benchmark, for instance gsm8k")
     parser.add_argument("completions", metavar="COMPLETIONS.jsonl", type=Path, help="the file of completions")
-    parser.add_argument("--limit", type=positive, metavar="N", help="the file holds only the first N items")
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="the file holds only the first N items (default: all)"
+    )
     add_data_dir(parser)
     add_json(parser)
 

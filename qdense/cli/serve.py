@@ -146,6 +146,6 @@ def _named(runs: list[str]) -> dict[str, Path]:
 
 
 def _announce(address: str, names: list[str], most_running: int, key: str | None) -> None:
-    key_text = f"key {key}" if key and not os.environ.get("QDENSE_API_KEY") else "key: QDENSE_API_KEY's"
+    key_text = f"API key: {key}" if key and not os.environ.get("QDENSE_API_KEY") else "API key: that of QDENSE_API_KEY"
     print(f"serving {', '.join(map(clean, names))} at {address}, {most_running} answers at a time", flush=True)
     print("no key is needed" if key is None else key_text, flush=True)

@@ -47,9 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=positive,
         default=1,
-        help="runs at a time: one for each GPU, or a share of the cores each",
+        help="runs at a time: one for each GPU, or a share of the cores each (default: the GPUs; without one, 1)",
     )
-    parser.add_argument("--budget", metavar="TIME", type=duration, help="stop after this time: 3h, 45m, 90s")
+    parser.add_argument(
+        "--budget", metavar="TIME", type=duration, help="stop after this time: 3h, 45m, 90s (default: when all is done)"
+    )
     parser.add_argument("--retry", action="store_true", help="retry the runs that failed")
     parser.add_argument(
         "--storage",

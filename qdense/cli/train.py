@@ -22,9 +22,12 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument(
-        "--fraction", type=float, metavar="F", help="train on this fraction of the rows (data.fraction)"
+        "--fraction",
+        type=float,
+        metavar="F",
+        help="train on this fraction of the rows (data.fraction; default: the recipe's, 1)",
     )
-    parser.add_argument("--output", metavar="DIR", help="the run's folder (output.dir)")
+    parser.add_argument("--output", metavar="DIR", help="the run's folder (default: the recipe's output.dir)")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the run's folder")
     parser.add_argument(
         "--accept-changes",

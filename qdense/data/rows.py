@@ -238,8 +238,14 @@ def rows_from_records(
     if lacking is not None and not skip_bad:
         raise lacking
     if not rows:
-        none = "its only row cannot" if len(skipped) == 1 else f"none of its {len(skipped):,} rows can"
-        found = f"{none} be used. The first: {skipped[0]}" if skipped else "holds no rows"
+        found = "holds no rows"
+        if skipped:
+            none = (
+                "its only row cannot be used: "
+                if len(skipped) == 1
+                else f"none of its {len(skipped):,} rows can be used. The first: "
+            )
+            found = none + skipped[0]
         raise DataError(f"{origin}: {found}")
     return Rows(rows, columns or STANDARD_COLUMNS, skipped, names)
 
@@ -301,7 +307,7 @@ def _row(place: str, record: Any, columns: Columns, gold: str | None) -> Row:
         return _continued_conversation(place, record, columns, gold)
     row = Row(
         instruction=text(columns.instruction, required=True),
-        input=text(columns.input, required=False),
+        input="" if columns.input == columns.instruction else text(columns.input, required=False),
         output=text(columns.output, required=gold == "output"),
         answer=text("answer", required=True) if gold == "answer" else "",
     )
@@ -393,7 +399,7 @@ def _json_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
         records = json.loads(text, object_pairs_hook=_without_doubles)
     except json.JSONDecodeError as error:
-        hint = ". One object a line? Then name it .jsonl" if error.msg == "Extra data" else ""
+        hint = ". One object per line? Then name it .jsonl" if error.msg == "Extra data" else ""
         raise DataError(
             f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}{hint}"
         ) from None
@@ -410,6 +416,8 @@ def _jsonl_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
+        if number == 1 and line.lstrip()[0] not in "{":
+            _refuse_other_format(path, line)
         try:
             yield f"{path}, line {number}", json.loads(line, object_pairs_hook=_without_doubles)
         except json.JSONDecodeError as error:
@@ -419,6 +427,24 @@ def _jsonl_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             yield f"{path}, line {number}", RowError(f"{path}, line {number}: JSON nested too deeply to be a row")
         except ValueError as error:  # a number of thousands of digits, or a key that appears twice
             yield f"{path}, line {number}", RowError(f"{path}, line {number}: not readable JSON: {error}")
+
+
+def _refuse_other_format(path: Path, first: str) -> None:
+    """Raise DataError if the first line of what is called JSONL begins a list of JSON, or a table."""
+    if first.lstrip().startswith("[") and not first.rstrip().endswith("]"):
+        raise DataError(f"{path}: begins with [, so it seems to be a list of rows: name it .json")
+    try:
+        json.loads(first)
+    except ValueError:
+        if "," in first and "{" not in first:
+            raise DataError(
+                f"{path}, line 1: has commas and no object, so it seems to be a table: name it .csv"
+            ) from None
+    except RecursionError:
+        pass
+    else:
+        if first.lstrip().startswith("[{"):
+            raise DataError(f"{path}: is a list of rows in one line: name it .json")
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def _freeze_config(adapter: AdapterSettings) -> Any:
 FREEZE = dataclasses.replace(
     METHOD,
     name="denselora-freeze",
-    summary="ablation: trains M alone, from zero; encoder and decoder stay as drawn",
+    summary="ablation: trains M alone, from zero; encoder and decoder stay random",
     adapter_keys=_ADAPTER_KEYS - {"init"},
     build_config=lambda adapter, num_steps: _freeze_config(adapter),
     count_parameters=_count_matrices,

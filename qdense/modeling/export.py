@@ -33,8 +33,8 @@ from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card, 
 from qdense.modeling.load import BaseModel, load_base
 from qdense.modeling.locate import Tell, locate_adapter
 from qdense.ops.denselora import denselora_delta
-from qdense.recipe import DataRecipe, model_recipe
-from qdense.runs import CARD_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
+from qdense.recipe import DataRecipe, load_recipe, model_recipe
+from qdense.runs import CARD_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, RunFolder
 from qdense.tuners.base import AdaptedLinear
 from qdense.tuners.denselora.layer import DenseLoraLinear
 
@@ -51,7 +51,8 @@ class ExportReport:
         is_exact: whether the adapter is a matrix, of which at most a part was cut off by a lower rank.
         lost_median, lost_worst: over the layers, |y - y'|^2 / |y|^2 of the adapter's output y and LoRA's y': of a fit, on the
             tokens it was fitted to; else of the matrices. `worst_layer` names the layer that lost most.
-        losses: of a fit, the loss of "base", "adapter" and the "fitted" LoRA on `num_held_out` rows that the fit did not see.
+        losses, accuracies: of a fit, those of "base", "adapter" and the "fitted" LoRA on `num_held_out` rows that the fit did not
+            see: the loss on the tokens that counted in training, and the share of them that were the likeliest.
     """
 
     folder: str
@@ -62,6 +63,7 @@ class ExportReport:
     lost_worst: float
     worst_layer: str
     losses: dict[str, float] = field(default_factory=dict)
+    accuracies: dict[str, float] = field(default_factory=dict)
     num_held_out: int = 0
 
 
@@ -87,7 +89,7 @@ def export_lora(
 
     Args:
         rank: LoRA's; None is that of the adapter.
-        fit: rows, like those of training, to which an adapter that is no matrix is fitted.
+        fit: rows, like those of training, to which an adapter that cannot be written as a matrix is fitted.
         num_rows: how many of them are used, besides those held out.
         max_length: tokens at which they are cut.
 
@@ -112,14 +114,24 @@ def export_lora(
     sums = {name: _Sums(layer) for name, layer in layers.items()}
     with _hooked({name: each.observe for name, each in sums.items()}, layers):
         for example in training:
-            _loss(base, model, [example])
+            _measured(base, model, [example])
     factors = {name: each.fit(rank) for name, each in sums.items()}
-    losses = {"adapter": _loss(base, model, held_out)}
+    measured = {"adapter": _measured(base, model, held_out)}
     with model.disable_adapter():
-        losses["base"] = _loss(base, model, held_out)
+        measured["base"] = _measured(base, model, held_out)
         with _hooked({name: _lora_output(each) for name, each in factors.items()}, layers):
-            losses["fitted"] = _loss(base, model, held_out)
-    return _write(model, card, output, factors, is_exact=False, losses=losses, num_held_out=len(held_out))
+            measured["fitted"] = _measured(base, model, held_out)
+    losses, accuracies = ({name: each[i] for name, each in measured.items()} for i in (0, 1))
+    return _write(
+        model,
+        card,
+        output,
+        factors,
+        is_exact=False,
+        losses=losses,
+        accuracies=accuracies,
+        num_held_out=len(held_out),
+    )
 
 
 def _exportable(model: Any, folder: Path) -> dict[str, Any]:
@@ -225,12 +237,16 @@ def _examples(
     layer = next(iter(layers.values()))
     if fit is None:
         raise AdapterError(
-            f"{folder}: this adapter is no matrix, because of the activation ({layer.activation['default']}) between its "
-            "factors, so no LoRA equals it. --fit ROWS fits one, to rows like those it was trained on, and says what is lost"
+            f"{folder}: this adapter cannot be written as a matrix, because of the activation ({layer.activation['default']}) "
+            "between its factors, so no LoRA equals it. --fit ROWS fits one, to rows like those it was trained on, and says what "
+            "is lost"
         )
     if rank is not None and rank > layer.r["default"]:
         raise AdapterError(f"--rank {rank}: a LoRA that is fitted has at most the adapter's rank, {layer.r['default']}")
     tables = {"path": str(fit), "template": card.template, "max_length": max_length, "bad_rows": "skip"}
+    recipe = RunFolder.of_adapter(folder).recipe
+    if recipe.is_file():  # what counted in the run's loss counts here
+        tables["train_on"] = load_recipe(recipe).data.train_on
     data = DataRecipe.model_validate(tables)
     rows = load_training_set(data, None).rows
     if len(rows) < 10:
@@ -243,17 +259,18 @@ def _examples(
 
 
 @torch.no_grad()
-def _loss(base: BaseModel, model: Any, examples: Sequence[Example]) -> float:
-    """The mean loss over all tokens that count, row by row."""
+def _measured(base: BaseModel, model: Any, examples: Sequence[Example]) -> tuple[float, float]:
+    """The mean loss over all tokens that count, row by row, and the share of them that were the likeliest."""
     model.eval()
-    total = count = 0.0
+    total, num_likeliest, count = 0.0, 0, 0
     for example in examples:
         ids = torch.from_numpy(example.input_ids).long()[None].to(base.device)
         labels = torch.from_numpy(example.labels).long()[None].to(base.device)
-        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
-        total += float(loss) * example.num_labels
+        output = model(input_ids=ids, labels=labels, use_cache=False)
+        total += float(output.loss) * example.num_labels
+        num_likeliest += int((output.logits[0, :-1].argmax(-1) == labels[0, 1:]).sum())
         count += example.num_labels
-    return total / max(1.0, count)
+    return total / max(1, count), num_likeliest / max(1, count)
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------------

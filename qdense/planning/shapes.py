@@ -23,7 +23,7 @@ def model_shape(name: str) -> CatalogModel:
     path = Path(name) / "config.json" if os.path.isdir(name) else _cached_config(name)
     if path is None:
         raise ModelError(
-            f'"{name}": the shapes of this model are not known{did_you_mean(name, CATALOG)}; or a local folder with '
+            f'"{name}": qdense does not know the sizes of this model{did_you_mean(name, CATALOG)}; or a local folder with '
             "config.json, or a hub id whose config.json is in the hub's cache (`hf download ID config.json`)"
         )
     try:

@@ -48,7 +48,7 @@ from qdense.training.checkpoint import CHECKPOINTS_TO_KEEP, Checkpoint, last_goo
 from qdense.training.loop import Job, TrainingLoop, checkpoint_bytes
 from qdense.training.metrics import MetricsFile
 from qdense.training.resume import Resumed, checkpoint_to_resume, refuse_other_inputs
-from qdense.training.signals import StopSignals
+from qdense.training.signals import StopSignals, named
 from qdense.training.trackers import Trackers, require_trackers
 
 _WARMUP_SHARE = 0.05  # of the run, for "auto": the authors' 100 steps are 5% of a Math10K run
@@ -301,7 +301,7 @@ def _run(
         if loop.step < prepared.num_steps and not loop.has_stalled:
             received = signals.received or signal.SIGTERM  # another process received it
             raise RunStopped(
-                f"stopped by {received.name} after step {loop.step} of {prepared.num_steps}. "
+                f"stopped by {named(received)} after step {loop.step} of {prepared.num_steps}. "
                 f"{last_good_checkpoint(run.checkpoints)}",
                 received,
             )

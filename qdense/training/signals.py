@@ -12,6 +12,11 @@ from qdense.events import Emit, Notice
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+def named(received: signal.Signals) -> str:
+    """What a person calls this signal."""
+    return "Ctrl-C" if received == signal.SIGINT else received.name
+
+
 class StopSignals:
     """Within it, Ctrl-C, SIGTERM and a closed terminal only set `received`. Outside the main thread it does nothing.
 
@@ -42,7 +47,8 @@ class StopSignals:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
         notice = Notice(
-            f"{self.received.name}: stopping after this step, with a checkpoint; a second one stops at once", "warning"
+            f"{named(self.received)}: stopping after this step, with a checkpoint; a second one stops at once",
+            "warning",
         )
         # In a thread, because the signal may have interrupted a write of the display.
         threading.Thread(target=self._emit, args=(notice,), daemon=True).start()

@@ -90,16 +90,16 @@ class EvaluationDisplay(Display):
             results = [self._result(task, column == columns[-1]) for task in self.started.tasks]
             truncated.append(sum(result["num_truncated"] for result in results))
             without.append(sum(result["strict"]["num_without_answer"] for result in results))
+        more = "; --max-new-tokens raises it" if any(truncated) else ""
         if len(columns) == 1:
-            return (
-                f"{counted(truncated[0], 'completion')} cut off at the token limit, {counted(without[0], 'item')} without an "
-                "answer (strict)"
-            )
+            missing = "" if self.started.are_own else f", {counted(without[0], 'item')} without an answer (strict)"
+            return f"{counted(truncated[0], 'answer')} cut off at the token limit{more}{missing}"
 
         def each(numbers: list[int]) -> str:
             return ", ".join(f"{column} {number:,}" for column, number in zip(columns, numbers, strict=True))
 
-        return f"completions cut off at the token limit: {each(truncated)}; items without an answer (strict): {each(without)}"
+        missing = "" if self.started.are_own else f"; items without an answer (strict): {each(without)}"
+        return f"answers cut off at the token limit: {each(truncated)}{more}{missing}"
 
     def _result(self, task: str, is_last: bool) -> dict[str, Any]:
         assert self.done
@@ -118,7 +118,8 @@ class EvaluationDisplay(Display):
             ks = [f"{100 * result[rule]['pass_at'][str(samples)]:.1f}" for rule in self._rules]
             table.add_row("", f" pass@{samples}", "", *ks, style="dim")
         if "clean" in result:
-            shares = [accuracy_text(result["clean"][rule], digits) for rule in self._rules]
+            left = result["clean"]
+            shares = [accuracy_text(left[rule], digits) if left["num_items"] else "-" for rule in self._rules]
             table.add_row("", " clean", f"{result['clean']['num_items']:,}", *shares, style="dim")
 
     def _add_progress(
@@ -139,6 +140,11 @@ class EvaluationDisplay(Display):
     def _done_line(self) -> str:
         assert self.done
         counts = "" if self._has_room_for_counts else self._counts_line() + ". "
+        if self.started and self.started.are_own:
+            counts += (
+                "An answer is right if it equals the completion in your file: a base model often words it differently, and of "
+                "free text this says little; --show 5 prints answers. "
+            )
         return f"{counts}95% Wilson intervals; completions and summary.json in {self.done.summary['folder']}"
 
     def plain(self, event: Any) -> str | None:

@@ -54,6 +54,12 @@ def show_contamination(console: Console, origin: str, found: Mapping[str, Mappin
         table.add_row(task, *(f"{overlap[key]:,}" for key in keys), f"{num_clean:,}", style=style)
     console.print(Text(clean(f"test items in {origin}")))
     console.print(table)
+    if any(overlap["num_near"] or overlap["num_exact"] for overlap in found.values()):
+        console.print(
+            "exact: the same question is in the training data; near: almost the same words are. With other numbers, a near one "
+            "is a new question, and only says that the test is close to what was trained on. clean: neither.",
+            style="dim",
+        )
     for task, overlap in found.items():
         for match in overlap["examples"]:
             is_near = match["kind"] != "exact"
@@ -74,7 +80,7 @@ def show_tasks(console: Console, tasks: Mapping[str, Task], groups: Mapping[str,
     table.add_column("task", no_wrap=True)
     table.add_column("items", justify="right", no_wrap=True)
     table.add_column("answer", no_wrap=True)
-    table.add_column("upstream's name", no_wrap=True)
+    table.add_column("LLM-Adapters' name", no_wrap=True)
     table.add_column("source", overflow="fold")
     for task in tasks.values():
         table.add_row(task.name, f"{task.num_items:,}", task.answers.name, task.upstream_name, task.source)
@@ -130,14 +136,17 @@ def show_export(console: Console, report: ExportReport) -> None:
     how = "exact" if report.is_exact else "fitted"
     console.print(clean(f"wrote {report.folder}: a LoRA of rank {report.rank}, {how}"))
     if not report.is_exact or report.lost_worst > 1e-6:
-        of = "matrix" if report.is_exact else "output"
+        of = "matrix differs from the adapter's" if report.is_exact else "output differs from the adapter's"
         console.print(
-            f"lost of the adapter's {of}: {plain_decimals(100 * report.lost_median, 2)}% in the median of {report.num_layers} "
-            f"layers, at most {plain_decimals(100 * report.lost_worst, 2)}% ({clean(report.worst_layer)})"
+            f"the LoRA's {of} by {plain_decimals(100 * report.lost_median, 2)}% (median of {report.num_layers} modules), at most "
+            f"{plain_decimals(100 * report.lost_worst, 2)}% ({clean(report.worst_layer)})"
         )
     if report.losses:
-        losses = ", ".join(f"{name} {report.losses[name]:.4f}" for name in ("base", "adapter", "fitted"))
-        console.print(f"loss on {report.num_held_out} rows that were held out: {losses}")
+        shown = "; ".join(
+            f"{title} {report.losses[name]:.4f}, {100 * report.accuracies[name]:.1f}%"
+            for name, title in (("base", "base model"), ("adapter", "adapter"), ("fitted", "LoRA"))
+        )
+        console.print(f"loss and right next tokens on {report.num_held_out} rows that the fit did not use: {shown}")
 
 
 def show_analysis(console: Console, analysis: Analysis) -> None:
@@ -211,14 +220,15 @@ def show_plan(console: Console, plan: Plan, title: str, longest_context_tokens: 
         console.print(Text(f"does not fit: {size(plan.needed_bytes)} of {size(machine.memory_bytes)}", style="red"))
         for remedy in plan.remedies:
             console.print(Text(clean(f"  {remedy}")))
-    console.print(f"longest row that fits, one at a time: {longest_context_tokens:,} tokens")
+        return
+    console.print(f"longest row for which the memory suffices, one at a time: {longest_context_tokens:,} tokens")
     if plan.layout.offload:
         console.print(f"host memory for checkpoints: {size(plan.host_bytes)}, pinned")
     if len(plan.speeds) > 1 and len(set(plan.speeds.values())) == 1:
         speed = float(f"{next(iter(plan.speeds.values())):.3g}")
         console.print(
-            f"about {speed:,.0f} tokens/s on any of these cards: {', '.join(plan.speeds)}; the model is so small that Python, "
-            "not the card, sets the pace"
+            f"about {speed:,.0f} tokens/s on any of these cards: {', '.join(plan.speeds)}; each step has so little to compute "
+            "that Python, not the card, sets the pace"
         )
     elif plan.speeds:
         speeds = ", ".join(f"{name} {speed:,.0f}" for name, speed in plan.speeds.items())

@@ -36,6 +36,8 @@ def test_read(kind, text, value):
         (memory_size, "-1GiB", "for instance 24GiB"),
         (layer_numbers, "0;1", "for instance 0,15,31"),
         (columns, "instruction", "is not KEY=COLUMN, for instance instruction=question,output=answer"),
+        (columns, "text=a,output=b", "text holds whole texts: give it alone"),
+        (columns, "prompt=a,instruction=b", '"instruction" is given twice'),
         (columns, "instuction=a", 'did you mean "instruction"'),
         (columns, "output=a,output=b", "given twice"),
         (columns, "messages=a,output=b", "give it alone"),

@@ -83,7 +83,7 @@ def test_as_a_module_and_as_a_script(command):
         (["evaluate", "wordproblems", "--model", "smollm2-135m", "--with-base"], "--with-base compares"),
         (["evaluate", "wordproblems", "--trained-on", "math10k"], "--trained-on: names the training set for --clean"),
         (["train", DEMO, "--output", "a\0b"], "a path contains a NUL character"),
-        (["params", "gpt2"], "shapes of this model are not known"),
+        (["params", "gpt2"], "qdense does not know the sizes of this model"),
         (["params", "llama3-8b", "--method", "doro"], "unknown method"),
         (["params", "llama3-8b", "--r", "600"], "from 1 to 512"),
         (["params", "llama3-8b", "--target-modules", "XYZ"], "the letters are Q (q_proj)"),
@@ -126,7 +126,7 @@ def test_a_plan_without_a_gpu_says_what_it_is_for(capsys, monkeypatch):
     assert main(["plan", "demo"]) == 0
     printed = capsys.readouterr()
     assert "no GPU here: planned for a 24 GiB card; name yours with --memory" in printed.err
-    assert "tokens/s on any of these cards: RTX 3090, RTX 4090, H100, H200; the model is so small" in " ".join(
+    assert "tokens/s on any of these cards: RTX 3090, RTX 4090, H100, H200; each step has so little" in " ".join(
         printed.out.split()
     )
     assert main(["plan", "math10k", "--memory", "24GiB"]) == 0

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,6 +79,36 @@ def test_columns_are_recognised_by_their_names(tmp_path, names, columns):
     assert (read.rows[0].instruction, read.rows[0].output) == expected
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '[\n{"prompt": "a", "completion": "b"}]',
+            r"begins with \[, so it seems to be a list of rows: name it \.json$",
+        ),
+        ('[{"prompt": "a", "completion": "b"}]', r"is a list of rows in one line: name it \.json$"),
+        ("prompt,completion\na,b", r"line 1: has commas and no object, so it seems to be a table: name it \.csv$"),
+    ],
+)
+def test_a_file_of_another_format_is_told_its_name(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_rows(tmp_path / "a.jsonl", skip_bad=True)
+
+
+def test_a_lone_input_is_the_instruction_and_not_both(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"input": "2 + 2 =", "output": "4"}')
+    assert read_rows(tmp_path / "a.jsonl").rows == [Row("2 + 2 =", "", "4")]
+
+
+def test_of_files_with_one_stem_the_one_with_the_asked_ending_is_offered(tmp_path):
+    for name in ("units.jsonl", "units.csv", "units.json"):
+        (tmp_path / name).write_text("")
+    for name in ("unit.jsonl", "unit.csv", "unit.json"):
+        with pytest.raises(DataError, match=rf'did you mean ".*/units{Path(name).suffix}"\?'):
+            read_rows(tmp_path / name)
+
+
 def test_numbers_are_read_as_text(tmp_path):
     row = {"instruction": 6, "input": 0.5, "output": 42, "answer": 10**20}
     (tmp_path / "a.json").write_text(json.dumps([row]))
@@ -126,7 +157,7 @@ def test_bad_rows_are_skipped_and_each_is_reported(tmp_path):
     assert read.rows == [Row("d", "", "e")]
     assert len(read.skipped) == 2
     (tmp_path / "c.jsonl").write_text(json.dumps(ROW | {"output": ""}))
-    with pytest.raises(DataError, match=r"c\.jsonl: its only row cannot be used\. The first: .*line 1: .* blank"):
+    with pytest.raises(DataError, match=r"c\.jsonl: its only row cannot be used: .*line 1: .* blank"):
         read_rows(tmp_path / "c.jsonl", skip_bad=True)
 
 
@@ -156,7 +187,7 @@ def test_a_bad_row_stops_a_training_set_and_says_how_to_skip_it(tmp_path):
         ),
         ("a.json", json.dumps([ROW | {"output": True}]), 'row 0: column "output" must be text, not true or false'),
         ("a.json", json.dumps([ROW | {"output": float("nan")}]), "must be text, not a number (nan)"),
-        ("a.json", f"{json.dumps(ROW)}\n{json.dumps(ROW)}", "Extra data. One object a line? Then name it .jsonl"),
+        ("a.json", f"{json.dumps(ROW)}\n{json.dumps(ROW)}", "Extra data. One object per line? Then name it .jsonl"),
         ("a.txt", json.dumps(ROW), "If it has one JSON object a line, name it .jsonl"),
         ("a.csv", "prompt;completion\na;b\n", 'separated by ";": save it with commas'),
         ("a.csv", "prompt\tcompletion\na\tb\n", "separated by tabs: save it with commas"),

@@ -142,7 +142,7 @@ def test_what_cannot_be_exported_is_refused(tiny_model, tmp_path, rows, capsys):
     matrix = make_run(tiny_model, tmp_path / "matrix", seed=0, method="denselora-only-matrix")
     (tmp_path / "few.jsonl").write_text('{"prompt": "x", "completion": "y"}\n')
     for run, settings, message in (
-        (dense, {}, r"no matrix, because of the activation \(gelu\)"),
+        (dense, {}, r"written as a matrix, because of the activation \(gelu\)"),
         (dense, {"fit": rows, "rank": 5}, "--rank 5: .* at most the adapter's rank, 4"),
         (dense, {"fit": tmp_path / "few.jsonl"}, "has 1 rows; a fit needs at least 10"),
         (dense, {"fit": tmp_path / "none.jsonl"}, "none.jsonl"),
@@ -160,4 +160,4 @@ def test_what_cannot_be_exported_is_refused(tiny_model, tmp_path, rows, capsys):
     assert main(["export", str(matrix), str(tmp_path / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["is_exact"]
     assert main(["export", str(dense), str(tmp_path / "fit"), "--fit", str(rows), "--max-length", "150"]) == 0
-    assert "loss on 12 rows that were held out: base" in capsys.readouterr().out
+    assert "next tokens on 12 rows that the fit did not use: base model" in capsys.readouterr().out

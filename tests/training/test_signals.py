@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from qdense.training.signals import StopSignals
+from qdense.training.signals import StopSignals, named
 
 TAKEN = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -38,7 +38,7 @@ def test_the_first_is_a_request_and_the_second_leaves_at_once(number):
             os.kill(os.getpid(), number)
         assert signals.received is number
     assert notices == [
-        ("warning", f"{number.name}: stopping after this step, with a checkpoint; a second one stops at once")
+        ("warning", f"{named(number)}: stopping after this step, with a checkpoint; a second one stops at once")
     ]
     assert {signal.getsignal(each) for each in TAKEN} == {signal.default_int_handler}
 

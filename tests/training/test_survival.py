@@ -27,6 +27,7 @@ from qdense.runs import RunFolder
 from qdense.training import resume as resume_module
 from qdense.training.metrics import read_metrics
 from qdense.training.run import train
+from qdense.training.signals import named
 from qdense.ui.training import TrainingDisplay
 from tests.helpers import ROOT
 from tests.helpers.runs import adapter_bytes, change_losses, killed_run, recipe_for, run
@@ -75,7 +76,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(tiny_model, tmp_path, u
 
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with pytest.raises(
-        RunStopped, match=rf"stopped by {number.name} after step \d of 6.*checkpoint-\d; continue"
+        RunStopped, match=rf"stopped by {named(number)} after step \d of 6.*checkpoint-\d; continue"
     ) as stop:
         train(recipe, resume=False, data_dir=None, emit=emit)
     assert stop.value.signal_number == number

@@ -86,8 +86,8 @@ def test_the_final_table_fits_a_narrow_terminal():
     assert all(len(line) <= 60 for line in text.splitlines())
     assert "22.7 [40,50]" in text
     assert (
-        "completions cut off at the token limit: base 92, adapter 46; items without an answer (strict): base 34, adapter 34."
-        in " ".join(text.split())
+        "answers cut off at the token limit: base 92, adapter 46; --max-new-tokens raises it; "
+        "items without an answer (strict): base 34, adapter 34." in " ".join(text.split())
     )
 
 
@@ -95,6 +95,6 @@ def test_one_model_has_one_number_of_cut_completions():
     display = EvaluationDisplay(Console(file=io.StringIO(), width=60, force_terminal=True))
     display.update(EvaluationStarted("runs/x", (), ("gsm8k",), ("adapter",)))
     display.update(EvaluationDone(summary(300)))
-    assert "23 completions cut off at the token limit, 17 items without an answer" in " ".join(
+    assert "23 answers cut off at the token limit; --max-new-tokens raises it, 17 items without an answer" in " ".join(
         drawn(display, 60).split()
     )

@@ -37,6 +37,7 @@ STAGED = {
     "tools/results/kernels.md": "results/kernels.md",
     "tools/results/methods.md": "results/methods.md",
     "tools/results/mutation.md": "results/mutation.md",
+    "tools/results/peft.md": "results/peft.md",
     "tools/results/tasks.md": "results/tasks.md",
     "tools/results/training.md": "results/training.md",
     "tools/results/vllm.md": "results/vllm.md",

@@ -5,6 +5,7 @@ Which of PEFT's methods it overrides, and what breaks without that: qdense/compa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,31 @@ from torch import Tensor, nn
 
 from qdense.catalogs.families import LLAMA_NAMED, PAPER_TARGET_MODULES
 from qdense.compat.peft import adapters_to_merge, holds_tensors_by_adapter, quantization_backend
+
+# Settings of PEFT's LoRA that people try here, and why a configuration of ours has none of them.
+_REFUSED = {
+    "rank_pattern": "layers that share factors have one rank. For another rank in some modules, add a second adapter for them",
+    "alpha_pattern": "layers that share factors have one scale. For another alpha in some modules, add a second adapter for them",
+    "trainable_token_indices": "embeddings are not adapted. To train them in full, name them in modules_to_save",
+    "bias": "biases are not trained. To train modules in full, name them in modules_to_save",
+    "layer_replication": "layers are not replicated",
+    "use_dora": "that is LoRA's own variant; peft.LoraConfig has it",
+}
+
+
+def refuses_settings_of_lora(config: type[Any]) -> type[Any]:
+    """A decorator of configurations: a setting that only LoRA has is a ValueError with the reason, not Python's TypeError."""
+    accept = config.__init__
+
+    @functools.wraps(accept)
+    def checked(self: Any, *arguments: Any, **settings: Any) -> None:
+        for name, reason in _REFUSED.items():
+            if name in settings:
+                raise ValueError(f"{config.__name__} has no {name}: {reason}.")
+        accept(self, *arguments, **settings)
+
+    config.__init__ = checked
+    return config
 
 
 @dataclass
@@ -45,6 +71,11 @@ class LinearTunerConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT keeps them as a set
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"{type(self).__name__}.layers_to_transform: needs target_modules as a list of names; with {self.target_modules!r} "
+                "PEFT does not look at it."
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"{type(self).__name__}.layers_pattern needs layers_to_transform.")
 
@@ -218,6 +249,13 @@ class LinearTuner(BaseTuner):
             )
         yield
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT asks the tuner for it. Raises ValueError: a weighted sum of these adapters is in general none of them."""
+        raise ValueError(
+            f"add_weighted_adapter: a weighted sum of {self.method_name} adapters is no {self.method_name} adapter. Where they "
+            "are matrices, `qdense export` writes each as a LoRA, which PEFT can combine"
+        )
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._refuse_unmergeable(adapter_names)
         if safe_merge:
@@ -244,7 +282,9 @@ class LinearTuner(BaseTuner):
                 for adapter in adapters_to_merge(module, adapter_names):
                     if module.has_adapter(adapter) and not torch.isfinite(module.merged_weight(adapter)).all():
                         raise ValueError(
-                            f"safe_merge: the merged weight of {key} would hold NaN or infinity; no layer has been merged."
+                            # The words that PEFT says of its own methods come first.
+                            f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: the weight of "
+                            f"{key} would hold NaN or infinity; no layer has been merged."
                         )
 
     def _refuse_unmergeable(self, adapter_names: list[str] | None) -> None:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from qdense.catalogs.families import LLAMA_NAMED
 from qdense.compat.peft import PeftTypeName, cast_input, register
-from qdense.tuners.base import AdaptedLinear, LinearTuner, LinearTunerConfig
+from qdense.tuners.base import AdaptedLinear, LinearTuner, LinearTunerConfig, refuses_settings_of_lora
 
 RED = PeftTypeName("RED")
 
 
+@refuses_settings_of_lora
 @dataclass
 class RedConfig(LinearTunerConfig):
     """Configuration of RED (arXiv:2402.15179). `target_modules` defaults to down_proj.

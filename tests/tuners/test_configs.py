@@ -14,6 +14,7 @@ DENSELORA_ACCEPTED = [
     {"alpha": 0.1},
     {"dropout": 0.0},
     {"dropout": 0.99},
+    {"use_rslora": True},
     *({"activation": name} for name in ("gelu", "silu", "tanh", "none")),
     {"activation": "relu", "zero_init": "none"},
     {"activation": "relu", "init_weights": False},
@@ -36,6 +37,15 @@ DENSELORA_REFUSED = [
     ({"activation": "relu"}, "ReLU has zero slope at 0"),
     ({"activation": "relu", "zero_init": "m"}, "ReLU has zero slope at 0"),
     ({"freeze_shared": True}, "DenseLoraConfig.freeze_shared = True: needs"),
+    (
+        {"rank_pattern": {"q_proj": 8}},
+        "DenseLoraConfig has no rank_pattern: layers that share factors have one rank",
+    ),
+    (
+        {"target_modules": "all-linear", "layers_to_transform": [0]},
+        "DenseLoraConfig.layers_to_transform: needs target_modules as a list of names",
+    ),
+    ({"use_dora": True}, "DenseLoraConfig has no use_dora: that is LoRA's own variant"),
 ]
 NORA_ACCEPTED = [
     {"r": 4, "r_inner": 4},

@@ -7,9 +7,9 @@ import weakref
 import peft
 import pytest
 import torch
-from peft import PeftModel, get_model_status, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel, get_model_status, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Phi3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, OPTConfig, Phi3Config, pipeline
 
 from qdense import DenseLoraConfig
 from qdense.ops.denselora import denselora_delta
@@ -507,6 +507,32 @@ def test_an_input_that_one_of_the_layers_never_reads_is_not_kept(tiny_model):
 def test_the_status_names_the_type(tiny_model):
     model = adapted(tiny_model)
     assert get_model_status(model).peft_types == {"default": "DENSELORA"}
+
+
+def test_rank_stabilised_scale(tiny_model, tmp_path):
+    model = adapted(tiny_model, r=16, alpha=6.0, use_rslora=True).eval()
+    assert model.base_model.model.model.layers[0].self_attn.q_proj.scaling == {"default": 6.0 / 4}
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh_base(tiny_model), tmp_path)
+    assert torch.equal(logits(loaded.eval()), logits(model))
+
+
+def test_a_weighted_sum_of_adapters_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="a weighted sum of DenseLoRA adapters is no DenseLoRA adapter"):
+        adapted(tiny_model).add_weighted_adapter(["default"], [1.0], "sum")
+
+
+def test_what_loads_a_saved_adapter_besides_peft(tiny_model, tmp_path):
+    """AutoPeftModel and, with its model, a pipeline do; transformers' own from_pretrained says what does."""
+    model = adapted(tiny_model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(logits(loaded.eval()), logits(model))
+    written = pipeline("text-generation", model=loaded, tokenizer=tokenizer)("2 + 2 =", max_new_tokens=4)
+    assert written[0]["generated_text"].startswith("2 + 2 =")
+    with pytest.raises(ValueError, match="Please use `get_peft_model` instead"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_batch_of_several_adapters_is_refused(tiny_model):

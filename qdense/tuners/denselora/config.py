@@ -7,11 +7,12 @@ from typing import get_args
 
 from qdense.catalogs.choices import Activation, Init, Sharing, ZeroInit
 from qdense.compat.peft import PeftTypeName
-from qdense.tuners.base import LinearTunerConfig
+from qdense.tuners.base import LinearTunerConfig, refuses_settings_of_lora
 
 DENSELORA = PeftTypeName("DENSELORA")
 
 
+@refuses_settings_of_lora
 @dataclass
 class DenseLoraConfig(LinearTunerConfig):
     """Configuration of DenseLoRA (arXiv:2505.23808).
@@ -22,6 +23,9 @@ class DenseLoraConfig(LinearTunerConfig):
     r: int = field(default=32, metadata={"help": "Rank: encoder (r, d_in), M (r, r), decoder (d_out, r)."})
     alpha: float | None = field(
         default=None, metadata={"help": "The adapter's output is scaled by alpha / r. Default: 2 * r, the authors'."}
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Scale by alpha / sqrt r instead, as rank-stabilised LoRA."}
     )
     dropout: float = field(default=0.0, metadata={"help": "On the input, the encoding and the output, in training."})
     activation: str = field(

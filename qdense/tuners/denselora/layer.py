@@ -142,7 +142,7 @@ class DenseLoraLinear(AdaptedLinear):
         """Add (or replace) the adapter `adapter_name`: a new M (r, r), in the pair's dtype."""
         assert config.alpha is not None
         self.r[adapter_name] = config.r
-        self.scaling[adapter_name] = config.alpha / config.r
+        self.scaling[adapter_name] = config.alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
         self.dropout[adapter_name] = config.dropout
         self.activation[adapter_name] = config.activation
         self.shared[adapter_name] = pair

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qdense.cli.arguments import as_toml, columns, memory_size
+from qdense.cli.estimate import predicted_time, rough_token_counts
 from qdense.cli.plan import machine_for
 from qdense.errors import DataError, RecipeError, counted, did_you_mean
 from qdense.text import printable
 
 if TYPE_CHECKING:
-    from qdense.data.rows import Row, Rows
+    from qdense.data.rows import Rows
     from qdense.planning.plan import Plan
     from qdense.recipe import Recipe
 
@@ -32,8 +33,6 @@ EXAMPLES = """\
 """
 
 _MODELS = ("llama3-8b", "llama3.2-3b", "llama3.2-1b", "smollm2-135m")  # from the largest down
-_CHARACTERS_PER_TOKEN = 3  # English has about 4; a low estimate keeps answers from being cut off
-_CHARACTERS_OF_A_TURN = 30  # what a chat template adds to each
 _EPOCHS = 3
 _FEWEST_TO_VALIDATE = 20  # rows
 
@@ -135,7 +134,7 @@ def _fitting(arguments: argparse.Namespace, name: str, rows: Rows) -> tuple[Reci
 
 def _tables(arguments: argparse.Namespace, name: str, rows: Rows, model: str) -> Iterator[str]:
     """The lines of the recipe. Keys that it omits have suitable defaults."""
-    lengths = _token_counts(rows.rows)
+    lengths = rough_token_counts(rows.rows)
     num_validation = 0 if len(rows.rows) < _FEWEST_TO_VALIDATE else min(120, len(rows.rows) // 10)
     num_training = len(rows.rows) - num_validation
     batch_size = 16 if num_training >= 800 else 8 if num_training >= 200 else 4
@@ -200,22 +199,6 @@ def _columns_line(rows: Rows) -> str:
     return f"columns = {{ {', '.join(f'{key} = {as_toml(column)}' for key, column in named.items())} }}"
 
 
-def _token_counts(rows: Sequence[Row]) -> list[int]:
-    """A rough count from characters, which needs no tokenizer."""
-    from qdense.data.templates import TEMPLATES
-
-    template = TEMPLATES["alpaca"]
-
-    def num_characters(row: Row) -> int:
-        if row.messages:
-            return sum(len(message.content) + _CHARACTERS_OF_A_TURN for message in row.messages)
-        if row.kind == "text":
-            return len(row.output)
-        return len(template.training_prompt(row)) + len(template.response(row))
-
-    return [math.ceil(num_characters(row) / _CHARACTERS_PER_TOKEN) for row in rows]
-
-
 def _max_length(lengths: Sequence[int]) -> int:
     """Long enough for 99% of the rows: a multiple of 64, from 128 to 4,096."""
     enough = sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1]
@@ -226,15 +209,7 @@ def _heading(arguments: argparse.Namespace, output: Path, rows: Rows, recipe: Re
     num_rows = counted(len(rows.rows), "row")
     yield f"# Written by `qdense init` for {arguments.data.name}: {num_rows}. Every key is explained in docs/reference/recipe.md."
     yield f"# {_prediction(plan)}"
-    if plan.speeds:
-        num_tokens = _EPOCHS * sum(min(n, recipe.data.max_length) for n in _token_counts(rows.rows))
-        hours = {
-            card: num_tokens / speed / 3600
-            for card, speed in plan.speeds.items()
-            if "RTX" in card or len(plan.speeds) == 1
-        }
-        times = ", ".join(f"{max(hour, 0.1):.1f} h on an {card}" for card, hour in hours.items())
-        yield f"# Predicted time, from shapes alone: {times}."
+    yield f"# {predicted_time(plan, recipe, rows.rows)}."
     yield f"# What takes the memory, and what would fit: qdense plan {output}. Train: qdense train {output}."
     yield ""
 

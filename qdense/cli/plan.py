@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 HELP = "predict whether a run fits in memory, and how it will run"
 DESCRIPTION = (
-    "Predict a run's memory and speed from shapes alone: nothing is loaded and no GPU is needed. The exit status is 0 even "
-    "if the run does not fit."
+    "Predict a run's memory and speed from shapes alone: no model is loaded and no GPU is needed. If the data is a file of "
+    "yours, also how long the run takes. The exit status is 0 even if the run does not fit."
 )
 EXAMPLES = """\
   qdense plan math10k --memory 24GiB
@@ -58,6 +59,12 @@ def run(arguments: argparse.Namespace) -> None:
     from qdense.ui.tables import show_plan
 
     show_plan(make_console(), plan, f"{recipe.adapter.method} on {recipe.model.name}", longest)
+    if plan.fits and recipe.data.path is not None and os.path.isfile(recipe.data.path):
+        from qdense.cli.estimate import predicted_time
+        from qdense.data.sources import load_training_set
+
+        rows = load_training_set(recipe.data.model_copy(update={"bad_rows": "skip"}), None).rows
+        print(f"this run: {predicted_time(plan, recipe, rows)}")
 
 
 def machine_for(recipe: Recipe, shape: CatalogModel, memory_bytes: int | None) -> Machine:

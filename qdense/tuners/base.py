@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from qdense.catalogs.families import LLAMA_NAMED, PAPER_TARGET_MODULES
 from qdense.compat.peft import adapters_to_merge, holds_tensors_by_adapter, quantization_backend
 
-# Settings of PEFT's LoRA that people try here, and why a configuration of ours has none of them.
+# Settings of PEFT's LoRA that people try here, and why a configuration of ours has none of them. (`bias` is a TypeError, by which
+# PEFT tells the methods without one.)
 _REFUSED = {
     "rank_pattern": "layers that share factors have one rank. For another rank in some modules, add a second adapter for them",
     "alpha_pattern": "layers that share factors have one scale. For another alpha in some modules, add a second adapter for them",
     "trainable_token_indices": "embeddings are not adapted. To train them in full, name them in modules_to_save",
-    "bias": "biases are not trained. To train modules in full, name them in modules_to_save",
     "layer_replication": "layers are not replicated",
     "use_dora": "that is LoRA's own variant; peft.LoraConfig has it",
 }
@@ -73,8 +73,8 @@ class LinearTunerConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
-                f"{type(self).__name__}.layers_to_transform: needs target_modules as a list of names; with {self.target_modules!r} "
-                "PEFT does not look at it."
+                f"{type(self).__name__}.layers_to_transform: needs target_modules as a list of names; with "
+                f"{self.target_modules!r} PEFT does not look at it."
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"{type(self).__name__}.layers_pattern needs layers_to_transform.")

@@ -1,11 +1,13 @@
 """`qdense init`: a recipe for a user's own rows and card, which trains unchanged."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from qdense.cli import main
-from qdense.recipe import load_recipe
+from qdense.data.rows import Row
+from qdense.recipe import load_recipe, recipe_from_tables
 
 GIB = 2**30
 
@@ -35,8 +37,32 @@ def test_the_run_is_sized_to_the_rows(tmp_path, monkeypatch, capsys, num_rows, v
     assert recipe.training.keep == ("best" if validation_rows else "last")
     assert (recipe.training.learning_rate, recipe.training.warmup_steps) == ("auto", "auto")
     assert recipe.output.dir == "runs/own"
+    num_steps = 3 * -(-(num_rows - validation_rows) // batch_size)
+    assert f"# {num_steps:,} steps, predicted from shapes alone: " in (tmp_path / "own.toml").read_text()
     assert main(["plan", "own.toml", "--memory", "24GiB", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["fits"]
+    assert main(["plan", "own.toml", "--memory", "24GiB"]) == 0
+    assert f"this run: {num_steps:,} steps, predicted from shapes alone: " in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_time_follows_the_rows_and_the_length_of_the_run(tmp_path, monkeypatch):
+    from qdense.cli.estimate import predicted_time
+
+    monkeypatch.chdir(tmp_path)
+    rows = [Row("a" * 100, "", "b" * 100)] * 100
+    plan = SimpleNamespace(speeds={"RTX 3090": 100.0, "H100": 1000.0})
+    data = {"path": "x.jsonl", "validation_rows": 10, "max_length": 50}
+
+    def time_of(**training):
+        tables = {"model": {"name": "llama3-8b"}, "data": data, "training": {"batch_size": 8, **training}}
+        return predicted_time(plan, recipe_from_tables(tables, source="test"), rows)
+
+    # 90 rows of 50 tokens at 100 tokens a second are 45 seconds an epoch
+    assert time_of(epochs=4) == "48 steps, predicted from shapes alone: 3 min on an RTX 3090"
+    assert time_of(epochs=400) == "4,800 steps, predicted from shapes alone: 5.0 h on an RTX 3090"
+    assert time_of(max_steps=30) == "30 steps, predicted from shapes alone: 2 min on an RTX 3090"
+    plan.speeds.clear()
+    assert time_of(epochs=4) == "48 steps"
 
 
 def test_the_model_is_the_largest_that_fits(tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ from safetensors.torch import load_file, save_file
 from qdense.benchmarks.results import read_completions, score_task
 from qdense.benchmarks.tasks import TASKS
 from qdense.data.rows import STANDARD_COLUMNS, read_rows
-from qdense.errors import QDenseError
+from qdense.errors import DataError, QDenseError
 from qdense.events import ignore
 from qdense.experiments.experiment import builtin_experiments, load_experiment
 from qdense.inference import loaded as loaded_models
@@ -324,6 +324,86 @@ class Data:
         return check
 
 
+class Conversations:
+    """mutated conversations, prompts and completions as messages, and whole texts, as training reads and cuts them"""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        turns = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "What is 2 + 2? Täter, 数"},
+            {"role": "assistant", "content": "4."},
+            {"role": "user", "content": [{"type": "text", "text": "And 3 + 3?"}]},
+            {"role": "assistant", "content": "<|im_end|> 6."},
+        ]
+        shared = [{"from": turn["role"].replace("user", "human"), "value": str(turn["content"])} for turn in turns]
+        self.files: list[list[dict[str, Any]]] = [
+            [{"messages": turns}, {"messages": turns[1:3]}],
+            [{"conversations": shared, "id": 7}, {"conversations": shared[1:3]}],
+            [{"prompt": turns[:4], "completion": turns[4:]}, {"prompt": turns[1:2], "completion": turns[2:3]}],
+            [{"text": "One. </s> Two."}, {"text": " 3 "}],
+            [{"input": "2 + 2 =", "output": "4"}, {"input": "3", "output": "6"}],
+        ]
+        self.tokenizer = _byte_tokenizer()
+
+    def make(self, mutator: Mutator) -> Callable[[], None]:
+        from qdense.data.examples import encode_rows
+        from qdense.ops.cross_entropy import IGNORED
+        from qdense.recipe import DataRecipe
+
+        rows = mutator.random.choice(self.files)
+        if mutator.random.random() < 0.1:
+            rows = [rows[0], mutator.random.choice(self.files)[0]]
+        if mutator.random.random() < 0.7:
+            changed = mutator.value(rows)
+            content = "\n".join(map(json.dumps, changed if isinstance(changed, list) else [changed])).encode()
+        else:
+            content = mutator.text("\n".join(map(json.dumps, rows)).encode())
+        path = self.folder / "case.jsonl"
+        path.write_bytes(content)
+        skip_bad, max_length = mutator.random.random() < 0.3, mutator.random.choice([8, 40, 4096])
+        train_on = mutator.random.choice(["auto", "all", "response", "last"])
+
+        def check() -> None:
+            read = read_rows(path, skip_bad=skip_bad).rows
+            assert len({row.kind for row in read}) == 1
+            assert all(row.output.strip() for row in read)
+            template = "chatml" if read[0].kind == "conversation" else "auto"
+            data = DataRecipe(path=str(path), template=template, max_length=max_length, train_on=train_on)
+            if sum(len(row.output) + sum(len(turn.content) for turn in row.messages) for row in read) > 20_000:
+                return
+            try:
+                encoded = encode_rows(read, range(len(read)), self.tokenizer, data)
+            except DataError:  # of the recipe: nothing fits data.max_length, or the template refuses these turns
+                return
+            for example in encoded.examples:
+                row, text = read[example.row], self.tokenizer.decode(example.input_ids)
+                counted = [label for label in example.labels if label != IGNORED]
+                assert len(example.input_ids) == len(example.labels) <= max_length
+                assert counted
+                if encoded.lengths[example.row] <= max_length:  # nothing was cut off
+                    assert (row.messages[-1].content if row.messages else row.output.strip()) in text
+                if row.num_given and train_on in ("auto", "response"):
+                    learnt = self.tokenizer.decode(counted)
+                    assert not any(turn.role == "user" and f"user\n{turn.content}<" in learnt for turn in row.messages)
+
+        return check
+
+
+def _byte_tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", additional_special_tokens=special
+    )
+
+
 class CompletionFiles:
     """mutated completion files, as `qdense score` reads them"""
 
@@ -481,6 +561,7 @@ KINDS: dict[str, tuple[_Kind, int]] = {
     "recipes": (Recipes, 8000),
     "experiments": (Experiments, 3000),
     "data": (Data, 8000),
+    "conversations": (Conversations, 4000),
     "completions": (CompletionFiles, 5000),
     "adapters": (Adapters, 2000),
 }

@@ -289,7 +289,10 @@ def _row(place: str, record: Any, columns: Columns, gold: str | None) -> Row:
                 "[data.columns] instruction, input, output",
                 column,
             )
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        # An integer may be too large for a float.
+        if (isinstance(value, int) and not isinstance(value, bool)) or (
+            isinstance(value, float) and math.isfinite(value)
+        ):
             return str(value)
         if not isinstance(value, str):
             raise RowError(f'{place}: column "{column}" must be text, not {_kind(value)}')

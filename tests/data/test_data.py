@@ -109,6 +109,11 @@ def test_of_files_with_one_stem_the_one_with_the_asked_ending_is_offered(tmp_pat
             read_rows(tmp_path / name)
 
 
+def test_a_number_too_large_for_a_float_is_read_as_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "How many?", "completion": 1' + 400 * "0" + "}")
+    assert read_rows(tmp_path / "a.jsonl").rows == [Row("How many?", "", "1" + 400 * "0")]
+
+
 def test_numbers_are_read_as_text(tmp_path):
     row = {"instruction": 6, "input": 0.5, "output": 42, "answer": 10**20}
     (tmp_path / "a.json").write_text(json.dumps([row]))

@@ -27,7 +27,7 @@ from tests.helpers import ROOT
 sys.path.insert(0, str(ROOT / "tools"))
 import fuzz
 
-CASES = {"recipes": 150, "experiments": 100, "data": 150, "completions": 150, "adapters": 80}
+CASES = {"recipes": 150, "experiments": 100, "data": 150, "conversations": 100, "completions": 150, "adapters": 80}
 
 
 @pytest.mark.parametrize("kind", CASES)

@@ -411,7 +411,7 @@ def builtin_recipes() -> dict[str, Path]:
 def named_file(name: str | Path, known: Mapping[str, Path]) -> Path | None:
     """A file that is given by its path or, where there is no such file, by the name of a known one; None if it is neither."""
     path = Path(name)
-    return path if path.is_file() else known.get(str(name).removeprefix("recipes/").removesuffix(".toml"))
+    return path if os.path.isfile(path) else known.get(str(name).removeprefix("recipes/").removesuffix(".toml"))
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -424,7 +424,7 @@ def find_recipe(name: str | Path) -> Path:
     found = named_file(name, known)
     if found is not None:
         return found
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's, it takes a name of any length
         raise RecipeError(f"{path}: is a folder; name a recipe, a TOML file")
     if path.suffix in _DATA_ENDINGS:
         hint = near_file(path, _DATA_ENDINGS)
@@ -434,7 +434,7 @@ def find_recipe(name: str | Path) -> Path:
         )
     hint = near_file(path, (".toml",))
     raise RecipeError(
-        f"{path}: no such file{f'{hint} And' if hint else ', and'} no built-in recipe{did_you_mean(str(name), known)}. For your "
+        f"{shortened(str(path))}: no such file{f'{hint} And' if hint else ', and'} no built-in recipe{did_you_mean(str(name), known)}. For your "
         "own data, write one with `qdense init DATA`"
     )
 

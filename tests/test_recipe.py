@@ -237,3 +237,10 @@ def test_choices_are_what_differs_from_the_defaults():
         "data": {"name": "wordproblems"},
         "training": {"epochs": 1.0},
     }
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 5000 + ".toml"])
+def test_a_name_longer_than_a_file_can_have_is_an_unknown_recipe(name):
+    with pytest.raises(RecipeError, match=r"no such file, and no built-in recipe; known: ") as caught:
+        load_recipe(name)
+    assert len(str(caught.value)) < 1000

@@ -309,7 +309,7 @@ def _arms(path: Path, tables: ExperimentTables, overrides: Sequence[str]) -> Ite
     if tables.recipe is not None:
         beside = path.parent / tables.recipe
         try:
-            base = read_toml(beside if beside.is_file() else find_recipe(tables.recipe), "recipe")
+            base = read_toml(beside if os.path.isfile(beside) else find_recipe(tables.recipe), "recipe")
         except RecipeError as error:
             raise RecipeError(f'{path}: recipe = "{shortened(tables.recipe)}": {error}') from None
         base.pop("provenance", None)

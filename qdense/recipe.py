@@ -433,9 +433,10 @@ def find_recipe(name: str | Path) -> Path:
             + (hint or f". To train on data of your own, write a recipe for it: qdense init {path}")
         )
     hint = near_file(path, (".toml",))
+    nor = f"{hint} And" if hint else ", and"
     raise RecipeError(
-        f"{shortened(str(path))}: no such file{f'{hint} And' if hint else ', and'} no built-in recipe{did_you_mean(str(name), known)}. For your "
-        "own data, write one with `qdense init DATA`"
+        f"{shortened(str(path))}: no such file{nor} no built-in recipe{did_you_mean(str(name), known)}. For your own data, "
+        "write one with `qdense init DATA`"
     )
 
 

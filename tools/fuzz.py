@@ -344,7 +344,8 @@ class Conversations:
             [{"text": "One. </s> Two."}, {"text": " 3 "}],
             [{"input": "2 + 2 =", "output": "4"}, {"input": "3", "output": "6"}],
         ]
-        self.tokenizer = _byte_tokenizer()
+        self.tokenizer = importlib.import_module("tests.helpers.models").make_tokenizer()
+        self.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
 
     def make(self, mutator: Mutator) -> Callable[[], None]:
         from qdense.data.examples import encode_rows
@@ -388,20 +389,6 @@ class Conversations:
                     assert not any(turn.role == "user" and f"user\n{turn.content}<" in learnt for turn in row.messages)
 
         return check
-
-
-def _byte_tokenizer() -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|im_start|>", "<|im_end|>"]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", additional_special_tokens=special
-    )
 
 
 class CompletionFiles:

@@ -329,7 +329,7 @@ class Conversations:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        turns = [
+        turns: list[dict[str, Any]] = [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "What is 2 + 2? Täter, 数"},
             {"role": "assistant", "content": "4."},
@@ -370,7 +370,8 @@ class Conversations:
             assert len({row.kind for row in read}) == 1
             assert all(row.output.strip() for row in read)
             template = "chatml" if read[0].kind == "conversation" else "auto"
-            data = DataRecipe(path=str(path), template=template, max_length=max_length, train_on=train_on)
+            settings = {"path": str(path), "template": template, "max_length": max_length, "train_on": train_on}
+            data = DataRecipe.model_validate(settings)
             if sum(len(row.output) + sum(len(turn.content) for turn in row.messages) for row in read) > 20_000:
                 return
             try:
@@ -543,7 +544,7 @@ class Adapters:
         save_file(tensors, path, metadata={"format": "pt"})
 
 
-_Kind = type[Recipes] | type[Experiments] | type[Data] | type[CompletionFiles] | type[Adapters]
+_Kind = type[Recipes] | type[Experiments] | type[Data] | type[Conversations] | type[CompletionFiles] | type[Adapters]
 KINDS: dict[str, tuple[_Kind, int]] = {
     "recipes": (Recipes, 8000),
     "experiments": (Experiments, 3000),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -66,12 +67,18 @@ LOCK_FILE = ".lock"
 def locked(folder: Path, in_use: Callable[[], QDenseError]) -> Iterator[None]:
     """Keep other processes that use this lock out of `folder`. Raises `in_use()` if one holds it.
 
-    The system releases the lock when its process dies, however it dies; the file stays.
+    The system releases the lock when its process dies, however it dies; the file stays. Raises PermissionError where no lock can
+    be made: in the kernel's own folders, or in the place of a symbolic link, which might lead to any file.
     """
+    path = folder / LOCK_FILE
+    if path.is_symlink():
+        raise PermissionError(errno.EPERM, "is a symbolic link, and is not followed. Remove it", str(path))
     try:
-        with FileLock(folder / LOCK_FILE, timeout=0):
+        with FileLock(path, timeout=0):
             yield
     except Timeout:
+        if not path.exists():  # the lock has asked for it, and was refused
+            raise PermissionError(errno.EACCES, "no file can be created here", str(path)) from None
         raise in_use() from None
 
 

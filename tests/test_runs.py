@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qdense.cli import main
 from qdense.errors import AdapterError, EvaluationError, RunError
 from qdense.runs import AnalysisFolder, EvaluationFolder, RunFolder, find_adapter, find_evaluation, newest_finished_run
 from tests.helpers import ROOT
@@ -212,6 +213,19 @@ def test_an_adapter_is_found_from_its_run_and_from_itself(tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")  # made by PEFT alone
     assert find_adapter(tmp_path / "lora") == tmp_path / "lora"
+
+
+@pytest.mark.parametrize("folder", ["/proc/self", "linked"])
+def test_a_place_where_no_lock_can_be_made_is_named(tmp_path, monkeypatch, capsys, folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "linked" / ".lock").symlink_to(tmp_path / "precious")
+    assert main(["train", "demo", "--output", folder]) == 2
+    said = capsys.readouterr().err
+    assert f"{folder}/.lock: " in said
+    assert "no file can be created here" in said or "is a symbolic link, and is not followed" in said
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_adapters_that_are_not_there(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FEW = "(DenseLoRA 3 or only-matrix 4 or NoRA 3 or RED 3) and (save_pretrained or disable or delete or adapter_name or merge)"
+FEW = "MLP and (save_pretrained or disable or delete or adapter_name)"
 
 
 @pytest.mark.slow
@@ -27,5 +27,5 @@ def test_some_of_pefts_own_tests_pass_with_our_tuners(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     row = next(line for line in table.read_text().splitlines() if line.startswith("| test_custom_models"))
     num_passed, num_failed = (int(cell) for cell in row.split("|")[2:4])
-    assert num_passed >= 40
+    assert num_passed >= 100
     assert num_failed == 0

@@ -16,7 +16,7 @@ from typing import Any
 
 from qdense.benchmarks.scoring import LETTER, NUMBER, TEXT, AnswerKind, numbered, options
 from qdense.catalogs.datasets import TEST_SETS, UpstreamFile
-from qdense.data.rows import FORMATS, STANDARD_COLUMNS, Columns, read_rows
+from qdense.data.rows import FORMATS, STANDARD_COLUMNS, Columns, UnknownColumnsError, read_rows
 from qdense.data.sources import DataSet, load_test_set
 from qdense.errors import DataError, EvaluationError, did_you_mean
 from qdense.events import Emit, ignore
@@ -322,9 +322,12 @@ def own_task(path: Path, columns: Columns | None = None) -> Task:
     """
     try:
         read = read_rows(path)
-    except DataError:
+    except UnknownColumnsError as error:
         if columns is None:
-            raise
+            raise DataError(
+                f'{error.found}. Rename them "prompt" and "completion", or name a run with --adapter: then the columns of its '
+                "data are used"
+            ) from None
         read = read_rows(path, columns)
     if read.rows[0].kind == "text":
         raise DataError(

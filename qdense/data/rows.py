@@ -89,6 +89,14 @@ class RowError(DataError):
     """A fault of one row; the rest of the file may be used."""
 
 
+class UnknownColumnsError(DataError):
+    """No column is recognised by its name. `found` says so, without what to do about it."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(f"{found}. {_NAME_THEM}")
+        self.found = found
+
+
 class _NoColumnError(RowError):
     """A row lacks `column`."""
 
@@ -264,8 +272,8 @@ def _detected(place: str, record: Mapping[Any, Any], *, needs_output: bool) -> C
     columns = detect_columns(names, needs_output=needs_output)
     if columns is None:
         shown = ", ".join(map(shortened, names[:12])) + (", ..." if len(names) > 12 else "")
-        raise DataError(
-            f"{place}: cannot tell which column holds the instruction and which the output. Its columns: {shown}. {_NAME_THEM}"
+        raise UnknownColumnsError(
+            f"{place}: cannot tell which column holds the instruction and which the output. Its columns: {shown}"
         )
     return columns
 

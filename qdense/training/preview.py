@@ -101,9 +101,11 @@ def preview(recipe: Recipe, data_dir: Path | None, num_shown: int, emit: Emit = 
     end_token = template_named(settings.template, tokenizer).end_token
     ends = {tokenizer.eos_token_id} | ({tokenizer.convert_tokens_to_ids(end_token)} if end_token else set())
     columns = data.columns
+    has_input = any(row.input for row in data.rows)
+    read = (columns.instruction, *((columns.input,) if has_input else ()), columns.output)
     return Preview(
         origin=data.origin,
-        columns=columns.messages or columns.text or ", ".join((columns.instruction, columns.input, columns.output)),
+        columns=columns.messages or columns.text or ", ".join(read),
         template=settings.template,
         train_on=settings.train_on,
         num_training=len(split.training),

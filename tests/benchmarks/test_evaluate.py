@@ -429,7 +429,9 @@ def test_own_numbers_are_read_as_numbers(tmp_path):
 def test_columns_of_own_rows_come_from_their_names_or_from_the_run(tmp_path):
     odd = write_own(tmp_path / "a.csv", [])
     odd.write_text("ask,tell\nWho?,Ann\n")
-    with pytest.raises(DataError, match="cannot tell which column"):
+    with pytest.raises(
+        DataError, match=r'cannot tell which column .* Rename them "prompt" and "completion", or name a run'
+    ):
         tasks_named(str(odd))
     (task,) = tasks_named(str(odd), Columns("ask", "input", "tell"))
     assert task.sample == ("Who?", "Ann")

@@ -46,7 +46,9 @@ class VllmModel:
     ) -> None:
         self.emit, self.decoding, self.adapter = emit, request.decoding, adapter
         if request.decoding.num_beams > 1:
-            raise EvaluationError("--engine vllm: has another beam search; use --decoding greedy or sample")
+            raise EvaluationError(
+                "--engine vllm: its beam search differs from the authors'; use --decoding greedy or sample"
+            )
         card = read_card(adapter) if adapter is not None else None
         named = {} if adapter is None or card is None else {"adapter": (adapter, card)}
         self.recipe = recipe_of_base(request.model, named)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from qdense.data.rows import Row
-from qdense.data.templates import Piece, template_named
+from qdense.data.templates import Piece, num_doubled, template_named
 from qdense.errors import DataError
 from qdense.ops.cross_entropy import IGNORED
 
@@ -103,7 +103,7 @@ def encode_rows(rows: Sequence[Row], numbers: Sequence[int], tokenizer: Any, dat
     Tokenizing the prompt alone, as upstream does, can split the boundary differently. Of a conversation, all answers are
     responses, or with train_on = "last" the last one; one that is too long is cut at the end of an answer, if one fits.
     """
-    data = data.settled(rows[numbers[0]].kind)
+    data = data.settled(rows[0].kind)  # a data set has rows of one kind
     template = template_named(data.template, tokenizer)
     examples: list[Example] = []
     lengths: dict[int, int] = {}
@@ -124,14 +124,13 @@ def encode_rows(rows: Sequence[Row], numbers: Sequence[int], tokenizer: Any, dat
         for number, responses, ids, offsets in zip(
             chunk, spans, encodings["input_ids"], encodings["offset_mapping"], strict=True
         ):
+            doubled = num_doubled(template, ids, tokenizer)
+            ids, offsets = ids[doubled:], offsets[doubled:]
             in_response = _in_spans(offsets, responses)
             first_of_response = next((i for i, inside in enumerate(in_response) if inside), len(ids))
             if template.adds_special_tokens:
                 # One response, to the end, with special tokens that have no place in the text.
                 in_response = [i >= first_of_response for i in range(len(ids))]
-            if template.adds_special_tokens and ids[:2] == [tokenizer.bos_token_id] * 2:  # a text that brings its own
-                ids, in_response = ids[1:], in_response[1:]
-                first_of_response = min(first_of_response, 1)
             needs_eos = template.adds_special_tokens and ids[-1] != tokenizer.eos_token_id
             lengths[number] = len(ids) + needs_eos
             if len(ids) > data.max_length:

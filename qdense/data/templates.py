@@ -242,7 +242,13 @@ def chat_template_for(tokenizer: Any) -> str:
     return "llama3" if "<|start_header_id|>" in tokenizer.get_vocab() else "chatml"
 
 
+def num_doubled(template: Template, ids: Sequence[int], tokenizer: Any) -> int:
+    """How many tokens at the beginning are one too many: 1 if a text brings the BOS that the tokenizer adds too."""
+    return int(template.adds_special_tokens and list(ids[:2]) == [tokenizer.bos_token_id] * 2)
+
+
 def prompt_ids(template: Template, prompt: Row | Sequence[Message], tokenizer: Any) -> list[int]:
     """The tokens of a row's prompt, or of a conversation, ready for the answer."""
     text = template.evaluation_prompt(prompt) if isinstance(prompt, Row) else template.conversation_prompt(prompt)
-    return list(tokenizer(text, add_special_tokens=template.adds_special_tokens)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=template.adds_special_tokens)["input_ids"])
+    return ids[num_doubled(template, ids, tokenizer) :]

@@ -1,5 +1,6 @@
 """Conversations: which files are recognised, what the model reads of them, and which tokens count in the loss."""
 
+import copy
 import hashlib
 import json
 import tomllib
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from qdense.cli import main
 from qdense.data.examples import encode_rows
@@ -162,6 +164,24 @@ def test_whole_texts_are_learnt_as_they_are(tmp_path, chatting):
     with pytest.raises(DataError, match="cannot tell which column"):
         read_rows(written(tmp_path, {"label": "a", "text": "a b"}))
     assert len(read_rows(written(tmp_path, {"label": "a", "text": "a b"}), Columns(text="text")).rows) == 1
+
+
+def test_a_text_that_brings_its_bos_gets_no_second_one(chatting):
+    tokenizer = copy.deepcopy(chatting)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    template = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = template
+    rows = [Row("<s>2 + 2 =", "", " 4"), Row("2 + 2 =", "", " 4"), Row("<s>" + "2" * 50, "", " 4")]
+    data = DataRecipe(path="x", template="plain", max_length=20)
+    encoded = encode_rows(rows, [0, 1, 2], tokenizer, data)
+    brought, added = encoded.examples  # of the third row nothing of the answer is left
+    assert list(brought.input_ids) == list(added.input_ids)
+    assert list(brought.labels) == list(added.labels)
+    assert tokenizer.decode(brought.input_ids) == "<s>2 + 2 = 4" + tokenizer.eos_token
+    assert (encoded.num_without_answer, encoded.num_dropped) == (1, 1)
+    plain = template_named("plain")
+    assert prompt_ids(plain, rows[0], tokenizer) == prompt_ids(plain, rows[1], tokenizer)
+    assert prompt_ids(plain, rows[1], tokenizer).count(tokenizer.bos_token_id) == 1
 
 
 def test_plain_joins_prompt_and_completion(chatting):

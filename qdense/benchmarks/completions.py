@@ -16,15 +16,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from qdense.benchmarks.request import EvaluationRequest
 from qdense.benchmarks.results import parse_completion
 from qdense.benchmarks.scoring import RULES
 from qdense.benchmarks.tasks import Task
 from qdense.cache import write_atomically
 from qdense.data.rows import Row
+from qdense.data.templates import prompt_ids, template_named
 from qdense.errors import EvaluationError
 from qdense.events import Emit, EvaluationProgress, Notice
-from qdense.inference.generation import Completion
+from qdense.inference.generation import Completion, Prompt
+from qdense.modeling.adapter_files import weights_digest
+from qdense.modeling.load import BaseModel
 from qdense.provenance import git_hash
+from qdense.recipe import ModelRecipe
 from qdense.runs import EvaluationFolder, RunFolder
 
 
@@ -49,6 +54,52 @@ class CompletionSource(Protocol):
     def complete(self, task: Task, rows: Sequence[Row], wanted: Sequence[tuple[int, int]]) -> Iterator[Completion]:
         """The completions of the (index, sample) pairs, in any order."""
         ...
+
+
+class OwnModel:
+    """What the sources have in common whose model is loaded here: their names, prompts, and settings.
+
+    Args:
+        adapter: its folder; None for the bare base.
+        template: None is each task's own.
+    """
+
+    def __init__(
+        self,
+        request: EvaluationRequest,
+        base: BaseModel,
+        recipe: ModelRecipe,
+        adapter: Path | None,
+        template: str | None,
+    ) -> None:
+        self.base, self.decoding = base, request.decoding
+        self.templates = {
+            task.name: template_named(template or task.template, base.tokenizer) for task in request.tasks
+        }
+        self.max_new_tokens = {task.name: request.max_new_tokens or task.max_new_tokens for task in request.tasks}
+        if adapter is None:
+            self.title, self.column, self.run = f"base {base.name}", "base", RunFolder.of_base(base.name)
+        else:
+            self.title, self.column, self.run = str(request.adapter), "adapter", RunFolder.of_adapter(adapter)
+        self.settings: dict[str, Any] = {
+            "model": base.name,
+            "base_fingerprint": base.fingerprint,
+            "adapter_sha256": weights_digest(adapter) if adapter else None,
+            "quantization": recipe.quantization,
+            "dtype": recipe.dtype,
+            "template": ", ".join(sorted({template.name for template in self.templates.values()})),
+            "stop": sorted({marker for template in self.templates.values() for marker in template.stop}),
+            "decoding": request.decoding.record(),
+            "max_new_tokens": self.max_new_tokens,
+        }
+        self.session: dict[str, Any] = {"adapter": str(adapter) if adapter else None}
+
+    def prompts(self, task: Task, rows: Sequence[Row], wanted: Sequence[tuple[int, int]]) -> list[Prompt]:
+        """The prompts of the (index, sample) pairs."""
+        template = self.templates[task.name]
+        return [
+            Prompt(index, sample, prompt_ids(template, rows[index], self.base.tokenizer)) for index, sample in wanted
+        ]
 
 
 class CompletionStore:

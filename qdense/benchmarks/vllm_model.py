@@ -12,18 +12,19 @@ from typing import Any
 
 import torch
 
+from qdense.benchmarks.completions import OwnModel
 from qdense.benchmarks.request import EvaluationRequest
 from qdense.benchmarks.tasks import Task
 from qdense.data.rows import Row
-from qdense.data.templates import prompt_ids, template_named
+from qdense.data.templates import prompt_ids
 from qdense.errors import EvaluationError, QDenseError
 from qdense.events import Emit, Notice
 from qdense.inference.generation import Completion, Endings, Prompt, longest_first
 from qdense.inference.loaded import recipe_of_base
-from qdense.modeling.adapter_files import AdapterCard, read_card, weights_digest
+from qdense.modeling.adapter_files import AdapterCard, read_card
 from qdense.modeling.load import load_skeleton
 from qdense.modeling.locate import locate_model
-from qdense.runs import PEFT_CONFIG_FILE, RunFolder
+from qdense.runs import PEFT_CONFIG_FILE
 
 # The engine in this process: its errors are ours, and Ctrl-C ends it. Warnings alone, since the display is live. What a person
 # has set in the environment stays.
@@ -31,7 +32,7 @@ _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ER
 CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
 
 
-class VllmModel:
+class VllmModel(OwnModel):
     """A model in vLLM. See `qdense.benchmarks.completions.CompletionSource`.
 
     Args:
@@ -44,49 +45,29 @@ class VllmModel:
     def __init__(
         self, request: EvaluationRequest, adapter: Path | None, data: Mapping[str, Sequence[Row]], emit: Emit
     ) -> None:
-        self.emit, self.decoding, self.adapter = emit, request.decoding, adapter
         if request.decoding.num_beams > 1:
             raise EvaluationError(
                 "--engine vllm: its beam search differs from the authors'; use --decoding greedy or sample"
             )
         card = read_card(adapter) if adapter is not None else None
-        named = {} if adapter is None or card is None else {"adapter": (adapter, card)}
-        self.recipe = recipe_of_base(request.model, named)
-        self.base = load_skeleton(self.recipe, lambda text: emit(Notice(text)))
         self.kind = _kind(adapter, card)
+        self.recipe = recipe_of_base(
+            request.model, [(adapter, card)] if adapter is not None and card is not None else []
+        )
         if self.recipe.quantization != "none":
             raise EvaluationError(
                 f"--engine vllm: loads the base unquantized, and {adapter or self.recipe.name} names quantization = "
                 f'"{self.recipe.quantization}". Add --quantization none: the scores are then those of the adapter on a base of '
                 f"{self.recipe.dtype}"
             )
-        chosen = request.template or (card.template if card else None)
-        self.templates = {
-            task.name: template_named(chosen or task.template, self.base.tokenizer) for task in request.tasks
-        }
-        self.max_new_tokens = {task.name: request.max_new_tokens or task.max_new_tokens for task in request.tasks}
+        base = load_skeleton(self.recipe, lambda text: emit(Notice(text)))
+        super().__init__(request, base, self.recipe, adapter, request.template or (card.template if card else None))
+        self.emit, self.adapter = emit, adapter
         self.rows = {name: rows[: request.limit] for name, rows in data.items()}
-        if adapter is None:
-            self.title, self.column, self.run = f"base {self.base.name}", "base", RunFolder.of_base(self.base.name)
-        else:
-            self.title, self.column, self.run = str(request.adapter), "adapter", RunFolder.of_adapter(adapter)
-        templates = ", ".join(sorted({template.name for template in self.templates.values()}))
-        self.settings: dict[str, Any] = {
-            "engine": f"vllm {_vllm_version()}",
-            "model": self.base.name,
-            "base_fingerprint": self.base.fingerprint,
-            "adapter_sha256": weights_digest(adapter) if adapter else None,
-            "quantization": "none",
-            "dtype": self.recipe.dtype,
-            "template": templates,
-            "stop": sorted({marker for template in self.templates.values() for marker in template.stop}),
-            "decoding": request.decoding.record(),
-            "max_new_tokens": self.max_new_tokens,
-        }
-        self.session: dict[str, Any] = {"adapter": str(adapter) if adapter else None}
+        self.settings["engine"] = f"vllm {_vllm_version()}"
         self.facts: tuple[tuple[str, str], ...] = (
-            ("base", f"{self.base.name} ({self.recipe.dtype}, in {self.settings['engine']})"),
-            ("decoding", f"{self.decoding.name}, template {templates}"),
+            ("base", f"{base.name} ({self.recipe.dtype}, in {self.settings['engine']})"),
+            ("decoding", f"{self.decoding.name}, template {self.settings['template']}"),
         )
 
     def complete(self, task: Task, rows: Sequence[Row], wanted: Sequence[tuple[int, int]]) -> Iterator[Completion]:
@@ -98,10 +79,8 @@ class VllmModel:
         template = self.templates[task.name]
         endings = Endings(self.base, template.stop, self.max_new_tokens[task.name], template.end_token)
         lora = LoRARequest("adapter", 1, str(self.adapter)) if self.kind == "lora" else None
-        prompts = [
-            Prompt(index, sample, prompt_ids(template, rows[index], self.base.tokenizer)) for index, sample in wanted
-        ]
-        waiting = {f"{task.name}:{prompt.index}:{prompt.sample}": prompt for prompt in longest_first(prompts)}
+        prompts = longest_first(self.prompts(task, rows, wanted))
+        waiting = {f"{task.name}:{prompt.index}:{prompt.sample}": prompt for prompt in prompts}
         try:
             for name, prompt in waiting.items():
                 parameters = SamplingParams(

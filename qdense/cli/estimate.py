@@ -35,8 +35,8 @@ def rough_token_counts(rows: Sequence[Row]) -> list[int]:
 def predicted_time(plan: Plan, recipe: Recipe, rows: Sequence[Row]) -> str:
     """The run's steps, and how long they take on consumer cards, or on the only card that is planned for; the steps alone if no
     speed is predicted."""
-    num_training = math.floor(recipe.data.fraction * (len(rows) - recipe.data.validation_rows))
-    num_steps = recipe.training.num_steps(max(1, num_training))
+    num_training = max(1, math.floor(recipe.data.fraction * (len(rows) - recipe.data.validation_rows)))
+    num_steps = recipe.training.num_steps(num_training)
     mean_tokens = statistics.fmean(min(count, recipe.data.max_length) for count in rough_token_counts(rows))
     # The last step of an epoch may be smaller than the others.
     full = num_steps * recipe.training.batch_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def load_model(
                 check_template(card.template)
             except DataError as error:
                 raise AdapterError(f"{adapters[name]}: {error}; choose another with --template") from None
-    recipe = recipe_of_base(model or {}, {name: (folder, cards[name]) for name, folder in adapters.items()})
+    recipe = recipe_of_base(model or {}, [(folder, cards[name]) for name, folder in adapters.items()])
     base = load_base(recipe, lambda text: emit(Notice(text)), for_training=False)
     whole: Any = base.model
     peft_names = ["default", *(f"adapter{number}" for number in range(1, len(adapters)))]
@@ -128,17 +128,17 @@ def load_model(
     return LoadedModel(recipe, base, whole, loaded)
 
 
-def recipe_of_base(asked: Mapping[str, Any], adapters: Mapping[str, tuple[Path, AdapterCard]]) -> ModelRecipe:
+def recipe_of_base(asked: Mapping[str, Any], adapters: Sequence[tuple[Path, AdapterCard]]) -> ModelRecipe:
     """How to load the base: as requested, else as the adapters recorded. Raises QDenseError if these differ."""
     if not adapters:
         return model_recipe(asked, "the model to load")
-    recipes: dict[Path, ModelRecipe] = {}
-    for folder, card in adapters.values():
+    recipes: list[tuple[Path, ModelRecipe]] = []
+    for folder, card in adapters:
         recorded = dict(card.model)
         if "name" in asked:
             recorded.pop("revision", None)  # a different folder may have a different history
-        recipes[folder] = model_recipe({**recorded, **asked}, f"{folder}, its base")
-    (first, recipe), *others = recipes.items()
+        recipes.append((folder, model_recipe({**recorded, **asked}, f"{folder}, its base")))
+    (first, recipe), *others = recipes
     for folder, other in others:
         differing = [key for key, value in recipe if getattr(other, key) != value]
         if differing:

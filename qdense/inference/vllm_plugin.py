@@ -114,10 +114,14 @@ def attach(model: nn.Module, layers: Mapping[str, AdaptedLayer], dtype: torch.dt
     """Add the adapted layers to vLLM's model of the base, in its compute dtype. Raises AdapterError if one has no place."""
     packed: Mapping[str, Sequence[str]] = getattr(model, "packed_modules_mapping", {})
     left = dict(layers)
-    tensors: dict[int, Tensor] = {}  # so that what layers share in the adapter is shared here too
+    placed: dict[tuple[int, ...], Tensor] = {}  # so that what layers share in the adapter is shared here too
 
-    def placed(tensor: Tensor, device: torch.device) -> Tensor:
-        return tensors.setdefault(id(tensor), tensor.detach().to(device, dtype))
+    def place(device: torch.device, *tensors: Tensor) -> Tensor:
+        """These tensors, one below the other."""
+        key = tuple(map(id, tensors))
+        if key not in placed:
+            placed[key] = torch.cat([tensor.detach().to(device, dtype) for tensor in tensors])
+        return placed[key]
 
     for key, layer in model.named_modules():
         if not isinstance(layer, LinearBase):
@@ -130,16 +134,15 @@ def attach(model: nn.Module, layers: Mapping[str, AdaptedLayer], dtype: torch.dt
         sizes = list(layer.output_partition_sizes) if len(kinds) > 1 else [layer.output_size]
         weight = next(layer.parameters(), None)  # on a CPU, vLLM packs it away
         device = torch.device("cpu") if weight is None else weight.device
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
         layer.quant_method = _AdaptedMethod(
             layer.quant_method,
+            place(device, *(each.encoder for each in slices if each)),
             [
-                each
-                and each._replace(
-                    encoder=placed(each.encoder, device), m=placed(each.m, device), decoder=placed(each.decoder, device)
-                )
-                for each in slices
+                _Slice(start, size, place(device, each.m), place(device, each.decoder), each.scaling, each.activation)
+                for start, size, each in zip(starts, sizes, slices, strict=True)
+                if each
             ],
-            sizes,
         )
     if left:
         raise AdapterError(
@@ -148,24 +151,36 @@ def attach(model: nn.Module, layers: Mapping[str, AdaptedLayer], dtype: torch.dt
         )
 
 
-class _AdaptedMethod:
-    """Stands before the method by which vLLM computes a linear layer, quantized or not, and adds the adapter to its output."""
+class _Slice(NamedTuple):
+    """One of the projections that are fused in a layer of vLLM's: where its output is, and its adapter there."""
 
-    def __init__(self, method: Any, slices: Sequence[AdaptedLayer | None], sizes: Sequence[int]) -> None:
-        self.method = method
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self.slices = [(start, size, each) for start, size, each in zip(starts, sizes, slices, strict=True) if each]
-        self.encoders = torch.cat([each.encoder for _, _, each in self.slices])
-        self.ranks = [len(each.encoder) for _, _, each in self.slices]
+    start: int
+    size: int
+    m: Tensor  # (r, r)
+    decoder: Tensor  # (size, r)
+    scaling: float
+    activation: str
+
+
+class _AdaptedMethod:
+    """Stands before the method by which vLLM computes a linear layer, quantized or not, and adds the adapter to its output.
+
+    Args:
+        encoders: those of the slices, one below the other: (sum of r, d_in).
+    """
+
+    def __init__(self, method: Any, encoders: Tensor, slices: Sequence[_Slice]) -> None:
+        self.method, self.encoders, self.slices = method, encoders, slices
+        self.ranks = [len(each.m) for each in slices]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.method, name)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """W0 x (..., all slices) plus the adapters."""
-        _, (encoded,) = encode(x, [self.encoders], activation=self.slices[0][2].activation)
+        _, (encoded,) = encode(x, [self.encoders], activation=self.slices[0].activation)
         output: Tensor = self.method.apply(layer, x, bias)
-        for (start, size, each), z in zip(self.slices, encoded.split(self.ranks, dim=-1), strict=True):
+        for each, z in zip(self.slices, encoded.split(self.ranks, dim=-1), strict=True):
             delta = ACTIVATIONS[each.activation](F.linear(F.linear(z, each.m), each.decoder))
-            output.narrow(-1, start, size).add_(delta, alpha=each.scaling)
+            output.narrow(-1, each.start, each.size).add_(delta, alpha=each.scaling)
         return output

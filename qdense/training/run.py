@@ -441,12 +441,12 @@ def _tell_of_data(recipe: Recipe, data: DataSet, emit: Emit) -> None:
         loss_on = {"all": "all tokens", "response": "all answers", "last": "the last answer"}.get(
             recipe.data.train_on, ""
         )
-        named = data.columns
-        where = named.messages or f"{named.instruction} and {named.output}"
+        columns = data.columns
+        where = columns.messages or f"{columns.instruction} and {columns.output}"
         found = {
-            "pair": f"{named.instruction} is the instruction, {named.output} the output",
+            "pair": f"{columns.instruction} is the instruction, {columns.output} the output",
             "conversation": f"conversations in {where}; template {recipe.data.template}, loss on {loss_on}",
-            "text": f"whole texts in {named.text}; loss on all of their tokens",
+            "text": f"whole texts in {columns.text}; loss on all of their tokens",
         }[data.kind]
         emit(Notice(f"columns: {found}"))
     if data.skipped:

@@ -5,7 +5,6 @@ Which of PEFT's methods it overrides, and what breaks without that: qdense/compa
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,21 +30,6 @@ _REFUSED = {
 }
 
 
-def refuses_settings_of_lora(config: type[Any]) -> type[Any]:
-    """A decorator of configurations: a setting that only LoRA has is a ValueError with the reason, not Python's TypeError."""
-    accept = config.__init__
-
-    @functools.wraps(accept)
-    def checked(self: Any, *arguments: Any, **settings: Any) -> None:
-        for name, reason in _REFUSED.items():
-            if name in settings:
-                raise ValueError(f"{config.__name__} has no {name}: {reason}.")
-        accept(self, *arguments, **settings)
-
-    config.__init__ = checked
-    return config
-
-
 @dataclass
 class LinearTunerConfig(PeftConfig):
     """Which linear layers are adapted.
@@ -64,6 +48,13 @@ class LinearTunerConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Other modules that are trained in full and saved with the adapter."}
     )
+
+    def __new__(cls, *_: Any, **settings: Any) -> LinearTunerConfig:
+        # Before the __init__ of a dataclass, whose TypeError gives no reason.
+        for name, reason in _REFUSED.items():
+            if name in settings:
+                raise ValueError(f"{cls.__name__} has no {name}: {reason}.")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()

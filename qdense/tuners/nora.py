@@ -33,13 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qdense.compat.peft import PeftTypeName, buffers_by_adapter, cast_input, is_targeted, register
-from qdense.tuners.base import AdaptedLinear, LinearTuner, LinearTunerConfig, refuses_settings_of_lora
+from qdense.tuners.base import AdaptedLinear, LinearTuner, LinearTunerConfig
 
 NORA = PeftTypeName("NORA")
 SPLITS = ("both", "left", "right")
 
 
-@refuses_settings_of_lora
 @dataclass
 class NoraConfig(LinearTunerConfig):
     """Configuration of NoRA (arXiv:2408.10280).

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from qdense.catalogs.families import LLAMA_NAMED
 from qdense.compat.peft import PeftTypeName, cast_input, register
-from qdense.tuners.base import AdaptedLinear, LinearTuner, LinearTunerConfig, refuses_settings_of_lora
+from qdense.tuners.base import AdaptedLinear, LinearTuner, LinearTunerConfig
 
 RED = PeftTypeName("RED")
 
 
-@refuses_settings_of_lora
 @dataclass
 class RedConfig(LinearTunerConfig):
     """Configuration of RED (arXiv:2402.15179). `target_modules` defaults to down_proj.

@@ -7,12 +7,11 @@ from typing import get_args
 
 from qdense.catalogs.choices import Activation, Init, Sharing, ZeroInit
 from qdense.compat.peft import PeftTypeName
-from qdense.tuners.base import LinearTunerConfig, refuses_settings_of_lora
+from qdense.tuners.base import LinearTunerConfig
 
 DENSELORA = PeftTypeName("DENSELORA")
 
 
-@refuses_settings_of_lora
 @dataclass
 class DenseLoraConfig(LinearTunerConfig):
     """Configuration of DenseLoRA (arXiv:2505.23808).

@@ -12,13 +12,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, create_model
 
 from qdense.catalogs.choices import Activation, Init, RowKind, Sharing, ZeroInit
 from qdense.catalogs.datasets import TRAINING_SETS
-from qdense.catalogs.families import MODULE_LETTERS, PAPER_TARGET_MODULES
+from qdense.catalogs.families import FAMILIES, MODULE_LETTERS, PAPER_TARGET_MODULES
 from qdense.catalogs.models import CATALOG
 from qdense.errors import DataError, RecipeError, did_you_mean, near_file, shortened
 from qdense.methods import METHODS
@@ -178,6 +178,12 @@ class _AdapterRecipe(Table):
     def method_settings(self) -> Any:
         """The method's own table, [adapter.<method>]; None if it has none."""
         return getattr(self, self.method, None)
+
+    def on(self, model_type: str) -> Self:
+        """The same for a base of this type, whose layers may hold several target modules as one (qkv_proj)."""
+        family = FAMILIES.get(model_type)
+        names = tuple(dict.fromkeys(map(family.module_of, self.target_modules))) if family else self.target_modules
+        return self if names == self.target_modules else self.model_copy(update={"target_modules": names})
 
     @property
     def unused(self) -> list[str]:

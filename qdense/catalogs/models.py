@@ -8,14 +8,21 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from qdense.catalogs.families import FAMILIES, Family
+
 
 @dataclass(frozen=True)
 class CatalogModel:
-    """A LLaMA-architecture model: its name here, its hub id, its shapes.
+    """A decoder: its name here, its hub id, its shapes.
 
     Attributes:
         head_size: of one attention head, if not hidden_size / num_heads.
         model_type: Transformers' name of its architecture.
+        linear_modules: of a layer, each with (name, d_in, d_out), where they do not follow from the sizes above.
+        other_linears: parameters of the whole model's further linear modules, which cannot be adapted but are quantized.
+        other_parameters: the rest of the whole model's, which is not quantized: experts, routers, biases.
+        experts_per_token: that each token is sent to; intermediate_size is the width of all of these together.
+        unknowns: what a plan for it cannot know, each a sentence without a full stop.
     """
 
     name: str
@@ -29,6 +36,15 @@ class CatalogModel:
     has_tied_embeddings: bool = False
     head_size: int | None = None
     model_type: str = "llama"
+    linear_modules: tuple[tuple[str, int, int], ...] | None = None
+    other_linears: int = 0
+    other_parameters: int = 0
+    experts_per_token: int = 0
+    unknowns: tuple[str, ...] = ()
+
+    @property
+    def family(self) -> Family | None:
+        return FAMILIES.get(self.model_type)
 
     @property
     def head_dim(self) -> int:
@@ -44,26 +60,53 @@ class CatalogModel:
         """Outputs of k_proj, and of v_proj."""
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def has_sliced_loss(self) -> bool:
+        """Whether the loss is computed without the logits of all tokens: see qdense/modeling/loss.py."""
+        return self.family is not None and not self.family.caps_logits
+
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Each module kind of a layer with (d_in, d_out)."""
+        """Each linear module of a layer that can be adapted, with (d_in, d_out)."""
+        if self.linear_modules is not None:
+            return {name: (d_in, d_out) for name, d_in, d_out in self.linear_modules}
         hidden, q, kv, wide = self.hidden_size, self.q_size, self.kv_size, self.intermediate_size
-        return {
+        shapes = {
+            "qkv_proj": (hidden, q + 2 * kv),
             "q_proj": (hidden, q),
             "k_proj": (hidden, kv),
             "v_proj": (hidden, kv),
             "o_proj": (q, hidden),
+            "gate_up_proj": (hidden, 2 * wide),
             "gate_proj": (hidden, wide),
             "up_proj": (hidden, wide),
             "down_proj": (wide, hidden),
         }
+        modules = self.family.modules if self.family else ()
+        return {kind: shape for kind, shape in shapes.items() if kind in modules}
+
+    def module_of(self, kind: str) -> str:
+        """The module of a layer that holds `kind`: itself, or on some families a fused one."""
+        return self.family.module_of(kind) if self.family else kind
+
+    @property
+    def token_products(self) -> int:
+        """Weights of all layers that a token is multiplied by."""
+        linears = sum(d_in * d_out for d_in, d_out in self.linear_shapes().values())
+        has_experts = self.family is not None and self.family.has_experts
+        return self.num_layers * (linears + (3 * self.hidden_size * self.intermediate_size if has_experts else 0))
 
     @property
     def num_parameters(self) -> int:
         """All parameters of the base, norms and embeddings included."""
         linears = sum(d_in * d_out for d_in, d_out in self.linear_shapes().values())
-        layer = linears + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.has_tied_embeddings else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        others = self.other_linears + self.other_parameters
+        return self.num_layers * linears + embeddings + self.norm_parameters + others
+
+    @property
+    def norm_parameters(self) -> int:
+        """Weights of all norms as wide as the model."""
+        return ((self.family.num_norms if self.family else 2) * self.num_layers + 1) * self.hidden_size
 
 
 def is_hub_id(name: str) -> bool:

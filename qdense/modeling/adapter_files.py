@@ -59,7 +59,7 @@ def save_adapter(model: Any, folder: Path, card: AdapterCard | None) -> None:
         model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; `qdense push` writes one from the run
     else:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, save_original_format=False)
     if card is not None:
         write_atomically(folder / CARD_FILE, json.dumps(asdict(card), indent=2) + "\n")
 

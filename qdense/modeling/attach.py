@@ -33,7 +33,7 @@ def attach_adapter(
     """
     from peft import get_peft_model
 
-    method = METHODS[recipe.method]
+    method, recipe = METHODS[recipe.method], recipe.on(base.model.config.model_type)
     names = {name.rpartition(".")[2] for name, module in base.model.named_modules() if isinstance(module, nn.Linear)}
     missing = [target for target in method.targets(recipe) if target.rpartition(".")[2] not in names]
     if missing:

@@ -13,11 +13,13 @@ import torch
 from safetensors import SafetensorError
 
 from qdense.cache import appearing_folder, cache_dir, require_free_space
+from qdense.catalogs.families import FAMILIES
 from qdense.compat.bitsandbytes import never_repack
 from qdense.device import choose_device, memory_free
-from qdense.errors import ModelError
+from qdense.errors import ModelError, counted, listed
 from qdense.modeling.fingerprint import Fingerprint, fingerprint_of
 from qdense.modeling.locate import Tell, folder_name_for_peft, locate_model, locate_tokenizer, require_data_only
+from qdense.planning.skeleton import skeleton, text_config
 
 if TYPE_CHECKING:
     from qdense.recipe import ModelRecipe
@@ -86,15 +88,13 @@ def load_skeleton(recipe: ModelRecipe, notice: Tell = lambda text: None) -> Base
     Raises:
         ModelError: as `load_base`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     folder, _, tokenizer = _located(recipe, notice)
     device = torch.device("meta")
     try:
         fingerprint = fingerprint_of(folder, tokenizer)
-        with device:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = skeleton(folder)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:
@@ -155,6 +155,11 @@ def _load_quantized(
     if (json.loads((folder / "config.json").read_text())).get("quantization_config"):
         notice(f"loading {recipe.name}, which is already quantized")
         return _from_pretrained(folder, recipe, device, quantization=None)
+    family = FAMILIES.get(text_config(folder)[0].model_type)
+    if family is not None and family.has_experts:
+        # Not cached: experts are not quantized, so it would save little, and Transformers cannot read all of them back.
+        notice(f"quantizing {recipe.name} to {recipe.quantization}: its attention; experts stay in {recipe.dtype}")
+        return _from_pretrained(folder, recipe, device, quantization=_quantization_config(recipe))
     key = json.dumps([identity, fingerprint, recipe.quantization, recipe.dtype], sort_keys=True)
     cached = cache_dir("quantized", f"{Path(recipe.name).name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
     if (cached / "config.json").is_file():
@@ -171,7 +176,7 @@ def _load_quantized(
     require_free_space(cached, int(1.1 * size_bytes), f"the quantized {recipe.name}")
     # Save before any forward pass: after one, a CPU with AVX512-BF16 has repacked the weights, and saving would lose bits.
     with appearing_folder(cached) as building:
-        model.save_pretrained(building)
+        model.save_pretrained(building, save_original_format=False)
     return model
 
 
@@ -180,7 +185,7 @@ def quantize_folder(folder: Path, recipe: ModelRecipe, device: torch.device) -> 
     model = _from_pretrained(folder, recipe, device, quantization=_quantization_config(recipe))
     for path in folder.glob("*.safetensors*"):
         path.unlink()
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=False)
 
 
 def _quantization_config(recipe: ModelRecipe) -> Any:
@@ -199,15 +204,33 @@ def _quantization_config(recipe: ModelRecipe) -> Any:
 def _from_pretrained(folder: Path, recipe: ModelRecipe, device: torch.device, quantization: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    options = {} if quantization is None else {"quantization_config": quantization}
-    return AutoModelForCausalLM.from_pretrained(
+    options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
+    config, is_part = text_config(folder)
+    if is_part:  # Transformers would load the whole model; its decoder's weights have longer names there
+        options |= {"config": config, "key_mapping": _TEXT_PART}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, recipe.dtype),
         device_map={"": device},
         use_safetensors=True,
         trust_remote_code=False,
+        output_loading_info=True,
         **options,
     )
+    model, found = loaded
+    if missing := found["missing_keys"]:  # Transformers would go on with random values
+        raise ValueError(
+            f"its files lack {counted(len(missing), 'weight')} of {type(model).__name__}: {listed(missing)}"
+        )
+    return model
+
+
+# Names of a decoder's weights in a model of images and text, and in the decoder alone.
+_TEXT_PART = {
+    r"^(model\.)?language_model\.lm_head\.": "lm_head.",
+    r"^language_model\.model\.": "model.",
+    r"^model\.language_model\.": "model.",
+}
 
 
 def _has_memory_to_unpack(model: Any, recipe: ModelRecipe, notice: Tell) -> bool:

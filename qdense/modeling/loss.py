@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qdense.catalogs.families import FAMILIES
 from qdense.compat.transformers import loss_computed_by
 from qdense.ops.cross_entropy import linear_cross_entropy
 
@@ -18,21 +19,24 @@ def without_logits(model: Any) -> Iterator[None]:
 
     The forward passes of the model and of PEFT run unchanged, except that the output layer returns its input, and the loss
     function, which Transformers allows to be set, does that layer's work. A model whose logits are not one linear
-    map of the last hidden states (soft-capped ones, an output layer with a bias or in 4 bits) keeps its own loss.
+    map of the last hidden states (soft-capped ones, an output layer with a bias or in 4 bits), or whose family is unknown,
+    keeps its own loss.
     """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = core.get_output_embeddings()
     is_linear = (
         type(head) is nn.Linear
         and head.bias is None
+        and core.config.model_type in FAMILIES
         and getattr(core.config, "final_logit_softcapping", None) is None
-        and getattr(core.config, "logits_scaling", None) is None
     )
     if not is_linear:
         yield
         return
 
-    def loss_function(logits: Tensor, labels: Tensor, num_items_in_batch: Any = None, **_: Any) -> Tensor:
+    def loss_function(
+        logits: Tensor, labels: Tensor, vocab_size: Any = None, num_items_in_batch: Any = None, **_: Any
+    ) -> Tensor:
         hidden = logits[:, :-1]  # each token predicts the next
         return linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels[:, 1:].flatten(), num_items_in_batch)
 

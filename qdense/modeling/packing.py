@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from qdense.catalogs.families import CAUSAL_ONLY
+from qdense.catalogs.families import why_not_packed as why_not_packed_family
 from qdense.compat.transformers import attention_set_to
 
 _NAME = "qdense_packed"
@@ -26,11 +26,11 @@ _NAME = "qdense_packed"
 def why_not_packed(model: Any) -> str | None:
     """Why rows cannot be packed for this model; None if they can."""
     config = model.config
-    if config.model_type not in CAUSAL_ONLY:
-        return f"packing is tested for {', '.join(CAUSAL_ONLY)}, not for {config.model_type}"
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    has_window = "sliding_attention" in layer_types or (not layer_types and getattr(config, "sliding_window", None))
-    return "its attention has a sliding window" if has_window else None
+    if getattr(config, "attention_dropout", 0.0):
+        return "it drops attention weights in training"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention is not causal"
+    return why_not_packed_family(config.model_type)
 
 
 @contextmanager
@@ -60,8 +60,8 @@ def _attend(
 
     query (1, heads, tokens, d), key and value (1, kv heads, tokens, d) -> (1, tokens, heads, d).
     """
-    if attention_mask is not None or dropout or sliding_window is not None or len(query) != 1:
-        raise ValueError("packed rows: no attention mask, attention dropout, sliding window or second batch entry")
+    if attention_mask is not None or dropout or len(query) != 1:
+        raise ValueError("packed rows: no attention mask, attention dropout or second batch entry")
     is_grouped = key.shape[1] != query.shape[1]
     if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
@@ -72,15 +72,32 @@ def _attend(
         grouped: dict[str, Any] = (
             {"enable_gqa": is_grouped} if "enable_gqa" in signature(varlen_attn).parameters else {}
         )
-        output = varlen_attn(query, key, value, *bounds, *longest, scale=scaling, window_size=(-1, 0), **grouped)
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)  # tokens before and after that are seen
+        output = varlen_attn(query, key, value, *bounds, *longest, scale=scaling, window_size=window, **grouped)
         assert isinstance(output, Tensor)
         return output.unsqueeze(0), None
     rows = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)
     outputs = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=is_grouped)
+        F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=(mask := _window(q.shape[2], sliding_window, q.device)),
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=is_grouped,
+        )
         for q, k, v in rows
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _window(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    """Which keys each query of one row sees, (length, length); None if that is all before it."""
+    if sliding_window is None or length <= sliding_window:
+        return None
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return seen.triu(1 - sliding_window)
 
 
 AttentionInterface.register(_NAME, _attend)

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from qdense.catalogs.families import LIGER_TESTED
+from qdense.catalogs.families import FAMILIES
 from qdense.ops import denselora
 from qdense.ops.interpreter import is_interpreted
 
@@ -51,8 +51,8 @@ def why_no_liger(model_type: str) -> str | None:
     """Why a base of this type cannot use Liger's kernels; None if it can."""
     if importlib.util.find_spec("liger_kernel") is None:
         return 'liger-kernel is not installed (pip install "qdense[cuda]")'
-    if model_type not in LIGER_TESTED:
-        return f"Liger's kernels are tested for {', '.join(LIGER_TESTED)}, not for {model_type}"
+    if model_type not in (tested := [family.model_type for family in FAMILIES.values() if family.has_liger]):
+        return f"Liger's kernels are tested for {', '.join(tested)}, not for {model_type}"
     return None
 
 

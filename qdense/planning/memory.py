@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qdense.catalogs.families import MLP_GROUPS, SAME_INPUT
+from qdense.catalogs.families import MLP_GROUPS, SAME_INPUT, why_not_packed
 from qdense.catalogs.models import CatalogModel
 from qdense.methods import METHODS
 from qdense.methods.costs import Computation, WeightCosts
@@ -96,6 +96,8 @@ def memory_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels, layout: Ste
     slice_tokens = min(tokens, logits_slice_tokens(shape.vocab_size, kernels.is_cuda))
     # Logits in fp32 twice, or fused, in the base's dtype once; the hidden states and their gradient.
     per_logit = width if kernels.is_fused else 8
+    if not shape.has_sliced_loss:  # Transformers' own loss, of all tokens at once; measured
+        slice_tokens, per_logit = tokens, 8 + 3 * width
     logits = slice_tokens * shape.vocab_size * per_logit + tokens * shape.hidden_size * 2 * width
     is_tiled = layout.mlp_tile_tokens is not None
     in_mlp = shape.hidden_size * width if is_tiled else layer.saved_in_mlp(is_recomputed=True)
@@ -146,12 +148,13 @@ def base_bytes(model: ModelRecipe, shape: CatalogModel, *, unpacked: bool = Fals
     """The base's layers, and its embeddings with the output layer; `unpacked` counts NF4 weights in the compute dtype."""
     width = model.dtype_bytes
     linears = shape.num_layers * sum(d_in * d_out for d_in, d_out in shape.linear_shapes().values())
+    linears += shape.other_linears
     per_element = {"nf4": NF4_BYTES, "int8": _INT8_BYTES, "none": float(width)}[model.quantization]
     if unpacked and model.quantization == "nf4":
         per_element = float(width)
-    norms = (2 * shape.num_layers + 1) * shape.hidden_size * width
+    others = (shape.norm_parameters + shape.other_parameters) * width
     tables = shape.vocab_size * shape.hidden_size * (1 if shape.has_tied_embeddings else 2) * width
-    return int(linears * per_element) + norms, tables
+    return int(linears * per_element) + others, tables
 
 
 def _static(recipe: Recipe, shape: CatalogModel) -> dict[str, int]:
@@ -175,7 +178,7 @@ def _static(recipe: Recipe, shape: CatalogModel) -> dict[str, int]:
 
 def computation_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels) -> Computation:
     """What the costs of the recipe's method depend on, besides shapes."""
-    adapter, method = recipe.adapter, METHODS[recipe.adapter.method]
+    adapter, method = recipe.adapter.on(shape.model_type), METHODS[recipe.adapter.method]
     width = adapter.dtype_bytes if method.is_adapter else recipe.model.dtype_bytes
     has_dropout = "dropout" in method.adapter_keys and adapter.dropout > 0
     shapes = shape.linear_shapes()
@@ -226,13 +229,20 @@ class _Layer:
 
     def _before_groups(self) -> list[float]:
         """What the operations before each group of modules keep: a norm, attention, a norm, the MLP's product."""
-        shape, width = self.shape, self.width
-        norm = shape.hidden_size * self.norm_width
+        shape, width, family = self.shape, self.width, self.shape.family
+        norm = shape.hidden_size * self.norm_width * (family.num_norms if family else 2) / 2
         # Without a mask, q, k, v and the output; sdpa with one (padded rows) has k and v repeated for each head.
-        repeated = shape.kv_size if self.recipe.training.packing else shape.q_size
-        attention = width * (2 * shape.q_size + 2 * repeated) + 4 * shape.num_heads
+        is_packed = self.recipe.training.packing and why_not_packed(shape.model_type) is None
+        repeated = shape.kv_size if is_packed else shape.q_size
+        attention: float = width * (2 * shape.q_size + 2 * repeated) + 4 * shape.num_heads
+        if family and family.norms_queries:
+            attention += self.norm_width * (shape.q_size + shape.kv_size)
+        if family and family.keeps_scores:
+            # softmax in fp32, its copy in the base's dtype, and a soft cap's tanh
+            attention += shape.num_heads * self.recipe.data.max_length * (4 + 2 * width)
         # silu's input, its output, and what that is multiplied by; Liger computes the output again
         product = width * shape.intermediate_size * (2 if self.kernels.has_liger else 3)
+        product += 2 * width * shape.hidden_size * shape.experts_per_token  # a token's copies, sent out and coming back
         return [norm, attention, norm, product]
 
     def saved_in_mlp(self, *, is_recomputed: bool = False) -> float:
@@ -255,7 +265,8 @@ class _Layer:
         """
         shapes = self.shape.linear_shapes()
         groups = SAME_INPUT[self._first_group :] if is_first else SAME_INPUT
-        return self.width * sum(shapes[group[0]][0] for group in groups) if self._holds_inputs else 0.0
+        inputs = (next((shapes[kind][0] for kind in group if kind in shapes), 0) for group in groups)
+        return self.width * sum(inputs) if self._holds_inputs else 0.0
 
     def _weight_costs(self) -> list[WeightCosts]:
         return [self.costs.of_module(self.computation, *shape).weights for shape in self.computation.shapes.values()]

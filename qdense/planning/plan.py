@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from qdense.catalogs.families import FUSED_MODULES, why_not_packed
 from qdense.catalogs.models import CatalogModel
 from qdense.methods import METHODS
 from qdense.planning.memory import Kernels, Memory, StepLayout, memory_of
@@ -57,6 +58,8 @@ class Plan:
     Attributes:
         checkpoint_width: bytes of a token's hidden state.
         speeds: tokens per second by known card.
+        notes: what a person should know about this model: modules that are adapted as one, what the plan cannot know.
+        why_padded: why rows are padded although the recipe packs them; "" otherwise.
         remedies: what to change if it does not fit: a key of the recipe, a value and its effect, in words.
     """
 
@@ -67,6 +70,8 @@ class Plan:
     num_layers: int
     checkpoint_width: int
     speeds: dict[str, float]
+    notes: tuple[str, ...] = ()
+    why_padded: str = ""
     remedies: tuple[str, ...] = ()
 
     @property
@@ -101,6 +106,8 @@ class Plan:
             "moment": self.memory.moment,
             "layout": asdict(self.layout),
             "host_bytes": self.host_bytes,
+            "notes": list(self.notes),
+            "why_padded": self.why_padded,
             "remedies": list(self.remedies),
         }
 
@@ -157,8 +164,27 @@ def make_plan(recipe: Recipe, shape: CatalogModel, machine: Machine, layout: Ste
         if machine.kernels.is_cuda
     }
     checkpoint_width = shape.hidden_size * recipe.model.dtype_bytes
-    plan = Plan(machine, layout, memory, recipe.data.max_length, shape.num_layers, checkpoint_width, speeds)
+    plan = Plan(
+        machine=machine,
+        layout=layout,
+        memory=memory,
+        max_length=recipe.data.max_length,
+        num_layers=shape.num_layers,
+        checkpoint_width=checkpoint_width,
+        speeds=speeds,
+        notes=(*_fused(recipe, shape), *shape.unknowns),
+        why_padded=(recipe.training.packing and why_not_packed(shape.model_type)) or "",
+    )
     return plan if plan.fits else replace(plan, remedies=tuple(_remedies(recipe, shape, machine)))
+
+
+def _fused(recipe: Recipe, shape: CatalogModel) -> Iterator[str]:
+    """Which target modules this model holds as one."""
+    given, found = recipe.adapter.target_modules, recipe.adapter.on(shape.model_type).target_modules
+    for name in found:
+        if name not in given:
+            parts = ", ".join(FUSED_MODULES[name])
+            yield f"{shape.model_type} holds {parts} as one module, {name}: it is adapted as one"
 
 
 def longest_context(recipe: Recipe, shape: CatalogModel, machine: Machine) -> int:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qdense.catalogs.families import FAMILIES
 from qdense.catalogs.models import CATALOG, CatalogModel
 from qdense.errors import ModelError, did_you_mean
+
+_SIZES = {"num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"}
+_HEADS_SHARE_WIDTH = ("llama", "mistral", "qwen2")  # heads are as wide as hidden_size / num_attention_heads
 
 
 def model_shape(name: str) -> CatalogModel:
@@ -28,9 +34,38 @@ def model_shape(name: str) -> CatalogModel:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return shape_of_config(name, config)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise ModelError(f"{path}: not the configuration of a LLaMA-like model: {error!r}") from None
+        if not _is_complete(config):
+            from qdense.planning.skeleton import text_config  # takes seconds: it imports Transformers
+
+            config = text_config(path.parent)[0].to_dict()
+        family = FAMILIES.get(config["model_type"])
+        if family is not None and not family.has_experts:
+            return shape_of_config(name, config)
+        from qdense.planning.skeleton import skeleton_shape
+
+        shape = skeleton_shape(name, path.parent)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ModelError(f"{path}: not the configuration of a decoder that Transformers can build: {error!r}") from None
+    return replace(shape, unknowns=tuple(_unknowns(shape)))
+
+
+def _is_complete(config: dict[str, Any]) -> bool:
+    """Whether config.json has every size itself; a family's defaults, where it has not, are known to Transformers."""
+    has_heads = "head_dim" in config or config["model_type"] in _HEADS_SHARE_WIDTH
+    return has_heads and config.keys() >= _SIZES | {"tie_word_embeddings"}
+
+
+def _unknowns(shape: CatalogModel) -> Iterator[str]:
+    if shape.family is None:
+        yield (
+            f'"{shape.model_type}" is not among the families that qdense knows (`qdense models`): what a step keeps between its '
+            "linear modules is counted as LLaMA's, and may be more"
+        )
+    elif shape.family.has_experts:
+        yield (
+            "its experts stay unquantized, because bitsandbytes quantizes linear modules only; what a step keeps of them is an "
+            "estimate, which was up to 42% too low"
+        )
 
 
 def _cached_config(hub_id: str) -> Path | None:
@@ -63,7 +98,7 @@ def shape_of_config(name: str, config: dict[str, Any]) -> CatalogModel:
         head_size=None if head_size is None else int(head_size),
         model_type=str(config["model_type"]),
     )
-    sizes = {key: value for key, value in vars(shape).items() if type(value) is int}
-    if wrong := [f"{key} = {value}" for key, value in sizes.items() if value < 1]:
+    sizes = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
+    if wrong := [f"{key} = {getattr(shape, key)}" for key in sizes if getattr(shape, key) < 1]:
         raise ValueError(", ".join(wrong))
     return shape

@@ -61,8 +61,7 @@ def card_named(device_name: str) -> Card | None:
 
 def forward_flops(shape: CatalogModel) -> tuple[float, float, float]:
     """FLOPs for a token in one forward pass: linear layers, output layer, attention for each token of context (causal)."""
-    linears = shape.num_layers * sum(d_in * d_out for d_in, d_out in shape.linear_shapes().values())
-    return 2.0 * linears, 2.0 * shape.vocab_size * shape.hidden_size, 2.0 * shape.q_size * shape.num_layers
+    return 2.0 * shape.token_products, 2.0 * shape.vocab_size * shape.hidden_size, 2.0 * shape.q_size * shape.num_layers
 
 
 def flops_per_token(shape: CatalogModel, context: float, recompute_layers: int, *, with_adapter: float = 0.0) -> float:
@@ -105,7 +104,7 @@ def _not_recomputed(recipe: Recipe, shape: CatalogModel) -> int:
     """Elements of a layer's last weight, if a recomputed layer ends before its product (4-bit products save nothing); else 0."""
     method, last = METHODS[recipe.adapter.method], MLP_MODULES[-1]
     is_left_out = method.costs.stops_before_last_product or last not in recipe.adapter.target_modules
-    d_in, d_out = shape.linear_shapes()[last]
+    d_in, d_out = shape.linear_shapes().get(last, (0, 0))
     return d_in * d_out if is_left_out and recipe.model.quantization == "nf4" else 0
 
 
@@ -132,7 +131,7 @@ def _moved(recipe: Recipe, shape: CatalogModel, kernels: Kernels, layout: StepLa
     if recipe.model.quantization == "nf4":  # each pass unpacks each weight once, the tiled MLP for each tile
         tiles = -(-tokens // layout.mlp_tile_tokens) if layout.mlp_tile_tokens else 1
         elements = {kind: d_in * d_out for kind, (d_in, d_out) in shapes.items()}
-        mlp = sum(elements[kind] for kind in MLP_MODULES)
+        mlp = sum(elements.get(kind, 0) for kind in MLP_MODULES)
         unpacked = passes * (sum(elements.values()) + (tiles - 1) * mlp) - again * _not_recomputed(recipe, shape)
         moved += shape.num_layers * unpacked * (NF4_BYTES + width)
     # norms, rotary embeddings, silu and product, additions: reads and writes of one forward pass; backward about twice

@@ -369,6 +369,8 @@ def _plan(recipe: Recipe, shape: CatalogModel, settled: StepLayout | None, emit:
     """The run's plan, from shapes, before the model is loaded. `settled` is the layout of a resumed run."""
     machine = this_machine(recipe, shape)
     plan = make_plan(recipe, shape, machine, settled)
+    for note in plan.notes:
+        emit(Notice(note))
     for reason in slow_kernels(recipe, shape, machine):
         emit(Notice(f"slower than it could be, and with more memory: {reason}", "warning"))
     if not plan.fits:
@@ -511,7 +513,7 @@ def _facts(
     shown = {"r": f" r {adapter.r}", "alpha": f", alpha {adapter.scaling_alpha:g},"}
     settings_of_adapter = "".join(text for key, text in shown.items() if key in method.adapter_keys)
     dtype = adapter.dtype if method.is_adapter else recipe.model.dtype
-    modules = ", ".join(name.removesuffix("_proj") for name in method.targets(adapter))
+    modules = ", ".join(name.removesuffix("_proj") for name in method.targets(adapter.on(base.model.config.model_type)))
     is_packed = settings.packing and why_not_packed(base.model) is None
     rate_source = f" ({adapter.method}'s default)" if settings.learning_rate == "auto" else ""
     epochs = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.epochs:g} epochs"

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from qdense.catalogs.families import LLAMA_NAMED, PAPER_TARGET_MODULES
+from qdense.catalogs.families import FAMILIES
 from qdense.compat.peft import adapters_to_merge, holds_tensors_by_adapter, quantization_backend
 
 # Settings of PEFT's LoRA that people try here, and why a configuration of ours has none of them. (`bias` is a TypeError, by which
@@ -180,8 +180,7 @@ class LinearTuner(BaseTuner):
     # The paper's modules where a model has them, else those that PEFT's LoRA adapts. (The name and type are PEFT's.)
     target_module_mapping: dict[str, list[str]] = {  # noqa: RUF012
         **{kind: list(names) for kind, names in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.items()},
-        "phi3": ["qkv_proj", "gate_up_proj", "down_proj"],  # the paper's, fused
-        **{kind: list(PAPER_TARGET_MODULES) for kind in LLAMA_NAMED},
+        **{kind: list(family.paper_modules) for kind, family in FAMILIES.items()},
     }
 
     def update_layer(self, layer: Any, adapter_name: str, config: Any, kind: str, key: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qdense.catalogs.families import LLAMA_NAMED
+from qdense.catalogs.families import FAMILIES
 from qdense.compat.peft import PeftTypeName, cast_input, register
 from qdense.tuners.base import AdaptedLinear, LinearTuner, LinearTunerConfig
 
@@ -83,7 +83,9 @@ class RedModel(LinearTuner):
     prefix = "red_"
     method_name = "RED"
     tuner_layer_cls = RedLinear
-    target_module_mapping = {model_type: ["down_proj"] for model_type in LLAMA_NAMED}  # noqa: RUF012  (PEFT's own type)
+    target_module_mapping = {  # noqa: RUF012  (PEFT's own type)
+        kind: ["down_proj"] for kind, family in FAMILIES.items() if "down_proj" in family.modules
+    }
 
     def _refuse_unmergeable(self, adapter_names: list[str] | None) -> None:
         raise ValueError(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # some of these import torch, which most commands do not need
     from qdense.analysis import Analysis
     from qdense.benchmarks.evaluate import ShownItem
     from qdense.benchmarks.tasks import Task
+    from qdense.catalogs.families import Family
     from qdense.doctor import Check
     from qdense.modeling.export import ExportReport
     from qdense.modeling.merge import MergeReport
@@ -87,6 +88,25 @@ def show_tasks(console: Console, tasks: Mapping[str, Task], groups: Mapping[str,
     console.print(table)
     for name, members in groups.items():
         console.print(f"{name}: {', '.join(members)}")
+
+
+def show_families(console: Console, families: Sequence[Family]) -> None:
+    """The table of `qdense models`."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("model_type", "models", "rows", "memory", "tried on"):
+        table.add_column(name, no_wrap=name != "models")
+    for family in families:
+        table.add_row(
+            family.model_type,
+            family.models,
+            "padded" if family.why_not_packed else "packed",
+            "planned" if family.is_planned else "estimated",
+            family.tried_on or "random weights",
+        )
+    console.print(table)
+    if experts := [family.model_type for family in families if family.has_experts]:
+        console.print(f"of {', '.join(experts)}, only attention can be adapted, and experts stay unquantized")
+    console.print("a model_type that is missing here: rows are padded, and you name adapter.target_modules yourself")
 
 
 def show_methods(console: Console, counts: Sequence[ParameterCount]) -> None:
@@ -214,6 +234,10 @@ def show_plan(console: Console, plan: Plan, title: str, longest_context_tokens: 
     table.add_row(what, size(plan.needed_bytes - plan.predicted_peak_bytes))
     table.add_row(clean(f"available on {machine.name}"), size(machine.memory_bytes))
     console.print(table)
+    for note in plan.notes:
+        console.print(Text(clean(f"note: {note}"), style="yellow"))
+    if plan.why_padded:
+        console.print(Text(clean(f"note: rows are padded, not packed: {plan.why_padded}"), style="yellow"))
     if plan.fits:
         console.print(Text(f"fits: {size(plan.needed_bytes)} of {size(machine.memory_bytes)}", style="green"))
     else:

@@ -4,14 +4,14 @@ import inspect
 
 import pytest
 
-from qdense.catalogs.families import LIGER_TESTED
+from qdense.catalogs.families import FAMILIES
 from qdense.modeling.liger import use_liger
 from tests.helpers.models import tiny_config
 
 liger = pytest.importorskip("liger_kernel.transformers")
 
 
-@pytest.mark.parametrize("model_type", LIGER_TESTED)
+@pytest.mark.parametrize("model_type", [family.model_type for family in FAMILIES.values() if family.has_liger])
 def test_a_public_function_takes_what_we_say(model_type):
     apply = getattr(liger, f"apply_liger_kernel_to_{model_type}", None)
     assert apply is not None, f"Liger no longer offers apply_liger_kernel_to_{model_type}"

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
-from qdense.catalogs.families import CAUSAL_ONLY, LIGER_TESTED, LLAMA_NAMED, PAPER_TARGET_MODULES
 from qdense.compat.transformers import (
     attention_set_to,
     checkpoint_function,
@@ -141,13 +139,3 @@ def test_a_cache_is_made_of_layers_of_ours_that_it_only_updates(model):
     rest = {"input_ids": IDS[:1, 4:], "position_ids": torch.tensor([[4, 5]])}
     found = model(**rest, past_key_values=cache, use_cache=True).logits
     torch.testing.assert_close(found, model(input_ids=IDS[:1]).logits[:, 4:])
-
-
-@pytest.mark.parametrize("model_type", sorted({*LLAMA_NAMED, *CAUSAL_ONLY, *LIGER_TESTED}))
-def test_the_model_types_of_the_catalog_are_transformers_own(model_type):
-    config = AutoConfig.for_model(model_type, num_hidden_layers=1)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    (layer,) = [module for module in model.modules() if is_recomputable(module)]
-    linear = {name.rpartition(".")[2] for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    assert set(PAPER_TARGET_MODULES) <= linear, f"{model_type}: its linear layers no longer have LLaMA's names"

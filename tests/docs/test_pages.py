@@ -306,6 +306,7 @@ def printed(folder: Path, command: str) -> object:
         ("qdense sweep --json", "qdense sweep paper/table2 --dry-run --memory 24GiB --json"),
         ("qdense params --json", "qdense params llama3-8b --json"),
         ("qdense tasks --json", "qdense tasks --json"),
+        ("qdense models --json", "qdense models --json"),
         ("qdense doctor --json", "qdense doctor --json"),
         ("qdense data show --json", "qdense data show my-rows.toml --json"),
         ("qdense data check --json", "qdense data check my-rows.jsonl wordproblems --json"),

@@ -1,4 +1,4 @@
-"""Tiny and weightless LLaMAs, and a byte tokenizer."""
+"""Tiny and weightless models, and a byte tokenizer."""
 
 from __future__ import annotations
 
@@ -62,5 +62,36 @@ def make_tiny_model(folder: Path, seed: int = 0, **config) -> Path:
 
     torch.manual_seed(seed)
     LlamaForCausalLM(tiny_config(**config)).bfloat16().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+_EXPERTS = {"num_experts_per_tok": 2, "num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 32}
+
+
+def family_config(model_type: str, **changes):
+    """The configuration of a tiny model of any family. Rows of more than 24 tokens outgrow its sliding window, if it has one."""
+    from transformers import AutoConfig
+
+    from qdense.catalogs.families import FAMILIES
+
+    family = FAMILIES.get(model_type)
+    settings = tiny_config().to_diff_dict() | {"head_dim": 16, "num_key_value_heads": 2}
+    settings = {key: value for key, value in settings.items() if key not in ("model_type", "rope_parameters")}
+    if family is not None and family.has_experts:
+        settings |= _EXPERTS
+    if model_type == "qwen2":
+        settings["use_sliding_window"] = True
+    if model_type == "granite":
+        settings["logits_scaling"] = 4.0
+    return AutoConfig.for_model(model_type, **(settings | {"sliding_window": 24, "max_window_layers": 1} | changes))
+
+
+def make_family_model(model_type: str, folder: Path, seed: int = 0, **changes) -> Path:
+    """Save a random tiny model of a family that qdense can load by its folder."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(family_config(model_type, **changes)).bfloat16().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder

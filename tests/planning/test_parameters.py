@@ -112,7 +112,7 @@ def test_the_base_alone_trains_nothing():
 def test_unknown_models_and_modules_are_named():
     with pytest.raises(ModelError, match='did you mean "llama3-8b"'):
         count_parameters("llama3-8", AdapterRecipe(r=16))
-    with pytest.raises(ModelError, match="has no module w_proj"):
+    with pytest.raises(ModelError, match="has no linear module w_proj"):
         count_parameters("llama3-8b", AdapterRecipe(r=16, target_modules=["w_proj"]))
 
 

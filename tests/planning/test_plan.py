@@ -438,7 +438,7 @@ def test_configurations_that_are_invalid(change, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     assert main(["plan", MATH10K, "--set", f"model.name={tmp_path}", "--memory", "8GiB"]) == 2
     error = capsys.readouterr().err
-    assert "config.json: not the configuration of a LLaMA-like model" in error
+    assert "config.json: not the configuration of a decoder that Transformers can build" in error
 
 
 def test_a_plan_on_this_machine_counts_the_process(tiny_model):

@@ -116,6 +116,7 @@ class Recorder:
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                newest_column=self.column,
             )
         self.positions += 1
         self.column += 1
@@ -170,16 +171,23 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor,
     *,
+    newest_column: Tensor,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface, for one query a row: the heads that share keys take their place among the queries.
 
+    A row's tokens are in neighbouring columns, so a window is one of columns.
+
     query (rows, heads, 1, d), key and value (rows, kv heads, columns, d), mask (rows, 1, 1, columns) -> (rows, 1, heads, d).
     """
     rows, heads, head_size = query.shape[0], query.shape[1], query.shape[3]
+    if sliding_window is not None:
+        columns = torch.arange(key.shape[2], device=key.device)
+        attention_mask = attention_mask.masked_fill(columns <= newest_column - sliding_window, -torch.inf)
     grouped = query.view(rows, key.shape[1], -1, head_size)
     output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
     return output.reshape(rows, 1, heads, head_size), None

@@ -106,6 +106,8 @@ def _located(recipe: ModelRecipe, notice: Tell) -> tuple[Path, str, Any]:
     """The base's folder, a text that changes when its files do, and its tokenizer."""
     folder, identity = locate_model(recipe.name, recipe.revision, notice)
     require_data_only(recipe.name, folder)
+    if text_config(folder)[1]:
+        notice(f"{recipe.name} reads more than text: only its decoder is loaded, and an adapter fits that decoder alone")
     return folder, identity, _tokenizer(recipe, folder)
 
 

@@ -84,7 +84,11 @@ def family_config(model_type: str, **changes):
         settings["use_sliding_window"] = True
     if model_type == "granite":
         settings["logits_scaling"] = 4.0
-    return AutoConfig.for_model(model_type, **(settings | {"sliding_window": 24, "max_window_layers": 1} | changes))
+    if hasattr(
+        AutoConfig.for_model(model_type), "sliding_window"
+    ):  # a LLaMA with one would be cut short by Transformers' cache
+        settings |= {"sliding_window": 24, "max_window_layers": 1}
+    return AutoConfig.for_model(model_type, **(settings | changes))
 
 
 def make_family_model(model_type: str, folder: Path, seed: int = 0, **changes) -> Path:

@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from qdense.catalogs.families import FAMILIES, PAPER_TARGET_MODULES
 from qdense.compat.transformers import is_recomputable
 from qdense.data.examples import collate, join
 from qdense.errors import ModelError
 from qdense.events import Notice, StepDone
+from qdense.inference.generation import DECODINGS, Prompt, generate
 from qdense.modeling.load import load_base
 from qdense.modeling.loss import without_logits
 from qdense.modeling.packing import packed_attention, why_not_packed
@@ -201,3 +202,39 @@ def test_paper_modules_are_renamed_where_a_family_holds_them_as_one():
     assert adapter.on("glm4").target_modules == ("q_proj", "k_proj", "v_proj", "gate_up_proj", "down_proj")
     assert adapter.on("llama") is adapter
     assert adapter.on("never_heard_of") is adapter
+
+
+GENERATED = [(name, False) for name in ALL] + [(name, True) for name in PACKED]
+
+
+@pytest.mark.parametrize(("model_type", "is_recorded"), GENERATED)
+def test_completions_are_those_of_transformers_beyond_the_window_too(model_type, is_recorded, folder_of):
+    recipe = ModelRecipe(name=str(folder_of(model_type)), device="cpu", quantization="none", dtype="float32")
+    base = load_base(recipe, for_training=False)
+    with torch.no_grad():
+        for parameter in base.model.parameters():
+            parameter.mul_(4)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 40, (10,), generator=generator).tolist()
+    prompts = [torch.randint(0, 250, (length,), generator=generator).tolist() for length in lengths]
+    settings = GenerationConfig(do_sample=False, max_new_tokens=12, eos_token_id=256, pad_token_id=257, use_cache=True)
+    expected = []
+    for ids in prompts:
+        given = torch.tensor([ids])
+        output = base.model.generate(input_ids=given, attention_mask=torch.ones_like(given), generation_config=settings)
+        expected.append(base.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
+    found = {
+        completion.index: completion.completion
+        for completion in generate(
+            base,
+            base.model,
+            [Prompt(index, 0, ids) for index, ids in enumerate(prompts)],
+            DECODINGS["greedy"],
+            max_new_tokens=12,
+            stop=(),
+            batch_size=4,
+            is_recorded=is_recorded,
+        )
+    }
+    assert len(set("".join(expected))) > 5
+    assert [found[index] for index in range(len(prompts))] == expected

@@ -52,6 +52,10 @@ class RunStopped(QDenseError):  # noqa: N818 (no error)
         self.signal_number = signal_number
 
 
+class ToldElsewhereError(QDenseError):
+    """Another process of the job has failed, or reports why all of them do: this one says nothing."""
+
+
 class EvaluationError(QDenseError):
     """An evaluation cannot start or continue."""
 

@@ -41,6 +41,7 @@ from typing import Any
 
 from qdense.cache import LOCK_FILE, locked, write_atomically
 from qdense.errors import AdapterError, EvaluationError, RunError, closest, listed, near_file
+from qdense.processes import is_first
 
 CARD_FILE = "qdense.json"  # beside an adapter's own files: its origin
 PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's own names
@@ -109,6 +110,9 @@ class EvaluationFolder:
     def sole_writer(self) -> Iterator[None]:
         """Make the folder and keep other processes out of it. Raises EvaluationError if one is evaluating there."""
         self.path.mkdir(parents=True, exist_ok=True)
+        if not is_first():
+            yield
+            return
 
         def in_use() -> EvaluationError:
             return EvaluationError(f"{self.path}: another process is running this evaluation. Wait until it ends.")
@@ -219,7 +223,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path}: is a file; output.dir (or --output) must be a folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        if os.environ.get("RANK", "0") != "0":  # the other processes of torchrun belong to the first
+        if not is_first():
             yield
             return
 

@@ -28,6 +28,7 @@ from qdense.events import Emit, EvaluationProgress, Notice
 from qdense.inference.generation import Completion, Prompt
 from qdense.modeling.adapter_files import weights_digest
 from qdense.modeling.load import BaseModel
+from qdense.processes import first_alone, is_first, of_all, place
 from qdense.provenance import git_hash
 from qdense.recipe import ModelRecipe
 from qdense.runs import EvaluationFolder, RunFolder
@@ -116,7 +117,7 @@ class CompletionStore:
             EvaluationError: the file is damaged, or the source fails; what is on file stays there.
         """
         path = self.folder.completions(task.name)
-        done = completions_on_file(path)
+        done = first_alone(lambda: gathered_on_file(path))
         wanted = [(index, sample) for index in range(len(rows)) for sample in range(num_samples)]
         if foreign := sorted(done.keys() - set(wanted)):
             index, sample = foreign[0]
@@ -130,16 +131,23 @@ class CompletionStore:
         missing = [key for key in wanted if key not in done]
         if not missing:
             return done
+        number, num_processes = place()
+        share = _share_file(path, number) if number else path
+        of_all(lambda: self._complete(task, rows, missing[number::num_processes], share, tally))
+        return first_alone(lambda: gathered_on_file(path))
+
+    def _complete(
+        self, task: Task, rows: Sequence[Row], wanted: Sequence[tuple[int, int]], path: Path, tally: _Tally
+    ) -> None:
         with path.open("a", encoding="utf-8") as stream:
-            for completion in self.source.complete(task, rows, missing):
-                self.sessions.update()
-                done[completion.index, completion.sample] = completion
-                stream.write(json.dumps(asdict(completion), ensure_ascii=False) + "\n")
+            for completion in self.source.complete(task, rows, wanted):
+                if is_first():
+                    self.sessions.update()
+                stream.write(_line(completion))
                 stream.flush()
                 tally.count(completion)
                 tally.num_new_tokens += completion.num_tokens
                 tally.tell()
-        return done
 
 
 class _Tally:
@@ -211,6 +219,31 @@ class SessionLog:
             )
         self.sessions[self.num_earlier :] = [now]
         write_atomically(self.path, json.dumps(self.sessions, indent=2) + "\n")
+
+
+def gathered_on_file(path: Path) -> dict[tuple[int, int], Completion]:
+    """As `completions_on_file`, with those that other processes have written beside it. The first process makes one file of
+    them, in the order of the items, so that the file does not depend on who completed what, and when."""
+    shares = sorted(path.parent.glob(_share_file(path, "*").name))
+    if not is_first():
+        return completions_on_file(path)
+    done = completions_on_file(path)
+    for share in shares:
+        done |= completions_on_file(share)
+    in_order = dict(sorted(done.items()))
+    if list(in_order) != list(done) or shares:
+        write_atomically(path, "".join(map(_line, in_order.values())))
+    for share in shares:
+        share.unlink()
+    return in_order
+
+
+def _share_file(path: Path, number: int | str) -> Path:
+    return path.with_name(f"{path.name}.process-{number}")
+
+
+def _line(completion: Completion) -> str:
+    return json.dumps(asdict(completion), ensure_ascii=False) + "\n"
 
 
 def completions_on_file(path: Path) -> dict[tuple[int, int], Completion]:

@@ -31,6 +31,7 @@ from qdense.events import Emit, EvaluationDone, EvaluationStarted, Notice, ignor
 from qdense.inference.generation import Completion
 from qdense.inference.loaded import load_model
 from qdense.modeling.locate import locate_adapter
+from qdense.processes import first_alone, is_first, join
 from qdense.provenance import package_versions
 from qdense.recipe import load_recipe
 from qdense.runs import EvaluationFolder, RunFolder
@@ -46,17 +47,20 @@ def evaluate(request: EvaluationRequest, emit: Emit) -> dict[str, Any]:
     Raises:
         QDenseError: it cannot start or finish.
     """
+    join()
+    if not is_first():  # of several processes, the first reports, scores and writes
+        emit = ignore
     data = {task.name: load_items(task, request.data_dir, emit) for task in request.tasks}
     adapter = locate_adapter(request.adapter, lambda text: emit(Notice(text))) if request.adapter is not None else None
     clean = _clean_items(request, adapter, data, emit) if request.clean else {}
-    sources = _completion_sources(request, adapter, data, emit)
+    sources = first_alone(lambda: _completion_sources(request, adapter, data, emit))
     asked = sources[-1]
     columns = tuple(source.column for source in sources)
     are_own = all(isinstance(task.file, Path) for task in request.tasks)
     emit(EvaluationStarted(asked.title, asked.facts, tuple(data), columns, are_own))
     summaries = [_evaluate_one(request, source, data, clean, emit) for source in sources]
     summary = dict(summaries[-1])
-    if len(summaries) > 1:
+    if len(summaries) > 1 and is_first():
         summary["base"] = summaries[0]
     emit(EvaluationDone(summary))
     return summary
@@ -143,17 +147,22 @@ def _evaluate_one(
     }
     folder = source.run.evaluation(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12])
     with folder.sole_writer():
-        require_free_space(folder.path, 64 * 2**20, "the completions")
-        write_atomically(folder.settings, json.dumps(settings, indent=2) + "\n")
+        if is_first():
+            require_free_space(folder.path, 64 * 2**20, "the completions")
+            write_atomically(folder.settings, json.dumps(settings, indent=2) + "\n")
         store = CompletionStore(folder, source, emit)
         results, items = {}, {}
         for task in request.tasks:
             rows = data[task.name].rows[: request.limit]
             completions = store.complete(task, rows, request.decoding.num_samples)
+            if not is_first():
+                continue
             results[task.name], outcomes = _score(task, rows, completions, clean.get(task.name))
             items[task.name] = {"index": list(outcomes["paper"])} | {
                 rule: [int(is_correct) for is_correct in outcomes[rule].values()] for rule in RULES
             }
+        if not is_first():
+            return {}
         write_atomically(folder.items, json.dumps(items) + "\n")
         summary = {
             **settings,

@@ -43,7 +43,8 @@ from qdense.cli import (
     tasks,
     train,
 )
-from qdense.errors import DivergedError, QDenseError, RunStopped, closest
+from qdense.errors import DivergedError, QDenseError, RunStopped, ToldElsewhereError, closest
+from qdense.processes import is_first
 from qdense.text import printable
 
 # Each has HELP, DESCRIPTION, EXAMPLES, add_arguments(parser) and run(arguments), which returns the exit status (None is 0).
@@ -102,10 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _ended_by_signals():
             return arguments.command(arguments) or 0
     except RunStopped as stop:
-        print(printable(str(stop)), file=sys.stderr)
+        if is_first():  # of several processes, which all stop
+            print(printable(str(stop)), file=sys.stderr)
         return 128 + stop.signal_number
     except DivergedError as error:
         return _fail(str(error), status=3)
+    except ToldElsewhereError:
+        return 2
     except QDenseError as error:
         return _fail(str(error))
     except KeyboardInterrupt as stop:
@@ -207,6 +211,7 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         arguments.parser.refuse(unknown, argv)
+    arguments.argv = argv
     return arguments
 
 

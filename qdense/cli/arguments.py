@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdense.errors import did_you_mean
+from qdense.errors import QDenseError, counted, did_you_mean
 from qdense.events import Notice
+from qdense.processes import is_launched, launch
 from qdense.text import printable
 
 if TYPE_CHECKING:
@@ -155,6 +156,44 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="show only warnings and errors")
+
+
+def add_gpus(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpus",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes on this machine, each with a GPU of its own (default: 1); `accelerate launch` and `torchrun` work too",
+    )
+
+
+def must_launch(arguments: argparse.Namespace, device: str) -> bool:
+    """Whether the command is to run in several processes that do not run yet. Raises QDenseError for more than there are GPUs."""
+    if arguments.gpus == 1:
+        return False
+    if is_launched():
+        raise QDenseError(
+            f"--gpus {arguments.gpus}: this process was started by a launcher, which gives their number; omit it"
+        )
+    if device != "cpu":
+        import torch
+
+        if arguments.gpus > torch.cuda.device_count():
+            has = counted(torch.cuda.device_count(), "GPU")
+            raise QDenseError(f"--gpus {arguments.gpus}: torch finds {has} on this machine. Give at most as many")
+    return True
+
+
+def launched(arguments: argparse.Namespace) -> int:
+    """Run the command again in `--gpus` processes; returns its exit status."""
+    rest, given = [], iter(arguments.argv)
+    for word in given:
+        if word == "--gpus":
+            next(given)
+        elif not word.startswith("--gpus="):
+            rest.append(word)
+    return launch(arguments.gpus, rest)
 
 
 def as_toml(value: str | int) -> str:

@@ -9,9 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qdense.cli.arguments import add_base, add_data_dir, add_quiet, asked_base, positive, probability, temperature
+from qdense.cli.arguments import (
+    add_base,
+    add_data_dir,
+    add_gpus,
+    add_quiet,
+    asked_base,
+    launched,
+    must_launch,
+    positive,
+    probability,
+    temperature,
+)
 from qdense.errors import QDenseError
 from qdense.libraries import quiet_libraries, require_library
+from qdense.processes import is_first
 
 if TYPE_CHECKING:
     from qdense.data.rows import Columns
@@ -99,6 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="answers at a time; with beam4, items (default: as many as fit the memory)",
     )
+    add_gpus(parser)
     add_data_dir(parser)
     parser.add_argument(
         "--show",
@@ -110,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quiet(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     from qdense.benchmarks.tasks import tasks_named
     from qdense.data.templates import check_template
 
@@ -123,11 +136,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.endpoint is not None:
         require_library("openai", extra="endpoint", purpose="--endpoint")
 
+    if must_launch(arguments, "auto"):
+        return launched(arguments)
+
     from qdense.ui.console import make_console
     from qdense.ui.evaluation import EvaluationDisplay
 
     console = make_console(sys.stderr if arguments.json else sys.stdout)
-    with EvaluationDisplay(console, quiet=arguments.quiet) as show:
+    with EvaluationDisplay(console, quiet=arguments.quiet or not is_first()) as show:
         show.status = "loading libraries"
         quiet_libraries()
         from qdense.benchmarks.endpoint import Endpoint
@@ -170,6 +186,8 @@ def run(arguments: argparse.Namespace) -> None:
             ),
             emit=show,
         )
+    if not is_first():
+        return 0
     if arguments.json:
         print(json.dumps(summary, indent=2))
     if arguments.show is not None:
@@ -178,6 +196,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         for task in tasks:
             show_items(console, task.name, shown_items(summary, task, arguments.data_dir, arguments.show))
+    return 0
 
 
 def _columns_of_run(arguments: argparse.Namespace) -> Columns | None:
@@ -215,6 +234,8 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
         )
     if arguments.trained_on is not None and not arguments.clean:
         raise QDenseError("--trained-on: names the training set for --clean; add --clean")
+    if arguments.gpus > 1 and (other := given("endpoint") or (["--engine vllm"] if arguments.engine == "vllm" else [])):
+        raise QDenseError(f"--gpus {arguments.gpus}: cannot be used with {other[0]}, which has processes of its own")
     if arguments.engine == "vllm" and (unused := given("with-base", "endpoint", "batch-size")):
         instead = "; score the base separately, with --model" if "--with-base" in unused else ""
         raise QDenseError(f"{', '.join(unused)}: cannot be used with --engine vllm{instead}")

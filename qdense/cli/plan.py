@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from qdense.cli.arguments import add_json, add_recipe, memory_size
+from qdense.cli.arguments import add_json, add_recipe, memory_size, positive
 from qdense.libraries import quiet_libraries
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="the card's memory, for instance 24GiB (default: what is free on this machine's GPU; without one, 24GiB)",
     )
+    parser.add_argument(
+        "--gpus", type=positive, default=1, metavar="N", help="cards that share each step's rows (default: 1)"
+    )
     add_json(parser)
 
 
@@ -50,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         memory_bytes = 24 * 2**30
         print("no GPU here: planned for a 24 GiB card; name yours with --memory", file=sys.stderr)
     machine = machine_for(recipe, shape, memory_bytes)
-    plan = make_plan(recipe, shape, machine)
+    plan = make_plan(recipe, shape, machine, num_processes=arguments.gpus)
     longest = longest_context(recipe, shape, machine)
     if arguments.json:
         print(json.dumps({**plan.as_json(), "longest_context_tokens": longest}, indent=2))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-from qdense.cli.arguments import add_data_dir, add_quiet, add_recipe, as_toml
+from qdense.cli.arguments import add_data_dir, add_gpus, add_quiet, add_recipe, as_toml, launched, must_launch
 from qdense.libraries import quiet_libraries
+from qdense.processes import is_first
 
 HELP = "train an adapter from a recipe"
 DESCRIPTION = "Train an adapter from a recipe."
@@ -34,11 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --resume: continue even if the recipe, data, base or versions differ from those the run began with",
     )
+    add_gpus(parser)
     add_data_dir(parser)
     add_quiet(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     from qdense.recipe import load_recipe
     from qdense.runs import RunFolder, refuse_misspelt
 
@@ -54,9 +55,9 @@ def run(arguments: argparse.Namespace) -> None:
     from qdense.ui.console import make_console
     from qdense.ui.training import TrainingDisplay
 
-    # Of several processes only the first draws.
-    is_first = os.environ.get("RANK", "0") == "0"
-    with TrainingDisplay(make_console(), quiet=arguments.quiet or not is_first) as show:
+    if must_launch(arguments, recipe.model.device):
+        return launched(arguments)
+    with TrainingDisplay(make_console(), quiet=arguments.quiet or not is_first()) as show:
         show.status = "loading libraries"
         quiet_libraries()
         from qdense.training.run import train
@@ -68,3 +69,4 @@ def run(arguments: argparse.Namespace) -> None:
             emit=show,
             accept_changes=arguments.accept_changes,
         )
+    return 0

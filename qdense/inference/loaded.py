@@ -16,7 +16,7 @@ from qdense.events import Emit, Notice
 from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card
 from qdense.modeling.load import BaseModel, load_base
 from qdense.planning.generation import sequences_that_fit
-from qdense.planning.shapes import shape_of_config
+from qdense.planning.shapes import shape_of_decoder
 from qdense.recipe import ModelRecipe, model_recipe
 from qdense.runs import CARD_FILE
 
@@ -78,7 +78,7 @@ class LoadedModel:
         """How many sequences, each with this many new tokens, fit this device's memory at a time, by the plan."""
         return sequences_that_fit(
             self.recipe,
-            shape_of_config(self.base.name, self.base.model.config.to_dict()),
+            shape_of_decoder(self.base.name, self.base.model.config),
             new_tokens=new_tokens,
             is_cuda=self.base.device.type == "cuda",
             memory_bytes=memory_total(self.base.device),

@@ -94,7 +94,7 @@ def load_skeleton(recipe: ModelRecipe, notice: Tell = lambda text: None) -> Base
     device = torch.device("meta")
     try:
         fingerprint = fingerprint_of(folder, tokenizer)
-        model = skeleton(folder)
+        model = skeleton(text_config(folder)[0])
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:
@@ -107,7 +107,9 @@ def _located(recipe: ModelRecipe, notice: Tell) -> tuple[Path, str, Any]:
     folder, identity = locate_model(recipe.name, recipe.revision, notice)
     require_data_only(recipe.name, folder)
     if text_config(folder)[1]:
-        notice(f"{recipe.name} reads more than text: only its decoder is loaded, and an adapter fits that decoder alone")
+        notice(
+            f"{recipe.name} reads more than text: only its decoder is loaded, and an adapter fits that decoder alone"
+        )
     return folder, identity, _tokenizer(recipe, folder)
 
 

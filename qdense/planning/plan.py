@@ -57,7 +57,9 @@ class Plan:
 
     Attributes:
         checkpoint_width: bytes of a token's hidden state.
-        speeds: tokens per second by known card.
+        speeds: tokens per second by known card, of all processes together.
+        num_processes: how many share a step's rows; everything else is of one of them.
+        summed_bytes: of gradients, which processes sum after each step.
         notes: what a person should know about this model: modules that are adapted as one, what the plan cannot know.
         why_padded: why rows are padded although the recipe packs them; "" otherwise.
         remedies: what to change if it does not fit: a key of the recipe, a value and its effect, in words.
@@ -70,6 +72,8 @@ class Plan:
     num_layers: int
     checkpoint_width: int
     speeds: dict[str, float]
+    num_processes: int = 1
+    summed_bytes: int = 0
     notes: tuple[str, ...] = ()
     why_padded: str = ""
     remedies: tuple[str, ...] = ()
@@ -106,6 +110,8 @@ class Plan:
             "moment": self.memory.moment,
             "layout": asdict(self.layout),
             "host_bytes": self.host_bytes,
+            "num_processes": self.num_processes,
+            "summed_bytes": self.summed_bytes,
             "notes": list(self.notes),
             "why_padded": self.why_padded,
             "remedies": list(self.remedies),
@@ -151,15 +157,31 @@ def needed_bytes(memory: Memory, machine: Machine) -> int:
     return int(memory.peak_bytes * (1 + fragmentation)) + machine.base_bytes
 
 
-def make_plan(recipe: Recipe, shape: CatalogModel, machine: Machine, layout: StepLayout | None = None) -> Plan:
-    """Choose a layout, or use the given one of a resumed run, and predict. Raises ModelError for modules the model lacks."""
+def make_plan(
+    recipe: Recipe,
+    shape: CatalogModel,
+    machine: Machine,
+    layout: StepLayout | None = None,
+    *,
+    num_processes: int = 1,
+) -> Plan:
+    """Choose a layout, or use the given one of a resumed run, and predict.
+
+    Args:
+        num_processes: each has a card like `machine`, the whole model, and its share of a step's rows.
+
+    Raises:
+        ModelError: the model lacks target modules.
+    """
+    rows = -(-recipe.training.batch_size // num_processes)
+    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"batch_size": rows})})
     if layout is None:
         layout = _choose(recipe, shape, machine)
     memory = memory_of(recipe, shape, machine.kernels, layout)
     cards = CARDS if machine.card is None else {machine.card.name: machine.card}
     # On a CPU the speed is not predicted. A plan for no particular card lists the known ones.
     speeds = {
-        name: tokens_per_second(recipe, shape, machine.kernels, layout, card)
+        name: num_processes * tokens_per_second(recipe, shape, machine.kernels, layout, card)
         for name, card in cards.items()
         if machine.kernels.is_cuda
     }
@@ -172,6 +194,8 @@ def make_plan(recipe: Recipe, shape: CatalogModel, machine: Machine, layout: Ste
         num_layers=shape.num_layers,
         checkpoint_width=checkpoint_width,
         speeds=speeds,
+        num_processes=num_processes,
+        summed_bytes=memory.breakdown["gradients"] if num_processes > 1 else 0,
         notes=(*_fused(recipe, shape), *shape.unknowns),
         why_padded=(recipe.training.packing and why_not_packed(shape.model_type)) or "",
     )

@@ -34,23 +34,31 @@ def model_shape(name: str) -> CatalogModel:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        if not _is_complete(config):
-            from qdense.planning.skeleton import text_config  # takes seconds: it imports Transformers
-
-            config = text_config(path.parent)[0].to_dict()
-        family = FAMILIES.get(config["model_type"])
-        if family is not None and not family.has_experts:
+        if _is_complete(config):
             return shape_of_config(name, config)
-        from qdense.planning.skeleton import skeleton_shape
+        from qdense.planning.skeleton import text_config  # takes seconds: it imports Transformers
 
-        shape = skeleton_shape(name, path.parent)
+        return shape_of_decoder(name, text_config(path.parent)[0])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ModelError(f"{path}: not the configuration of a decoder that Transformers can build: {error!r}") from None
+
+
+def shape_of_decoder(name: str, config: Any) -> CatalogModel:
+    """Shapes from Transformers' configuration of a decoder of any family. Raises KeyError, ValueError."""
+    family = FAMILIES.get(config.model_type)
+    if family is not None and not family.has_experts:
+        return shape_of_config(name, config.to_dict())
+    from qdense.planning.skeleton import skeleton_shape
+
+    shape = skeleton_shape(name, config)
     return replace(shape, unknowns=tuple(_unknowns(shape)))
 
 
 def _is_complete(config: dict[str, Any]) -> bool:
-    """Whether config.json has every size itself; a family's defaults, where it has not, are known to Transformers."""
+    """Whether config.json alone gives the shapes of its family; defaults that it leaves out are known to Transformers."""
+    family = FAMILIES.get(config["model_type"])
+    if family is None or family.has_experts:
+        return False
     has_heads = "head_dim" in config or config["model_type"] in _HEADS_SHARE_WIDTH
     return has_heads and config.keys() >= _SIZES | {"tie_word_embeddings"}
 
@@ -82,7 +90,10 @@ def _cached_config(hub_id: str) -> Path | None:
 
 
 def shape_of_config(name: str, config: dict[str, Any]) -> CatalogModel:
-    """Shapes from Transformers' config.json. Raises KeyError for a missing one, ValueError for one that is not a size."""
+    """Shapes of a known family without experts from its config.json.
+
+    Raises KeyError for a missing one, ValueError for one that is not a size.
+    """
     num_heads = int(config["num_attention_heads"])
     head_size = config.get("head_dim")
     shape = CatalogModel(

@@ -29,11 +29,10 @@ def text_config(folder: Path) -> tuple[Any, bool]:
     return text, text is not config
 
 
-def skeleton(folder: Path) -> Any:
-    """The decoder on the meta device. Raises as `text_config`."""
+def skeleton(config: Any) -> Any:
+    """A decoder on the meta device. Raises ValueError for a configuration that makes none."""
     from transformers import AutoModelForCausalLM
 
-    config, _ = text_config(folder)
     with _readable(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
@@ -47,10 +46,9 @@ def _readable() -> Iterator[None]:
         raise ValueError(str(error)) from error
 
 
-def skeleton_shape(name: str, folder: Path) -> CatalogModel:
-    """Shapes as a skeleton has them. Raises as `text_config`, and ValueError for a model without linear layers."""
-    config, _ = text_config(folder)
-    model = skeleton(folder)
+def skeleton_shape(name: str, config: Any) -> CatalogModel:
+    """Shapes as a skeleton has them. Raises as `skeleton`, and for a model without linear layers."""
+    model = skeleton(config)
     layers = decoder_layers(model)
     linears = {
         path.rpartition(".")[2]: (module.in_features, module.out_features)

@@ -13,13 +13,13 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import get_scheduler
@@ -39,6 +39,7 @@ from qdense.modeling.neftune import noisy_embeddings
 from qdense.modeling.packing import packed_attention, why_not_packed
 from qdense.modeling.recompute import Recompute, apply_recompute
 from qdense.planning.memory import StepLayout
+from qdense.processes import of_all
 from qdense.recipe import Recipe
 from qdense.runs import RunFolder
 from qdense.training.batches import Batches, micro_batches, seed_step
@@ -83,11 +84,20 @@ class Job:
     emit: Emit
 
 
+@dataclass(frozen=True)
+class _Share:
+    """One process's share of a step: the loss and the rows of each micro-batch, and its tokens."""
+
+    losses: list[float]
+    rows: list[list[int]]
+    num_tokens: int
+
+
 class TrainingLoop:
     """Trains `job.model`. The loop itself is `run`.
 
     Attributes:
-        step: the last completed step.
+        step, saved_step: the last completed step, and that of the last checkpoint.
         layout: how steps are divided now; running out of memory changes it.
         best_step, best_loss, best_weights: of the lowest validation loss so far.
         seconds: time spent training so far, without validation and pauses between resumed parts.
@@ -126,7 +136,7 @@ class TrainingLoop:
             emit=self.emit,
             last_good=lambda: last_good_checkpoint(job.folder.checkpoints),
         )
-        self.step = 0
+        self.step = self.saved_step = 0
         self.best_step, self.best_loss = 0, math.inf
         self.best_weights: dict[str, Tensor] = {}
         self.seconds = job.metrics.seconds if job.metrics else 0.0
@@ -140,17 +150,30 @@ class TrainingLoop:
             RunError: a parameter cannot learn, or a checkpoint cannot be written.
             OutOfMemoryError: even one row at a time does not fit.
         """
+        try:
+            self._run()
+        except DivergedError:
+            raise
+        except Exception:
+            # Of several processes one failed, or is gone; the state is that of the last step, on this one too.
+            if self.accelerator.num_processes > 1 and self.step > self.saved_step:
+                with suppress(RunError):
+                    self.save()
+            raise
+
+    def _run(self) -> None:
         settings, num_steps = self.job.recipe.training, self.job.num_steps
         is_stopped = self._is_stopped()
         while self.step < num_steps and not is_stopped and not self.has_stalled:
             started, step = time.monotonic(), self.step + 1
             self.job.model.train()
-            batches, losses = self.forward_and_backward(step, self.batches.of_step(step))
-            losses, rows = self._of_all(losses), self._of_all([batch["rows"] for batch in batches])
+            of_processes = of_all(partial(self._of_step, step))
+            losses = [loss for each in of_processes for loss in each.losses]
+            rows = [group for each in of_processes for group in each.rows]
+            num_tokens = sum(each.num_tokens for each in of_processes)
             self._sum_gradients()
-            is_allowed = self.watch.allows(
-                step, losses, rows
-            )  # before clipping, which turns an infinite norm into zeros
+            # Before clipping, which turns an infinite norm into zeros.
+            is_allowed = self.watch.allows(step, losses, rows)
             grad_norm = self.accelerator.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm or math.inf)
             share_of_rate = self.share_of_rate(step - 1)
             for group in self.optimizer.param_groups:
@@ -166,7 +189,6 @@ class TrainingLoop:
             took = time.monotonic() - started
             self.seconds += took
             self.peak_memory_bytes = peak_memory(self.job.base.device)
-            (num_tokens,) = self._summed(sum(batch["num_tokens"] for batch in batches))
             self.emit(
                 StepDone(
                     step=step,
@@ -174,7 +196,7 @@ class TrainingLoop:
                     loss=sum(losses),
                     learning_rate=self.job.learning_rate * share_of_rate,
                     grad_norm=float(grad_norm),
-                    num_tokens=int(num_tokens),
+                    num_tokens=num_tokens,
                     tokens_per_second=num_tokens / took,
                     memory_bytes=self.peak_memory_bytes,
                     seconds=self.seconds,
@@ -212,6 +234,10 @@ class TrainingLoop:
         ]
 
     # --- forward and backward ---------------------------------------------------------------------------------------------
+
+    def _of_step(self, step: int) -> _Share:
+        batches, losses = self.forward_and_backward(step, self.batches.of_step(step))
+        return _Share(losses, [batch["rows"] for batch in batches], sum(batch["num_tokens"] for batch in batches))
 
     def forward_and_backward(self, step: int, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], list[float]]:
         """Compute the gradients of this process's share of one step's rows. If memory runs out, repeat the step in smaller
@@ -276,13 +302,6 @@ class TrainingLoop:
             torch.tensor(values, dtype=torch.float64, device=self.job.base.device), "sum"
         )
         return total.tolist()
-
-    def _of_all(self, values: list[Any]) -> list[Any]:
-        """The values of all processes, in the order of the processes."""
-        if self.accelerator.num_processes == 1:
-            return values
-        gathered: list[Any] = gather_object(values)
-        return gathered
 
     def _is_stopped(self) -> bool:
         """Whether any process has received a signal."""
@@ -421,6 +440,7 @@ class TrainingLoop:
                 f"step {self.step}: the checkpoint cannot be written: {error}. It needs up to {needed_bytes / 2**20:,.0f} MiB: "
                 f"check the space and permissions of {folder}. {last_good_checkpoint(folder)}"
             ) from error
+        self.saved_step = self.step
         self.emit(CheckpointSaved(self.step, str(path)))
 
     def _checkpoint(self) -> Checkpoint:
@@ -465,7 +485,7 @@ class TrainingLoop:
                 f"checkpoint {checkpoint.step} of {self.job.folder.path} does not fit this run: {error}. Remove it to continue "
                 "from the one before, or start a new run."
             ) from error
-        self.step = checkpoint.step
+        self.step = self.saved_step = checkpoint.step
 
 
 def checkpoint_bytes(model: Any, *, has_schedule: bool = False) -> int:

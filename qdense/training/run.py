@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import signal
 from collections.abc import Iterator, Sequence
@@ -14,8 +13,8 @@ from typing import Any
 
 import tomli_w
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator, PartialState
+from accelerate.utils import InitProcessGroupKwargs
 from safetensors import SafetensorError
 
 from qdense.cache import appearing_folder, require_free_space, write_atomically
@@ -41,6 +40,7 @@ from qdense.ops.kernels import use_kernels, why_not_triton
 from qdense.planning.machine import slow_kernels, this_machine
 from qdense.planning.memory import StepLayout
 from qdense.planning.plan import Plan, make_plan
+from qdense.processes import PATIENCE, first_alone, of_all, require_ranks
 from qdense.provenance import git_hash, package_versions
 from qdense.recipe import ColumnsRecipe, DataRecipe, Recipe
 from qdense.runs import RunFolder
@@ -71,35 +71,44 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, ac
     """
     require_trackers(recipe)
     _require_kernels(recipe)
-    _require_ranks()
+    require_ranks()
     run = RunFolder(Path(recipe.output.dir))
     accelerator = Accelerator(
         cpu=choose_device(recipe.model.device).type == "cpu",
         mixed_precision="no",  # base and adapter have their own dtypes
         log_with=list(recipe.training.trackers) or None,
         project_dir=run.logs,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     is_first = accelerator.is_main_process
     if not is_first:  # of several processes, the first decides, reports and writes
         emit = ignore
     with run.sole_writer():
-        found = [
-            checkpoint_to_resume(recipe, run, emit, resume=resume, accept_changes=accept_changes) if is_first else None
-        ]
-        (resumed,) = broadcast_object_list(found)
-        prepared = _prepare(resumed.recipe if resumed else recipe, resumed, data_dir, emit)
-        if resumed is not None and is_first:
-            refuse_other_inputs(
-                run,
-                data_checksum=prepared.data.checksum,
-                data=prepared.data.origin,
-                fingerprint=prepared.base.fingerprint,
-                base=prepared.base.name,
-                accept_changes=accept_changes,
-                emit=emit,
+        resumed, *_ = of_all(
+            lambda: (
+                checkpoint_to_resume(recipe, run, emit, resume=resume, accept_changes=accept_changes)
+                if is_first
+                else None
             )
-        if is_first:
-            _record(run, prepared, is_new=resumed is None)
+        )
+
+        def prepare() -> _Prepared:
+            prepared = _prepare(resumed.recipe if resumed else recipe, resumed, data_dir, emit)
+            if resumed is not None and is_first:
+                refuse_other_inputs(
+                    run,
+                    data_checksum=prepared.data.checksum,
+                    data=prepared.data.origin,
+                    fingerprint=prepared.base.fingerprint,
+                    base=prepared.base.name,
+                    accept_changes=accept_changes,
+                    emit=emit,
+                )
+            if is_first:
+                _record(run, prepared, is_new=resumed is None)
+            return prepared
+
+        prepared = first_alone(prepare)
         done = _run(run, prepared, resumed, accelerator, emit)
         if not is_first:
             return run.path
@@ -119,14 +128,6 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, ac
             ) from error
         emit(done)
     return run.path
-
-
-def _require_ranks() -> None:
-    """Raise RunError for variables of torchrun that are no numbers; accelerate would fail on them."""
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        value = os.environ.get(name, "0")
-        if not value.isdecimal():
-            raise RunError(f'{name} = "{value}": must be a whole number. torchrun sets it; without torchrun, unset it.')
 
 
 def _require_kernels(recipe: Recipe) -> None:
@@ -298,6 +299,13 @@ def _run(
             loop.run()
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise _out_of_memory(error, loop, plan) from error
+        except RuntimeError as error:
+            if accelerator.num_processes == 1 or "peer" not in str(error):
+                raise
+            raise RunError(
+                f"another process of this run has ended; its own output says why, unless it was killed (`dmesg | grep -i oom`). "
+                f"{last_good_checkpoint(run.checkpoints)}"
+            ) from error
         if loop.step < prepared.num_steps and not loop.has_stalled:
             received = signals.received or signal.SIGTERM  # another process received it
             raise RunStopped(
@@ -368,7 +376,7 @@ def _out_of_memory(error: BaseException, loop: TrainingLoop, plan: Plan) -> RunE
 def _plan(recipe: Recipe, shape: CatalogModel, settled: StepLayout | None, emit: Emit) -> Plan:
     """The run's plan, from shapes, before the model is loaded. `settled` is the layout of a resumed run."""
     machine = this_machine(recipe, shape)
-    plan = make_plan(recipe, shape, machine, settled)
+    plan = make_plan(recipe, shape, machine, settled, num_processes=PartialState().num_processes)
     for note in plan.notes:
         emit(Notice(note))
     for reason in slow_kernels(recipe, shape, machine):

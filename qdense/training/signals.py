@@ -1,4 +1,7 @@
-"""Signals that end a run: the first stops it after the current step, the second at once."""
+"""Signals that end a run: the first stops it after the current step, a second one of the same kind at once.
+
+Of the same kind, because a launcher sends SIGTERM to its processes when it receives the Ctrl-C that they have received too.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ class StopSignals:
     def __init__(self, emit: Emit) -> None:
         self.received: signal.Signals | None = None
         self._emit = emit
+        self._seen: set[int] = set()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -43,8 +47,11 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if number in self._seen:
             raise KeyboardInterrupt
+        self._seen.add(number)
+        if self.received is not None:
+            return
         self.received = signal.Signals(number)
         notice = Notice(
             f"{named(self.received)}: stopping after this step, with a checkpoint; a second one stops at once",

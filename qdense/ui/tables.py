@@ -234,6 +234,11 @@ def show_plan(console: Console, plan: Plan, title: str, longest_context_tokens: 
     table.add_row(what, size(plan.needed_bytes - plan.predicted_peak_bytes))
     table.add_row(clean(f"available on {machine.name}"), size(machine.memory_bytes))
     console.print(table)
+    if plan.num_processes > 1:
+        console.print(
+            f"each of {plan.num_processes} cards holds the whole model and takes its share of a step's rows; they sum "
+            f"{size(plan.summed_bytes)} of gradients after each step"
+        )
     for note in plan.notes:
         console.print(Text(clean(f"note: {note}"), style="yellow"))
     if plan.why_padded:

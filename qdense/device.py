@@ -26,6 +26,11 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cpu")
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 itself. CUDA cards do from Ampere (2020) on; torch emulates it on older ones."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def memory_total(device: torch.device) -> int:
     """Total bytes of the card, or of the machine."""
     if device.type == "cuda":

@@ -205,11 +205,12 @@ def _device(torch: Any, number: int) -> Check:
         f"{_gib(free_bytes)} of {_gib(total_bytes)} free"
     )
     if capability < (8, 0):  # from Ampere on; torch emulates it on older cards
-        remedy = 'Set model.dtype = "float32" and adapter.dtype = "float32", or use a card from 2020 or later.'
-        return Check(name, BAD, f"{detail}, no bfloat16", remedy)
+        detail += ", no bfloat16: model.dtype is float16 there, with a loss scale; untested on such a card"
+    else:
+        detail += ", bfloat16"
     if free_bytes < LOW_MEMORY_BYTES:
         return Check(name, BAD, detail, "Stop the other programs that use the card (nvidia-smi lists them).")
-    return Check(name, GOOD, f"{detail}, bfloat16")
+    return Check(name, GOOD, detail)
 
 
 def driver_version() -> str | None:

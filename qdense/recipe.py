@@ -39,9 +39,10 @@ Optimizer = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adam
 NamedTemplate = Literal["alpaca", "llm-adapters", "plain", "chat", "chatml", "llama3"]
 TemplateName = Literal["auto"] | NamedTemplate
 Quantization = Literal["nf4", "int8", "none"]
-DType = Literal["bfloat16", "float32"]
+BaseDType = Literal["auto", "bfloat16", "float16", "float32"]
+AdapterDType = Literal["auto", "bfloat16", "float32"]
 _MOST = 10**6  # of what is counted or scaled: far beyond use, and nothing that is computed from it overflows
-_DTYPE_BYTES: dict[DType, int] = {"bfloat16": 2, "float32": 4}
+_DTYPE_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 Device = Literal["auto", "cuda", "cpu"]
 _DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".gz")
 # What other trainers (Transformers, PEFT, TRL, Unsloth, Axolotl) call it.
@@ -123,13 +124,22 @@ class ModelRecipe(Table):
     ]
     revision: str | None = Field(None, description="a branch, tag or commit of the hub repository")
     quantization: Quantization = Field("nf4", description="nf4, int8 or none")
-    dtype: DType = Field("bfloat16", description="bfloat16 or float32: the base's computation")
+    dtype: BaseDType = Field(
+        "auto",
+        description="bfloat16, float16 or float32: the base's computation; auto: bfloat16, or float16 on a card without it",
+    )
     device: Device = Field("auto", description="auto, cuda or cpu")
 
     @property
     def dtype_bytes(self) -> int:
         """Bytes of an element of `dtype`."""
         return _DTYPE_BYTES[self.dtype]
+
+    def settled(self, *, has_bfloat16: bool) -> Self:
+        """With the dtype that "auto" stands for on a device."""
+        return self.model_copy(
+            update={"dtype": "bfloat16" if has_bfloat16 else "float16"} if self.dtype == "auto" else {}
+        )
 
 
 class _AdapterRecipe(Table):
@@ -159,7 +169,10 @@ class _AdapterRecipe(Table):
     target_modules: Annotated[tuple[str, ...], AS_TUPLE, checked(_module_names)] = Field(
         PAPER_TARGET_MODULES, min_length=1, description='module names, or the paper\'s letters such as "QKVUD"'
     )  # fmt: skip
-    dtype: DType = Field("bfloat16", description="bfloat16 or float32: the adapter's storage and computation")
+    dtype: AdapterDType = Field(
+        "auto",
+        description="bfloat16 or float32: the adapter's storage and computation; auto: bfloat16, or float32 on a float16 base",
+    )
     master_weights: bool = Field(
         True, description="true or false: whether the optimizer keeps fp32 copies of bf16 weights"
     )
@@ -367,7 +380,15 @@ class Recipe(Table):
     def has_masters(self) -> bool:
         """Whether the optimizer keeps fp32 masters: if the recipe wants them and parameters are bf16."""
         trained = self.adapter.dtype if METHODS[self.adapter.method].is_adapter else self.model.dtype
-        return self.adapter.master_weights and trained == "bfloat16"
+        return self.adapter.master_weights and trained in ("auto", "bfloat16")
+
+    def settled(self, *, has_bfloat16: bool) -> Self:
+        """With the dtypes that "auto" stands for on a device."""
+        model, adapter = self.model.settled(has_bfloat16=has_bfloat16), self.adapter
+        if adapter.dtype == "auto":
+            dtype = "float32" if model.dtype == "float16" else "bfloat16"
+            adapter = adapter.model_copy(update={"dtype": dtype})
+        return self.model_copy(update={"model": model, "adapter": adapter})
 
     def resolved(self) -> dict[str, Any]:
         """Plain tables for TOML: every value that is set or has a default."""
@@ -382,6 +403,9 @@ class Recipe(Table):
     def choices(self) -> dict[str, Any]:
         """The values that differ from the defaults: what remains the same when a later version of qdense has more keys."""
         tables = self.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+        for name in ("model", "adapter"):  # on most devices, what the default stands for
+            if tables.get(name, {}).get("dtype") == "bfloat16":
+                del tables[name]["dtype"]
         if self.adapter.alpha == 2.0 * self.adapter.r:
             del tables["adapter"]["alpha"]
         for name in _OWN_TABLES.keys() - {self.adapter.method}:
@@ -511,6 +535,13 @@ def _conflicts(tables: Mapping[str, Any], wrong: set[str]) -> Iterator[tuple[str
     if value("adapter", "init") == "balanced" and value("adapter", "zero_init") != "decoder":
         message = 'needs adapter.zero_init = "decoder": it sets the size of the decoder\'s first gradient'
         yield "adapter.init", 'adapter.init = "balanced"', message
+    if value("model", "dtype") == "float16":
+        if value("adapter", "dtype") == "bfloat16":
+            message = 'must be "float32" (or "auto") with model.dtype = "float16": a float16 base has float32 adapters'
+            yield "adapter.dtype", 'adapter.dtype = "bfloat16"', message
+        if (method := METHODS.get(str(value("adapter", "method")))) and not method.is_adapter:
+            message = f'cannot be trained by {method.name}, whose weights would be float16. Use "bfloat16" or "float32"'
+            yield "model.dtype", 'model.dtype = "float16"', message
     if value("adapter", "sharing") == "none" and (value("adapter", "layer_groups") or 1) > 1:
         message = 'must be 1 with adapter.sharing = "none", where no layers share an encoder and decoder'
         yield "adapter.layer_groups", f"adapter.layer_groups = {value('adapter', 'layer_groups')}", message

@@ -93,8 +93,8 @@ def add_base(parser: Any, *, alone: str) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("bfloat16", "float32"),
-        help="the base model's compute dtype (default: as recorded with the adapter, else bfloat16)",
+        choices=("bfloat16", "float16", "float32"),
+        help="the base model's compute dtype (default: as recorded with the adapter, else bfloat16 where the device has it)",
     )
     parser.add_argument(
         "--template",

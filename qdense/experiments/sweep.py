@@ -279,7 +279,8 @@ class Sweep:
         model, how = job.arm.recipe.model, base_settings(job.arm, self.experiment.evaluate)
         self._tell(job, "evaluating")
         command = ["evaluate", *_evaluate_arguments(how), "--model", model.name]
-        command += ["--quantization", model.quantization, "--dtype", model.dtype]
+        command += ["--quantization", model.quantization]
+        command += ["--dtype", model.dtype] if model.dtype != "auto" else []
         found = self._evaluation(job, command, self.folder.base_log(base_key(model)), environment)
         if found is not None:
             self.folder.record_base_evaluation(base_key(model), how, found)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from qdense.cache import appearing_folder, cache_dir, require_free_space
 from qdense.catalogs.families import FAMILIES
 from qdense.compat.bitsandbytes import never_repack
-from qdense.device import choose_device, memory_free
+from qdense.device import choose_device, has_bfloat16, memory_free
 from qdense.errors import ModelError, counted, listed
 from qdense.modeling.fingerprint import Fingerprint, fingerprint_of
 from qdense.modeling.locate import Tell, folder_name_for_peft, locate_model, locate_tokenizer, require_data_only
@@ -61,6 +61,7 @@ def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_trai
         ModelError: the model cannot be found, reached or read, or the device does not exist.
     """
     device = choose_device(recipe.device)
+    recipe = recipe.settled(has_bfloat16=has_bfloat16(device))
     folder, identity, tokenizer = _located(recipe, notice)
     try:
         fingerprint = fingerprint_of(folder, tokenizer)

@@ -19,6 +19,7 @@ from qdense.cache import appearing_folder, require_free_space
 from qdense.compat.peft import refuse_unmergeable
 from qdense.data.templates import template_named
 from qdense.data.wordproblems import test_rows
+from qdense.device import choose_device, has_bfloat16
 from qdense.errors import AdapterError
 from qdense.methods import METHODS
 from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card, refuse_used_folder
@@ -119,7 +120,8 @@ def _refuse_activation(folder: Path) -> None:
 def _base_recipe(folder: Path, card: AdapterCard, onto: str) -> ModelRecipe:
     """How to load the base for the adapter in `folder`."""
     model = {**card.model, "quantization": "none" if onto == "original" else "nf4"}
-    return model_recipe(model, source=str(folder / CARD_FILE))
+    recipe = model_recipe(model, source=str(folder / CARD_FILE))
+    return recipe.settled(has_bfloat16=has_bfloat16(choose_device(recipe.device)))
 
 
 def _report(

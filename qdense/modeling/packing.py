@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 
 from qdense.catalogs.families import why_not_packed as why_not_packed_family
 from qdense.compat.transformers import attention_set_to
+from qdense.device import has_bfloat16
 
 _NAME = "qdense_packed"
 
@@ -63,7 +64,8 @@ def _attend(
     if attention_mask is not None or dropout or len(query) != 1:
         raise ValueError("packed rows: no attention mask, attention dropout or second batch entry")
     is_grouped = key.shape[1] != query.shape[1]
-    if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
+    # The kernel for rows of different lengths is flash attention's, for cards from Ampere on.
+    if query.device.type == "cuda" and query.dtype != torch.float32 and has_bfloat16(query.device):
         from torch.nn.attention.varlen import varlen_attn
 
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, d)

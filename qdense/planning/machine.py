@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qdense.catalogs.models import CatalogModel
-from qdense.device import choose_device, device_name, memory_free, memory_of_process
+from qdense.device import choose_device, device_name, has_bfloat16, memory_free, memory_of_process
 from qdense.ops.kernels import has_triton, why_no_liger, why_not_triton
 from qdense.planning.memory import Kernels
 from qdense.planning.plan import Machine
@@ -24,7 +24,9 @@ def this_machine(recipe: Recipe, shape: CatalogModel) -> Machine:
     kernels = Kernels(is_cuda, is_fused, has_liger=is_fused and why_no_liger(shape.model_type) is None)
     if is_cuda:
         name = device_name(device)
-        return Machine(name, kernels, memory_free(device), _WORKSPACE_BYTES, card_named(name))
+        return Machine(
+            name, kernels, memory_free(device), _WORKSPACE_BYTES, card_named(name), has_bfloat16=has_bfloat16(device)
+        )
     process_bytes = memory_of_process()
     memory_bytes = process_bytes + int(_CPU_SHARE * memory_free(device))
     return Machine("this machine", kernels, memory_bytes, process_bytes)

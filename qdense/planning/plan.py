@@ -34,6 +34,7 @@ class Machine:
         memory_bytes: memory that the run may use.
         base_bytes: of these, in use before the first tensor: CUDA's context, or the process with its libraries.
         card: its speed, if it is a known card.
+        has_bfloat16: whether it computes in bfloat16; see model.dtype.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Machine:
     memory_bytes: int
     base_bytes: int
     card: Card | None = None
+    has_bfloat16: bool = True
 
     @classmethod
     def card_of(
@@ -173,6 +175,7 @@ def make_plan(
     Raises:
         ModelError: the model lacks target modules.
     """
+    recipe = recipe.settled(has_bfloat16=machine.has_bfloat16)
     rows = -(-recipe.training.batch_size // num_processes)
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"batch_size": rows})})
     if layout is None:
@@ -213,6 +216,7 @@ def _fused(recipe: Recipe, shape: CatalogModel) -> Iterator[str]:
 
 def longest_context(recipe: Recipe, shape: CatalogModel, machine: Machine) -> int:
     """The longest row in tokens that fits one at a time; 0 if none does. Found by bisection, to 64 tokens."""
+    recipe = recipe.settled(has_bfloat16=machine.has_bfloat16)
     low, high = 0, 2**22
     while high - low > 64:
         middle = (low + high) // 2

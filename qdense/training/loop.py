@@ -44,6 +44,7 @@ from qdense.recipe import Recipe
 from qdense.runs import RunFolder
 from qdense.training.batches import Batches, micro_batches, seed_step
 from qdense.training.checkpoint import Checkpoint, last_good_checkpoint
+from qdense.training.loss_scale import LossScale
 from qdense.training.metrics import MetricsFile
 from qdense.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state, take_over_changes
 from qdense.training.signals import StopSignals
@@ -129,6 +130,7 @@ class TrainingLoop:
         self.share_of_rate = scheduler.lr_lambdas[
             0
         ]  # a function of the number of completed steps, so it has no state to save
+        self.scale = LossScale(is_used=job.recipe.model.dtype == "float16")
         self.watch = Watch(
             self.parameters,
             job.method.has_gradient_at_start,
@@ -167,11 +169,15 @@ class TrainingLoop:
         while self.step < num_steps and not is_stopped and not self.has_stalled:
             started, step = time.monotonic(), self.step + 1
             self.job.model.train()
-            of_processes = of_all(partial(self._of_step, step))
+            while True:
+                of_processes = of_all(partial(self._of_step, step))
+                self._sum_gradients()
+                if not self.scale.halves_for(parameter.grad for parameter in self.parameters.values()):
+                    break
+                self.optimizer.zero_grad()
             losses = [loss for each in of_processes for loss in each.losses]
             rows = [group for each in of_processes for group in each.rows]
             num_tokens = sum(each.num_tokens for each in of_processes)
-            self._sum_gradients()
             # Before clipping, which turns an infinite norm into zeros.
             is_allowed = self.watch.allows(step, losses, rows)
             grad_norm = self.accelerator.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm or math.inf)
@@ -184,6 +190,7 @@ class TrainingLoop:
                     self.job.method.schedule.step(self.job.model, step)
                     take_over_changes(self.optimizer)
             self.optimizer.zero_grad()
+            self.scale.grow()
             self.step = step
 
             took = time.monotonic() - started
@@ -277,13 +284,15 @@ class TrainingLoop:
         self, examples: Sequence[Example], num_labels: int, num_sharing: int
     ) -> tuple[list[dict[str, Any]], list[float]]:
         batches = self.micro_batches(examples)
-        divisor = torch.tensor(num_labels, device=self.job.base.device)
+        scale = self.scale.value
+        # Scaled where the loss is computed: gradients of the logits are float16 already.
+        divisor = torch.tensor(num_labels / scale, device=self.job.base.device)
         losses = []
         for batch in batches:
-            with self.passes(1 / (len(batches) * num_sharing)), self._noise(batch):
+            with self.passes(scale / (len(batches) * num_sharing)), self._noise(batch):
                 loss = self.token_loss(self.job.model, batch, divisor)
                 loss.backward()
-            losses.append(loss.detach().float())
+            losses.append(loss.detach().float() / scale)
             del loss  # its graph holds the first checkpoint, whose memory the next pass needs
         return batches, torch.stack(losses).tolist() if losses else []
 
@@ -453,6 +462,7 @@ class TrainingLoop:
             "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,  # JSON has no infinity
             "optimizer": numbers,
             "schedule": ranks,
+            "loss_scale": self.scale.state(),
         }
         return Checkpoint(self.step, run_tensors(self.job.model), self.best_weights, tensors, averages, values)
 
@@ -474,6 +484,7 @@ class TrainingLoop:
             load_optimizer_state(self.optimizer, checkpoint.optimizer, values["optimizer"])
             if self.job.method.schedule is not None:
                 self.job.method.schedule.restore(self.job.model, checkpoint.schedule, values["schedule"])
+            self.scale.restore(values.get("loss_scale"))
             if self.job.takes_saved_layout:
                 self.follow(StepLayout(**values["layout"]))
             # A run that kept the last weights has no best ones. If it should keep them now, it starts looking here.

@@ -149,8 +149,14 @@ def _as_begun(recipe: Recipe, begun: Recipe) -> Recipe:
     }
     if recipe.data.columns is None and is_same_data:
         data["columns"] = begun.data.columns
+    settled = {
+        table: getattr(recipe, table).model_copy(update={"dtype": getattr(begun, table).dtype})
+        for table in ("model", "adapter")
+        if getattr(recipe, table).dtype == "auto"
+    }
     return recipe.model_copy(
         update={
+            **settled,
             "training": recipe.training.model_copy(update=training),
             "data": recipe.data.model_copy(update=data),
         }

@@ -25,7 +25,7 @@ from qdense.data.examples import Encoded, Example, collate, encode_rows, split_r
 from qdense.data.rows import STANDARD_COLUMNS, Message
 from qdense.data.sources import DataSet, load_training_set
 from qdense.data.templates import chat_template_for, prompt_ids, template_named
-from qdense.device import choose_device, device_description, memory_total, peak_memory
+from qdense.device import choose_device, device_description, has_bfloat16, memory_total, peak_memory
 from qdense.errors import RunError, RunStopped, counted
 from qdense.events import Emit, Notice, TrainingDone, TrainingStarted, ignore
 from qdense.inference.generation import Prompt
@@ -69,6 +69,7 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, ac
     Raises:
         QDenseError: the run cannot start or continue; RunStopped after a signal.
     """
+    recipe = recipe.settled(has_bfloat16=has_bfloat16(choose_device(recipe.model.device)))
     require_trackers(recipe)
     _require_kernels(recipe)
     require_ranks()
@@ -113,7 +114,8 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, ac
         if not is_first:
             return run.path
         card = AdapterCard(
-            model=recipe.model.model_dump(exclude_none=True, exclude={"device"}) | {"name": prepared.base.reference},
+            model=prepared.recipe.model.model_dump(exclude_none=True, exclude={"device"})
+            | {"name": prepared.base.reference},
             fingerprint=prepared.base.fingerprint,
             template=prepared.recipe.data.template,
             method=recipe.adapter.method,

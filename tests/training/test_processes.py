@@ -102,7 +102,7 @@ def test_a_stopped_run_of_two_resumes_with_three(tiny_model, tmp_path, to_all):
         os.killpg(process.pid, signal.SIGINT)
     else:
         process.terminate()
-    output, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=120)
     number = signal.SIGINT if to_all else signal.SIGTERM
     assert process.returncode == 128 + number, errors
     assert errors.count("The last good checkpoint is") == 1

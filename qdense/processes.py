@@ -53,8 +53,12 @@ def require_ranks() -> None:
             raise RunError(f'{name} = "{value}": must be a whole number. torchrun sets it; without torchrun, unset it.')
 
 
-def of_all(compute: Callable[[], T]) -> list[T]:
+def of_all(compute: Callable[[], T], *, is_joint: bool = False) -> list[T]:
     """What each process computes, in their order. Called by all of them, or by a process that is alone.
+
+    Args:
+        is_joint: whether `compute` itself waits for the other processes, so that a fault of one cannot be told to them; then
+            it ends this process, and the launcher the others.
 
     Raises:
         Exception: `compute` failed here, or in another process; then no process returns. The first one's error names the
@@ -62,7 +66,7 @@ def of_all(compute: Callable[[], T]) -> list[T]:
     """
     if not is_launched():
         return [compute()]
-    mine, fault = _attempt(compute)
+    mine, fault = (compute(), None) if is_joint else _attempt(compute)
     return _agreed(mine, fault)
 
 

@@ -331,6 +331,11 @@ class TrainingRecipe(Table):
         description="a positive whole number of validations: the run ends early if as many in a row have not lowered the "
         "validation loss; omitted, it never does",
     )
+    shard: bool = Field(
+        False,
+        description="true or false: whether the base's layers are divided among the processes of --gpus, which then each hold a "
+        "part of them; slower, for a base that fits no single card",
+    )
     neftune: float | None = Field(
         None,
         gt=0,
@@ -542,6 +547,18 @@ def _conflicts(tables: Mapping[str, Any], wrong: set[str]) -> Iterator[tuple[str
         if (method := METHODS.get(str(value("adapter", "method")))) and not method.is_adapter:
             message = f'cannot be trained by {method.name}, whose weights would be float16. Use "bfloat16" or "float32"'
             yield "model.dtype", 'model.dtype = "float16"', message
+    if value("training", "shard"):
+        if value("model", "quantization") == "int8":
+            yield "training.shard", "training.shard = true", 'needs model.quantization = "nf4" or "none"'
+        if value("training", "sample_prompts"):
+            message = (
+                "cannot be combined with training.sample_prompts: all processes would have to answer them together"
+            )
+            yield "training.shard", "training.shard = true", message
+        method = METHODS.get(str(value("adapter", "method")))
+        if method is not None and (method.reads_base_weights or not method.is_adapter):
+            message = f"cannot be used with {method.name}, which reads or trains the base's own weights"
+            yield "training.shard", "training.shard = true", message
     if value("adapter", "sharing") == "none" and (value("adapter", "layer_groups") or 1) > 1:
         message = 'must be 1 with adapter.sharing = "none", where no layers share an encoder and decoder'
         yield "adapter.layer_groups", f"adapter.layer_groups = {value('adapter', 'layer_groups')}", message

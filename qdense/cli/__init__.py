@@ -218,7 +218,7 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="qdense",
-        description="Fine-tune 4-bit LLaMA models on one consumer GPU, with DenseLoRA, LoRA and other methods.",
+        description="Fine-tune 4-bit language models on one consumer GPU or several, with DenseLoRA, LoRA and other methods.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -168,6 +168,14 @@ def add_gpus(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_shard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shard",
+        action="store_true",
+        help="divide the base among the GPUs, so that each holds a part (training.shard; default: the recipe's, false)",
+    )
+
+
 def must_launch(arguments: argparse.Namespace, device: str) -> bool:
     """Whether the command is to run in several processes that do not run yet. Raises QDenseError for more than there are GPUs."""
     if arguments.gpus == 1:

@@ -6,9 +6,11 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qdense.cli.arguments import add_json, add_recipe, memory_size, positive
+from qdense.cli.arguments import add_json, add_recipe, add_shard, memory_size, positive
+from qdense.errors import QDenseError
 from qdense.libraries import quiet_libraries
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpus", type=positive, default=1, metavar="N", help="cards that share each step's rows (default: 1)"
     )
+    add_shard(parser)
     add_json(parser)
 
 
@@ -46,14 +49,16 @@ def run(arguments: argparse.Namespace) -> None:
     from qdense.planning.shapes import model_shape
     from qdense.recipe import load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.set)
+    recipe = load_recipe(arguments.recipe, [*arguments.set, *(["training.shard=true"] if arguments.shard else [])])
+    if recipe.training.shard and arguments.gpus == 1:
+        raise QDenseError("training.shard = true: divides the base among several cards; say how many with --gpus")
     shape = model_shape(recipe.model.name)
     memory_bytes = arguments.memory
     if memory_bytes is None and not has_gpu():
         memory_bytes = 24 * 2**30
         print("no GPU here: planned for a 24 GiB card; name yours with --memory", file=sys.stderr)
-    machine = machine_for(recipe, shape, memory_bytes)
-    plan = make_plan(recipe, shape, machine, num_processes=arguments.gpus)
+    machine = replace(machine_for(recipe, shape, memory_bytes), num_processes=arguments.gpus)
+    plan = make_plan(recipe, shape, machine)
     longest = longest_context(recipe, shape, machine)
     if arguments.json:
         print(json.dumps({**plan.as_json(), "longest_context_tokens": longest}, indent=2))

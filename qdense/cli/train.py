@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qdense.cli.arguments import add_data_dir, add_gpus, add_quiet, add_recipe, as_toml, launched, must_launch
+from qdense.cli.arguments import (
+    add_data_dir,
+    add_gpus,
+    add_quiet,
+    add_recipe,
+    add_shard,
+    as_toml,
+    launched,
+    must_launch,
+)
 from qdense.libraries import quiet_libraries
 from qdense.processes import is_first
 
@@ -35,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --resume: continue even if the recipe, data, base or versions differ from those the run began with",
     )
     add_gpus(parser)
+    add_shard(parser)
     add_data_dir(parser)
     add_quiet(parser)
 
@@ -48,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         overrides.append(f"data.fraction={arguments.fraction!r}")
     if arguments.output is not None:
         overrides.append(f"output.dir={as_toml(arguments.output)}")
+    if arguments.shard:
+        overrides.append("training.shard=true")
     recipe = load_recipe(arguments.recipe, overrides)
     if arguments.resume and arguments.output is not None:
         refuse_misspelt(RunFolder(Path(recipe.output.dir)))

@@ -47,7 +47,9 @@ class BaseModel:
     stored_as: str
 
 
-def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_training: bool = True) -> BaseModel:
+def load_base(
+    recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_training: bool = True, to_divide: bool = False
+) -> BaseModel:
     """Load the base model, frozen.
 
     NF4 uses double quantization. Everything else (norms, embeddings, head) stays in `model.dtype`; nothing is cast to
@@ -55,6 +57,8 @@ def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_trai
 
     Args:
         notice: receives a text before anything that takes long.
+        to_divide: whether it is loaded to the host, to be divided among processes (qdense/modeling/shard.py). FSDP divides no
+            integers, so 4-bit weights are then stored as `model.dtype`, bit for bit the same.
         for_training: False, on a CPU with enough memory, unpacks NF4 weights once instead of in every forward pass.
 
     Raises:
@@ -62,14 +66,15 @@ def load_base(recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_trai
     """
     device = choose_device(recipe.device)
     recipe = recipe.settled(has_bfloat16=has_bfloat16(device))
+    place = torch.device("cpu") if to_divide else device
     folder, identity, tokenizer = _located(recipe, notice)
     try:
         fingerprint = fingerprint_of(folder, tokenizer)
         if recipe.quantization == "none":
             notice(f"loading {recipe.name} in {recipe.dtype}")
-            model = _from_pretrained(folder, recipe, device, quantization=None)
+            model = _from_pretrained(folder, recipe, place, quantization=None)
         else:
-            model = _load_quantized(folder, identity, fingerprint, recipe, device, notice)
+            model = _load_quantized(folder, identity, fingerprint, recipe, place, notice, to_divide=to_divide)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{recipe.name}: the model in {folder} cannot be loaded: {_reason(error)}") from error
     model.config.use_cache = False
@@ -155,7 +160,14 @@ def _reason(error: Exception) -> str:
 
 
 def _load_quantized(
-    folder: Path, identity: str, fingerprint: Fingerprint, recipe: ModelRecipe, device: torch.device, notice: Tell
+    folder: Path,
+    identity: str,
+    fingerprint: Fingerprint,
+    recipe: ModelRecipe,
+    device: torch.device,
+    notice: Tell,
+    *,
+    to_divide: bool,
 ) -> Any:
     if (json.loads((folder / "config.json").read_text())).get("quantization_config"):
         notice(f"loading {recipe.name}, which is already quantized")
@@ -164,8 +176,10 @@ def _load_quantized(
     if family is not None and family.has_experts:
         # Not cached: experts are not quantized, so it would save little, and Transformers cannot read all of them back.
         notice(f"quantizing {recipe.name} to {recipe.quantization}: its attention; experts stay in {recipe.dtype}")
-        return _from_pretrained(folder, recipe, device, quantization=_quantization_config(recipe))
-    key = json.dumps([identity, fingerprint, recipe.quantization, recipe.dtype], sort_keys=True)
+        config = _quantization_config(recipe, to_divide=to_divide)
+        return _from_pretrained(folder, recipe, device, quantization=config)
+    facts = [identity, fingerprint, recipe.quantization, recipe.dtype, *(["to divide"] if to_divide else [])]
+    key = json.dumps(facts, sort_keys=True)
     cached = cache_dir("quantized", f"{Path(recipe.name).name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
     if (cached / "config.json").is_file():
         notice(f"loading {recipe.name} ({recipe.quantization}, cached)")
@@ -176,7 +190,7 @@ def _load_quantized(
                 f"the quantized {recipe.name} in {cached} is damaged: {error}. Delete that folder."
             ) from error
     notice(f"quantizing {recipe.name} to {recipe.quantization} (once; then it is cached)")
-    model = _from_pretrained(folder, recipe, device, quantization=_quantization_config(recipe))
+    model = _from_pretrained(folder, recipe, device, quantization=_quantization_config(recipe, to_divide=to_divide))
     size_bytes = model.get_memory_footprint()
     require_free_space(cached, int(1.1 * size_bytes), f"the quantized {recipe.name}")
     # Save before any forward pass: after one, a CPU with AVX512-BF16 has repacked the weights, and saving would lose bits.
@@ -193,7 +207,7 @@ def quantize_folder(folder: Path, recipe: ModelRecipe, device: torch.device) -> 
     model.save_pretrained(folder, save_original_format=False)
 
 
-def _quantization_config(recipe: ModelRecipe) -> Any:
+def _quantization_config(recipe: ModelRecipe, *, to_divide: bool = False) -> Any:
     from transformers import BitsAndBytesConfig
 
     if recipe.quantization == "int8":
@@ -203,6 +217,7 @@ def _quantization_config(recipe: ModelRecipe) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, recipe.dtype),
+        bnb_4bit_quant_storage=getattr(torch, recipe.dtype) if to_divide else torch.uint8,
     )
 
 

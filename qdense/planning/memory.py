@@ -75,8 +75,17 @@ class Memory:
         return sum(self.breakdown.values())
 
 
-def memory_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels, layout: StepLayout) -> Memory:
-    """The peak of a run as `recipe` and `layout` describe it. Raises ModelError for target modules that the model lacks."""
+def memory_of(
+    recipe: Recipe, shape: CatalogModel, kernels: Kernels, layout: StepLayout, *, num_shards: int = 1
+) -> Memory:
+    """The peak of a run as `recipe` and `layout` describe it.
+
+    Args:
+        num_shards: the processes among which the base is divided (training.shard).
+
+    Raises:
+        ModelError: the model lacks target modules.
+    """
     tokens = layout.micro_batch_size * recipe.data.max_length
     layer = _Layer(recipe, shape, kernels)
     num_kept = shape.num_layers - layout.recompute_layers
@@ -134,7 +143,7 @@ def memory_of(recipe: Recipe, shape: CatalogModel, kernels: Kernels, layout: Ste
     return Memory(
         moment,
         {
-            **_static(recipe, shape),
+            **_static(recipe, shape, num_shards),
             "checkpoints": checkpoints,
             "activations": activations + held,
             "passing_gradients": int(passing),
@@ -157,10 +166,27 @@ def base_bytes(model: ModelRecipe, shape: CatalogModel, *, unpacked: bool = Fals
     return int(linears * per_element) + others, tables
 
 
-def _static(recipe: Recipe, shape: CatalogModel) -> dict[str, int]:
+def _divided_bytes(model: ModelRecipe, shape: CatalogModel) -> int:
+    """The part of the base that `training.shard` divides: its layers, without the scales of 4-bit weights."""
+    layers, _ = base_bytes(model, shape)
+    if model.quantization != "nf4":
+        return layers
+    linears = (
+        shape.num_layers * sum(d_in * d_out for d_in, d_out in shape.linear_shapes().values()) + shape.other_linears
+    )
+    return layers - int(linears * (NF4_BYTES - 0.5))
+
+
+def gathered_bytes(model: ModelRecipe, shape: CatalogModel, num_shards: int) -> int:
+    """What a process receives from the others to compute all layers once."""
+    return _divided_bytes(model, shape) * (num_shards - 1) // num_shards
+
+
+def _static(recipe: Recipe, shape: CatalogModel, num_shards: int) -> dict[str, int]:
     """Memory in use from the first step to the last."""
     width = recipe.model.dtype_bytes
     weights, tables = base_bytes(recipe.model, shape)
+    elsewhere = gathered_bytes(recipe.model, shape, num_shards)
     adapter = recipe.adapter
     method = METHODS[adapter.method]
     trained, frozen = count_parameters(shape, adapter).trainable_parameters, count_frozen(shape, adapter)
@@ -168,7 +194,9 @@ def _static(recipe: Recipe, shape: CatalogModel) -> dict[str, int]:
     gradient = 4 if recipe.has_masters else adapter_width
     moments = _OPTIMIZER_BYTES[recipe.training.optimizer]
     return {
-        "weights": weights,
+        "weights": weights - elsewhere,
+        # Two whole layers: the one that computes, and the next.
+        "gathered_layers": 2 * _divided_bytes(recipe.model, shape) // shape.num_layers if num_shards > 1 else 0,
         "embeddings_and_head": tables,
         "adapter": (trained + frozen) * adapter_width if method.is_adapter else 0,
         "gradients": trained * gradient * (2 if method.costs.has_weight_penalty else 1),

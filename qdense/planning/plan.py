@@ -14,7 +14,7 @@ from typing import Any
 from qdense.catalogs.families import FUSED_MODULES, why_not_packed
 from qdense.catalogs.models import CatalogModel
 from qdense.methods import METHODS
-from qdense.planning.memory import Kernels, Memory, StepLayout, memory_of
+from qdense.planning.memory import Kernels, Memory, StepLayout, gathered_bytes, memory_of
 from qdense.planning.speed import CARDS, Card, tokens_per_second
 from qdense.recipe import Recipe
 
@@ -34,6 +34,7 @@ class Machine:
         memory_bytes: memory that the run may use.
         base_bytes: of these, in use before the first tensor: CUDA's context, or the process with its libraries.
         card: its speed, if it is a known card.
+        num_processes: how many such machines share a step's rows; all else is of one of them.
         has_bfloat16: whether it computes in bfloat16; see model.dtype.
     """
 
@@ -43,6 +44,7 @@ class Machine:
     base_bytes: int
     card: Card | None = None
     has_bfloat16: bool = True
+    num_processes: int = 1
 
     @classmethod
     def card_of(
@@ -60,8 +62,8 @@ class Plan:
     Attributes:
         checkpoint_width: bytes of a token's hidden state.
         speeds: tokens per second by known card, of all processes together.
-        num_processes: how many share a step's rows; everything else is of one of them.
         summed_bytes: of gradients, which processes sum after each step.
+        gathered_bytes: of a divided base, which each card receives from the others in a forward pass, and again in a backward.
         notes: what a person should know about this model: modules that are adapted as one, what the plan cannot know.
         why_padded: why rows are padded although the recipe packs them; "" otherwise.
         remedies: what to change if it does not fit: a key of the recipe, a value and its effect, in words.
@@ -74,8 +76,8 @@ class Plan:
     num_layers: int
     checkpoint_width: int
     speeds: dict[str, float]
-    num_processes: int = 1
     summed_bytes: int = 0
+    gathered_bytes: int = 0
     notes: tuple[str, ...] = ()
     why_padded: str = ""
     remedies: tuple[str, ...] = ()
@@ -112,8 +114,9 @@ class Plan:
             "moment": self.memory.moment,
             "layout": asdict(self.layout),
             "host_bytes": self.host_bytes,
-            "num_processes": self.num_processes,
+            "num_processes": self.machine.num_processes,
             "summed_bytes": self.summed_bytes,
+            "gathered_bytes": self.gathered_bytes,
             "notes": list(self.notes),
             "why_padded": self.why_padded,
             "remedies": list(self.remedies),
@@ -159,32 +162,19 @@ def needed_bytes(memory: Memory, machine: Machine) -> int:
     return int(memory.peak_bytes * (1 + fragmentation)) + machine.base_bytes
 
 
-def make_plan(
-    recipe: Recipe,
-    shape: CatalogModel,
-    machine: Machine,
-    layout: StepLayout | None = None,
-    *,
-    num_processes: int = 1,
-) -> Plan:
-    """Choose a layout, or use the given one of a resumed run, and predict.
-
-    Args:
-        num_processes: each has a card like `machine`, the whole model, and its share of a step's rows.
-
-    Raises:
-        ModelError: the model lacks target modules.
-    """
+def make_plan(recipe: Recipe, shape: CatalogModel, machine: Machine, layout: StepLayout | None = None) -> Plan:
+    """Choose a layout, or use the given one of a resumed run, and predict. Raises ModelError for modules the model lacks."""
+    num_processes = machine.num_processes
     recipe = recipe.settled(has_bfloat16=machine.has_bfloat16)
     rows = -(-recipe.training.batch_size // num_processes)
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"batch_size": rows})})
     if layout is None:
         layout = _choose(recipe, shape, machine)
-    memory = memory_of(recipe, shape, machine.kernels, layout)
+    memory = _memory(recipe, shape, machine, layout)
     cards = CARDS if machine.card is None else {machine.card.name: machine.card}
     # On a CPU the speed is not predicted. A plan for no particular card lists the known ones.
     speeds = {
-        name: num_processes * tokens_per_second(recipe, shape, machine.kernels, layout, card)
+        name: num_processes * _speed(recipe, shape, machine, layout, card)
         for name, card in cards.items()
         if machine.kernels.is_cuda
     }
@@ -197,12 +187,24 @@ def make_plan(
         num_layers=shape.num_layers,
         checkpoint_width=checkpoint_width,
         speeds=speeds,
-        num_processes=num_processes,
         summed_bytes=memory.breakdown["gradients"] if num_processes > 1 else 0,
+        gathered_bytes=gathered_bytes(recipe.model, shape, _num_shards(recipe, machine)),
         notes=(*_fused(recipe, shape), *shape.unknowns),
         why_padded=(recipe.training.packing and why_not_packed(shape.model_type)) or "",
     )
     return plan if plan.fits else replace(plan, remedies=tuple(_remedies(recipe, shape, machine)))
+
+
+def _num_shards(recipe: Recipe, machine: Machine) -> int:
+    return machine.num_processes if recipe.training.shard else 1
+
+
+def _memory(recipe: Recipe, shape: CatalogModel, machine: Machine, layout: StepLayout) -> Memory:
+    return memory_of(recipe, shape, machine.kernels, layout, num_shards=_num_shards(recipe, machine))
+
+
+def _speed(recipe: Recipe, shape: CatalogModel, machine: Machine, layout: StepLayout, card: Card) -> float:
+    return tokens_per_second(recipe, shape, machine.kernels, layout, card, num_shards=_num_shards(recipe, machine))
 
 
 def _fused(recipe: Recipe, shape: CatalogModel) -> Iterator[str]:
@@ -221,8 +223,7 @@ def longest_context(recipe: Recipe, shape: CatalogModel, machine: Machine) -> in
     while high - low > 64:
         middle = (low + high) // 2
         fits = any(
-            needed_bytes(memory_of(_with_length(recipe, middle), shape, machine.kernels, layout), machine)
-            <= machine.memory_bytes
+            needed_bytes(_memory(_with_length(recipe, middle), shape, machine, layout), machine) <= machine.memory_bytes
             for layout in _measures(1, middle, shape.num_layers, can_offload=machine.kernels.is_cuda)
         )
         low, high = (middle, high) if fits else (low, middle)
@@ -261,7 +262,7 @@ def _choose(recipe: Recipe, shape: CatalogModel, machine: Machine) -> StepLayout
     depths = [min(depth, layers) for depth in depths]
 
     def needed(layout: StepLayout) -> int:
-        return needed_bytes(memory_of(recipe, shape, machine.kernels, layout), machine)
+        return needed_bytes(_memory(recipe, shape, machine, layout), machine)
 
     def fits(layout: StepLayout) -> bool:
         return needed(layout) <= _CHOSEN_SHARE * machine.memory_bytes
@@ -273,7 +274,7 @@ def _choose(recipe: Recipe, shape: CatalogModel, machine: Machine) -> StepLayout
     ]
     fitting = [layout for layout in found if layout is not None]
     if fitting:
-        return max(fitting, key=lambda layout: tokens_per_second(recipe, shape, machine.kernels, layout, card))
+        return max(fitting, key=lambda layout: _speed(recipe, shape, machine, layout, card))
     if layers in depths:
         can_offload = machine.kernels.is_cuda
         measures = list(_measures(sizes[-1], recipe.data.max_length, layers, can_offload=can_offload))
@@ -290,7 +291,7 @@ def _remedies(recipe: Recipe, shape: CatalogModel, machine: Machine) -> list[str
         tables = {table: getattr(recipe, table).model_copy(update=values) for table, values in changes.items()}
         changed = recipe.model_copy(update=tables)
         layout = _choose(changed, shape, machine)
-        if needed_bytes(memory_of(changed, shape, machine.kernels, layout), machine) > machine.memory_bytes:
+        if needed_bytes(_memory(changed, shape, machine, layout), machine) > machine.memory_bytes:
             return []
         named = [(f"{table}.{key}", value) for table, values in changes.items() for key, value in values.items()]
         return [" and ".join(f"{key} = {json.dumps(value)}" for key, value in named) + " would fit"]
@@ -299,13 +300,15 @@ def _remedies(recipe: Recipe, shape: CatalogModel, machine: Machine) -> list[str
     is_fixed = settings.micro_batch_size != "auto" or settings.recompute != "auto"
     free = {"micro_batch_size": "auto", "recompute": "auto"} if is_fixed else {}
     remedies = trial(training=free) if is_fixed else []
+    if machine.num_processes > 1 and not settings.shard:
+        remedies += trial(training=free | {"shard": True})
     if recipe.model.quantization != "nf4" and "nf4" in METHODS[recipe.adapter.method].quantizations:
         remedies += trial(model={"quantization": "nf4"}, training=free)
     longest = longest_context(recipe, shape, machine)
     if 8 <= longest < recipe.data.max_length:
         remedies += trial(data={"max_length": longest}, training=free)
     if not remedies:
-        least = memory_of(_with_length(recipe, 8), shape, machine.kernels, StepLayout(1, shape.num_layers))
+        least = _memory(_with_length(recipe, 8), shape, machine, StepLayout(1, shape.num_layers))
         remedies.append(
             f"the model itself needs {least.peak_bytes / 2**30:.1f} GiB: use a smaller model or a larger card"
         )

@@ -15,7 +15,7 @@ from qdense.catalogs.families import MLP_MODULES
 from qdense.catalogs.models import CatalogModel
 from qdense.methods import METHODS
 from qdense.methods.costs import ModuleCosts
-from qdense.planning.memory import NF4_BYTES, Kernels, StepLayout, computation_of
+from qdense.planning.memory import NF4_BYTES, Kernels, StepLayout, computation_of, gathered_bytes
 from qdense.recipe import Recipe
 
 
@@ -79,8 +79,10 @@ def flops_per_token(shape: CatalogModel, context: float, recompute_layers: int, 
     return (2 + again) * linear + 2 * head + (3.5 + again) * attention * context + (6 + 2 * again) * with_adapter
 
 
-def tokens_per_second(recipe: Recipe, shape: CatalogModel, kernels: Kernels, layout: StepLayout, card: Card) -> float:
-    """Predicted tokens per second of training, for full micro-batches."""
+def tokens_per_second(
+    recipe: Recipe, shape: CatalogModel, kernels: Kernels, layout: StepLayout, card: Card, *, num_shards: int = 1
+) -> float:
+    """Predicted tokens per second of training, for full micro-batches. For `num_shards` see `memory_of`."""
     tokens = layout.micro_batch_size * recipe.data.max_length
     again = layout.recompute_layers / shape.num_layers
     modules = _module_costs(recipe, shape, kernels)
@@ -96,6 +98,8 @@ def tokens_per_second(recipe: Recipe, shape: CatalogModel, kernels: Kernels, lay
         # Copies overlap with computation; only the excess costs time.
         copied = 2 * layout.recompute_layers * tokens * shape.hidden_size * recipe.model.dtype_bytes
         seconds = max(seconds, copied / card.link)
+    if num_shards > 1:  # layers come from the other cards, by way of the host
+        seconds = max(seconds, 2 * gathered_bytes(recipe.model, shape, num_shards) / card.link)
     # The host launches ahead of the device, so the slower of the two decides.
     return tokens / max(seconds, shape.num_layers * _launching(card, len(modules), again))
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -38,6 +39,7 @@ from qdense.modeling.loss import without_logits
 from qdense.modeling.neftune import noisy_embeddings
 from qdense.modeling.packing import packed_attention, why_not_packed
 from qdense.modeling.recompute import Recompute, apply_recompute
+from qdense.ops.cross_entropy import IGNORED
 from qdense.planning.memory import StepLayout
 from qdense.processes import of_all
 from qdense.recipe import Recipe
@@ -107,7 +109,7 @@ class TrainingLoop:
     def __init__(self, job: Job, accelerator: Accelerator) -> None:
         settings = job.recipe.training
         self.job, self.accelerator, self.emit = job, accelerator, job.emit
-        self.is_packed = settings.packing
+        self.is_packed, self.is_divided = settings.packing, settings.shard
         if self.is_packed and (reason := why_not_packed(job.base.model)):
             self.emit(Notice(f"training.packing: {reason}; rows are padded instead", "warning"))
             self.is_packed = False
@@ -170,7 +172,7 @@ class TrainingLoop:
             started, step = time.monotonic(), self.step + 1
             self.job.model.train()
             while True:
-                of_processes = of_all(partial(self._of_step, step))
+                of_processes = of_all(partial(self._of_step, step), is_joint=self.is_divided)
                 self._sum_gradients()
                 if not self.scale.halves_for(parameter.grad for parameter in self.parameters.values()):
                     break
@@ -263,7 +265,7 @@ class TrainingLoop:
                 return self._try_forward_and_backward(mine, max(1, num_labels), min(len(examples), num_processes))
             except (torch.OutOfMemoryError, MemoryError):
                 smaller = self._smaller_layout()
-                if smaller is None:
+                if smaller is None or self.is_divided:
                     raise
             # Outside the handler, where the memory of the failed pass is free.
             if smaller.micro_batch_size < self.layout.micro_batch_size:
@@ -284,17 +286,30 @@ class TrainingLoop:
         self, examples: Sequence[Example], num_labels: int, num_sharing: int
     ) -> tuple[list[dict[str, Any]], list[float]]:
         batches = self.micro_batches(examples)
+        num_own = len(batches)
+        batches += self._empty_batches(num_own)
         scale = self.scale.value
         # Scaled where the loss is computed: gradients of the logits are float16 already.
         divisor = torch.tensor(num_labels / scale, device=self.job.base.device)
         losses = []
-        for batch in batches:
-            with self.passes(scale / (len(batches) * num_sharing)), self._noise(batch):
+        for number, batch in enumerate(batches):
+            share = scale / (num_own * num_sharing) if number < num_own else 0.0
+            with self.passes(share), self._noise(batch):
                 loss = self.token_loss(self.job.model, batch, divisor)
                 loss.backward()
             losses.append(loss.detach().float() / scale)
             del loss  # its graph holds the first checkpoint, whose memory the next pass needs
         return batches, torch.stack(losses).tolist() if losses else []
+
+    def _empty_batches(self, num_own: int) -> list[dict[str, Any]]:
+        """Micro-batches without labels, as many as another process has more: all call a divided base equally often."""
+        if not self.is_divided:
+            return []
+        most = max(of_all(lambda: num_own))
+        first = self.job.training[0]
+        unlabelled = Example(first.row, first.input_ids, np.full_like(first.labels, IGNORED))
+        (batch,) = self.micro_batches([unlabelled])
+        return [batch | {"rows": [], "num_tokens": 0, "num_labels": 0}] * (most - num_own)
 
     def _sum_gradients(self) -> None:
         """Sum over all processes once a step, so that each can divide its rows as its own memory requires."""
@@ -373,12 +388,13 @@ class TrainingLoop:
         """Compute the validation loss, a mean over all loss tokens of the validation rows, and keep the best weights so far."""
         rows = self.job.validation[self.accelerator.process_index :: self.accelerator.num_processes]
         size = self.job.recipe.training.batch_size
-        starts = range(0, len(rows), size)
+        starts = range(0, -(-len(self.job.validation) // self.accelerator.num_processes), size)
         self.job.model.eval()
         total, count = 0.0, 0.0
         one = torch.ones((), device=self.job.base.device)
         for number, start in enumerate(starts, start=1):
-            for batch in self.micro_batches(rows[start : start + size]):
+            batches = self.micro_batches(rows[start : start + size])
+            for batch in batches + self._empty_batches(len(batches)):
                 with torch.no_grad(), self.passes(0.0):
                     total += float(self.token_loss(self.job.model, batch, one))
                 count += batch["num_labels"]

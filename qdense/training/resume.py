@@ -17,7 +17,7 @@ from qdense.training.checkpoint import checkpoints, fault_of, remove_unfinished
 from qdense.training.metrics import read_metrics
 
 _DECIDES_LAYOUT = {"training.micro_batch_size", "training.recompute", "training.packing", "data.max_length"}
-_DECIDES_NOTHING = {"output.dir", "training.trackers"}
+_DECIDES_NOTHING = {"output.dir", "training.trackers", "training.shard"}
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ import platform
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from safetensors import SafetensorError
 
@@ -36,11 +36,12 @@ from qdense.modeling.liger import use_liger
 from qdense.modeling.load import BaseModel, load_base
 from qdense.modeling.locate import fetched_shape
 from qdense.modeling.packing import why_not_packed
+from qdense.modeling.shard import divide
 from qdense.ops.kernels import use_kernels, why_not_triton
 from qdense.planning.machine import slow_kernels, this_machine
 from qdense.planning.memory import StepLayout
 from qdense.planning.plan import Plan, make_plan
-from qdense.processes import PATIENCE, first_alone, of_all, require_ranks
+from qdense.processes import PATIENCE, first_alone, of_all, place, require_ranks
 from qdense.provenance import git_hash, package_versions
 from qdense.recipe import ColumnsRecipe, DataRecipe, Recipe
 from qdense.runs import RunFolder
@@ -73,6 +74,8 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, ac
     require_trackers(recipe)
     _require_kernels(recipe)
     require_ranks()
+    if recipe.training.shard and place()[1] == 1:
+        raise RunError("training.shard = true: there is one process. Start several with --gpus N, or set it to false")
     run = RunFolder(Path(recipe.output.dir))
     accelerator = Accelerator(
         cpu=choose_device(recipe.model.device).type == "cpu",
@@ -174,7 +177,7 @@ def _prepare(recipe: Recipe, resumed: Resumed | None, data_dir: Path | None, emi
         emit(Notice(f"not read by method {recipe.adapter.method}: {keys}"))
     shape = fetched_shape(recipe.model)
     plan = _plan(recipe, shape, resumed.layout if resumed else None, emit)
-    base = load_base(recipe.model, lambda text: emit(Notice(text)))
+    base = load_base(recipe.model, lambda text: emit(Notice(text)), to_divide=recipe.training.shard)
     recipe = _with_data(recipe, recipe.data.model_copy(update={"template": _template(recipe, base, emit)}))
     use_kernels(recipe.training.kernels)
     if plan.machine.kernels.has_liger:
@@ -187,6 +190,10 @@ def _prepare(recipe: Recipe, resumed: Resumed | None, data_dir: Path | None, emi
 
     torch.manual_seed(recipe.training.seed)
     num_rows = METHODS[recipe.adapter.method].num_calibration_rows(recipe.adapter)
+    if num_rows and recipe.training.shard:
+        raise RunError(
+            f"training.shard = true: cannot be used with {recipe.adapter.method}, which first runs the whole base"
+        )
     calibration = [collate([example], base.pad_token_id) for example in training.examples[:num_rows]]
     model = attach_adapter(base, recipe.adapter, num_steps, calibration)
     facts = _facts(recipe, base, model, data, training, len(split.validation), plan, learning_rate)
@@ -284,6 +291,8 @@ def _run(
             signals=signals,
             emit=emit_all,
         )
+        if recipe.training.shard:
+            divide(prepared.model, base.device)
         loop = TrainingLoop(job, accelerator)
         if checkpoint is not None:
             loop.restore(checkpoint)
@@ -377,8 +386,8 @@ def _out_of_memory(error: BaseException, loop: TrainingLoop, plan: Plan) -> RunE
 
 def _plan(recipe: Recipe, shape: CatalogModel, settled: StepLayout | None, emit: Emit) -> Plan:
     """The run's plan, from shapes, before the model is loaded. `settled` is the layout of a resumed run."""
-    machine = this_machine(recipe, shape)
-    plan = make_plan(recipe, shape, machine, settled, num_processes=PartialState().num_processes)
+    machine = replace(this_machine(recipe, shape), num_processes=place()[1])
+    plan = make_plan(recipe, shape, machine, settled)
     for note in plan.notes:
         emit(Notice(note))
     for reason in slow_kernels(recipe, shape, machine):
@@ -540,5 +549,5 @@ def _facts(
 
 
 def _num_elements(parameter: torch.nn.Parameter) -> int:
-    """Elements of a base tensor; NF4 stores two in a byte."""
-    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+    """Elements of a base tensor; NF4 stores two in a byte, of whatever dtype."""
+    return 2 * parameter.nbytes if hasattr(parameter, "quant_state") else parameter.numel()

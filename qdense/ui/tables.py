@@ -201,6 +201,7 @@ def show_analysis(console: Console, analysis: Analysis) -> None:
 
 _PARTS = {
     "weights": "weights of the base",
+    "gathered_layers": "two layers, gathered from all cards",
     "embeddings_and_head": "embeddings and output layer",
     "adapter": "adapter",
     "gradients": "its gradients",
@@ -234,10 +235,15 @@ def show_plan(console: Console, plan: Plan, title: str, longest_context_tokens: 
     table.add_row(what, size(plan.needed_bytes - plan.predicted_peak_bytes))
     table.add_row(clean(f"available on {machine.name}"), size(machine.memory_bytes))
     console.print(table)
-    if plan.num_processes > 1:
+    if machine.num_processes > 1:
+        held = f"1/{machine.num_processes} of the layers" if plan.gathered_bytes else "the whole model"
         console.print(
-            f"each of {plan.num_processes} cards holds the whole model and takes its share of a step's rows; they sum "
+            f"each of {machine.num_processes} cards holds {held} and takes its share of a step's rows; they sum "
             f"{size(plan.summed_bytes)} of gradients after each step"
+        )
+    if plan.gathered_bytes:
+        console.print(
+            f"each card receives {size(plan.gathered_bytes)} of layers in a forward pass, and again in its backward"
         )
     for note in plan.notes:
         console.print(Text(clean(f"note: {note}"), style="yellow"))

@@ -1,5 +1,6 @@
 """Several processes, gloo on a CPU: the batch is the recipe's, the run is that of one process, and a fault of one ends all."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,12 +15,17 @@ import torch
 from safetensors.torch import load_file
 
 from qdense.cli import main
+from qdense.errors import RecipeError, RunError
+from qdense.planning.memory import NF4_BYTES, Kernels, StepLayout, memory_of
+from qdense.planning.shapes import model_shape
+from qdense.recipe import recipe_from_tables
 from qdense.runs import RunFolder
 from qdense.training.metrics import read_metrics
 from tests.helpers import ROOT
 from tests.helpers.runs import recipe_for, run
 
 EXACT = {"quantization": "none", "model__dtype": "float32", "adapter__dtype": "float32", "adapter__dropout": 0.0}
+NF4 = {"quantization": "nf4"}
 # The last step of an epoch has three of the 59 rows: with batches of 4, one process of two has more than the other.
 STEPS = {"training__max_steps": 16, "training__save_steps": 8, "training__eval_steps": 8}
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -127,6 +133,118 @@ def test_a_stopped_run_of_two_resumes_with_three(tiny_model, tmp_path, to_all):
     assert_same_adapter(alone, folder)
 
 
+WATCHED = '''
+"""qdense, which says what each process holds."""
+import sys
+
+from qdense.cli import main
+from qdense.modeling.shard import held_bytes
+from qdense.training.loop import TrainingLoop
+
+whole = TrainingLoop.run
+
+
+def run(self):
+    print("held", held_bytes(self.job.model), flush=True)
+    whole(self)
+
+
+TrainingLoop.run = run
+sys.exit(main())
+'''
+
+
+@pytest.fixture(scope="module")
+def one_nf4(tiny_model, tmp_path_factory):
+    """The run of one process on a 4-bit base."""
+    folder = tmp_path_factory.mktemp("one-nf4") / "run"
+    run(recipe_for(tiny_model, folder, **(EXACT | NF4), **STEPS))
+    return folder
+
+
+def with_module(folder, name, text):
+    (folder / f"{name}.py").write_text(text)
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_a_divided_base_trains_as_a_whole_one_and_is_held_in_parts(tiny_model, one_nf4, tmp_path, num_processes):
+    """With four, the last step of an epoch has no row for one of them."""
+    recipe = recipe_for(tiny_model, tmp_path / "run", **(EXACT | NF4), **STEPS, training__shard=True)
+    environment = with_module(tmp_path, "watched", WATCHED)
+    outcome = torchrun(
+        num_processes, "train", written(recipe, tmp_path / "recipe.toml"), module="watched", env=environment
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    assert_same_adapter(one_nf4, tmp_path / "run")
+    lines = [read_metrics(folder / "metrics.jsonl") for folder in (one_nf4, tmp_path / "run")]
+    losses = [[line["loss"] for line in each] for each in lines]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    shape = model_shape(str(tiny_model))
+    breakdown = memory_of(
+        recipe, shape, Kernels(False, False, False), StepLayout(1, 0), num_shards=num_processes
+    ).breakdown
+    linears = shape.num_layers * sum(d_in * d_out for d_in, d_out in shape.linear_shapes().values())
+    scales = linears * (NF4_BYTES - 0.5)  # no parameters, and not divided
+    planned = sum(breakdown[part] for part in ("weights", "embeddings_and_head", "adapter")) - scales
+    held = [int(line.split()[1]) for line in outcome.stdout.splitlines() if line.startswith("held")]
+    assert len(held) == num_processes
+    assert max(held) == pytest.approx(planned, rel=0.03)
+
+
+def test_a_killed_process_of_a_divided_base_leaves_a_checkpoint_for_a_whole_one(tiny_model, one_nf4, tmp_path):
+    folder = tmp_path / "run"
+    settings = EXACT | NF4 | STEPS
+    divided = written(recipe_for(tiny_model, folder, **settings, training__shard=True), tmp_path / "divided.toml")
+    environment = with_module(tmp_path, "faulty", FAULTY)
+    outcome = torchrun(2, "train", divided, "--killed", module="faulty", env=environment, timeout=120)
+    assert outcome.returncode != 0
+    assert [path.name for path in RunFolder(folder).checkpoints.iterdir()] == ["checkpoint-3"]
+    run(recipe_for(tiny_model, folder, **settings), resume=True)
+    assert_same_adapter(one_nf4, folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"quantization": "int8"}}, 'needs model.quantization = "nf4" or "none"'),
+        ({"adapter": {"method": "dora"}}, "cannot be used with dora"),
+        ({"training": {"sample_prompts": ["a"]}}, "cannot be combined with training.sample_prompts"),
+    ],
+)
+def test_what_cannot_be_divided(changes, message):
+    tables = {"model": {"name": "smollm2-135m"}, "data": {"name": "wordproblems"}, "training": {}}
+    for table, values in changes.items():
+        tables[table] = tables.get(table, {}) | values
+    tables["training"] = tables["training"] | {"shard": True}
+    with pytest.raises(RecipeError, match=message):
+        recipe_from_tables(tables, source="test")
+
+
+def test_one_process_has_nothing_to_divide(tiny_model, tmp_path, capsys):
+    with pytest.raises(RunError, match=r"there is one process\. Start several with --gpus N"):
+        run(recipe_for(tiny_model, tmp_path / "run", training__shard=True))
+    assert main(["plan", "math10k", "--memory", "24GiB", "--shard"]) == 2
+    assert "say how many with --gpus" in capsys.readouterr().err
+
+
+def test_a_plan_for_several_cards(tmp_path, capsys):
+    recipe = tmp_path / "large.toml"
+    recipe.write_text('[model]\nname = "llama3-70b"\n[data]\nname = "math10k"\n')
+    plans = []
+    for options in (["--gpus", "2"], ["--gpus", "2", "--shard"]):
+        assert main(["plan", str(recipe), "--memory", "24GiB", *options, "--json"]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    whole, divided = plans
+    assert not whole["fits"]
+    assert "training.shard = true would fit" in whole["remedies"]
+    assert divided["fits"]
+    # LLaMA-3-70B's layers have 68.5e9 weights: half of them, half a byte each, come from the other card.
+    assert divided["gathered_bytes"] == pytest.approx(68.5e9 / 2 / 2, rel=0.01)
+    assert whole["breakdown"]["weights"] - divided["breakdown"]["weights"] == divided["gathered_bytes"]
+    assert whole["summed_bytes"] == divided["summed_bytes"] > 0
+
+
 FAULTY = '''
 """qdense, with a fault in step 4 of its second process."""
 import os
@@ -155,10 +273,8 @@ sys.exit(main([word for word in sys.argv[1:] if word != "--killed"]))
 def test_a_fault_of_one_process_ends_all_with_a_checkpoint(tiny_model, tmp_path, killed):
     folder = tmp_path / "run"
     recipe = written(recipe_for(tiny_model, folder, **EXACT, **STEPS), tmp_path / "recipe.toml")
-    (tmp_path / "faulty.py").write_text(FAULTY)
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
     arguments = ["train", recipe, *(["--killed"] if killed else [])]
-    outcome = torchrun(2, *arguments, module="faulty", env=os.environ | {"PYTHONPATH": path}, timeout=120)
+    outcome = torchrun(2, *arguments, module="faulty", env=with_module(tmp_path, "faulty", FAULTY), timeout=120)
     assert outcome.returncode != 0
     told = "another process of this run has ended" if killed else "process 2 of 2: MemoryError: no memory left here"
     assert outcome.stderr.count(told) == 1

@@ -187,6 +187,12 @@ class _AdapterRecipe(Table):
         """Bytes of an element of `dtype`."""
         return _DTYPE_BYTES[self.dtype]
 
+    def dtype_on(self, base_dtype: str) -> str:
+        """`dtype`, or what "auto" stands for on a base that computes in `base_dtype`."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if base_dtype == "float16" else "bfloat16"
+
     @property
     def method_settings(self) -> Any:
         """The method's own table, [adapter.<method>]; None if it has none."""
@@ -389,10 +395,8 @@ class Recipe(Table):
 
     def settled(self, *, has_bfloat16: bool) -> Self:
         """With the dtypes that "auto" stands for on a device."""
-        model, adapter = self.model.settled(has_bfloat16=has_bfloat16), self.adapter
-        if adapter.dtype == "auto":
-            dtype = "float32" if model.dtype == "float16" else "bfloat16"
-            adapter = adapter.model_copy(update={"dtype": dtype})
+        model = self.model.settled(has_bfloat16=has_bfloat16)
+        adapter = self.adapter.model_copy(update={"dtype": self.adapter.dtype_on(model.dtype)})
         return self.model_copy(update={"model": model, "adapter": adapter})
 
     def resolved(self) -> dict[str, Any]:

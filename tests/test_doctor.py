@@ -240,7 +240,7 @@ class FakeCuda:
         ("580.1", None, FakeCuda(is_available=False), "CUDA", "bad", "no CUDA"),
         ("470.1", "13.0", FakeCuda(is_available=False), "CUDA", "bad", "finds no device"),
         ("580.1", "13.0", FakeCuda(), "GPU 0", "good", "capability 9.0, 60.0 GiB of 80.0 GiB free, bfloat16"),
-        ("580.1", "13.0", FakeCuda(capability=(7, 5)), "GPU 0", "bad", "no bfloat16"),
+        ("580.1", "13.0", FakeCuda(capability=(7, 5)), "GPU 0", "good", "no bfloat16: model.dtype is float16 there"),
         ("580.1", "13.0", FakeCuda(free_bytes=2**20), "GPU 0", "bad", "0.0 GiB of 80.0 GiB free"),
     ],
 )

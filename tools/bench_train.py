@@ -165,7 +165,7 @@ class Bench:
                 [parameter for _, parameter in trainable_parameters(model)],
                 learning_rate=1e-6,
                 weight_decay=0.0,
-                master_weights=recipe.adapter.dtype == "bfloat16",
+                master_weights=recipe.has_masters,
             )
         layout = way.layout
         apply_recompute(model, Recompute(layout.recompute_layers, layout.offload, layout.mlp_tile_tokens))

@@ -110,15 +110,15 @@ def _warnings(rows: Rows) -> Iterator[str]:
 
 def _fitting(arguments: argparse.Namespace, name: str, rows: Rows) -> tuple[Recipe, Plan, list[str]]:
     """The recipe for the given model, or for the largest that fits. Raises RecipeError if none does."""
+    from qdense.modeling.locate import fetched_shape
     from qdense.planning.plan import make_plan
-    from qdense.planning.shapes import model_shape
     from qdense.recipe import recipe_from_tables
 
     candidates = (arguments.model,) if arguments.model else _MODELS
     for model in candidates:
         body = list(_tables(arguments, name, rows, model))
         recipe = recipe_from_tables(tomllib.loads("\n".join(body)), source="qdense init")
-        shape = model_shape(recipe.model.name)
+        shape = fetched_shape(recipe.model.name)
         machine = machine_for(recipe, shape, arguments.memory)
         if not machine.kernels.is_cuda and not arguments.model and model != _MODELS[-1]:
             continue  # without a GPU only the smallest is practical

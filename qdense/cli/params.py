@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _count(arguments: argparse.Namespace, method: str | None) -> ParameterCount:
+    from qdense.modeling.locate import fetched_shape
     from qdense.planning.parameters import count_parameters
     from qdense.recipe import builtin_recipes, load_recipe, recipe_from_tables
 
@@ -69,7 +70,9 @@ def _count(arguments: argparse.Namespace, method: str | None) -> ParameterCount:
         overrides = [f"adapter.{key}={as_toml(value)}" for key, value in asked.items()]
         overrides.append('model.quantization="none"')  # full fine-tuning requires it; no count depends on it
         recipe = load_recipe(arguments.subject, overrides)
-        return count_parameters(recipe.model.name, recipe.adapter)
+        return count_parameters(fetched_shape(recipe.model.name, recipe.model.revision), recipe.adapter)
     base = {"name": "llama3-8b", "quantization": "none"}
     tables = {"model": base, "data": {"name": "wordproblems"}, "adapter": asked}
-    return count_parameters(arguments.subject, recipe_from_tables(tables, source="qdense params").adapter)
+    return count_parameters(
+        fetched_shape(arguments.subject), recipe_from_tables(tables, source="qdense params").adapter
+    )

@@ -45,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from qdense.modeling.locate import fetched_shape
     from qdense.planning.plan import longest_context, make_plan
-    from qdense.planning.shapes import model_shape
     from qdense.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, [*arguments.set, *(["training.shard=true"] if arguments.shard else [])])
     if recipe.training.shard and arguments.gpus == 1:
         raise QDenseError("training.shard = true: divides the base among several cards; say how many with --gpus")
-    shape = model_shape(recipe.model.name)
+    shape = fetched_shape(recipe.model.name, recipe.model.revision)
     memory_bytes = arguments.memory
     if memory_bytes is None and not has_gpu():
         memory_bytes = 24 * 2**30

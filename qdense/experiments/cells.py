@@ -132,6 +132,8 @@ class CellFolder:
             raise RunError(f"{self.recipe}: damaged. Remove {self.path} to train it again.") from None
         now = self.cell.recipe.flattened()
         for key in sorted(before.keys() & now.keys()):
+            if key.endswith(".dtype") and (before[key], now[key]) == ("bfloat16", "auto"):
+                continue  # what "auto" stands for, except on cards that could not have run it
             if before[key] != now[key]:
                 raise RunError(
                     f"{self.path}: was trained with {key} = {before[key]!r}, the default of another version of qdense; "

@@ -25,7 +25,7 @@ def attach_adapter(
         calibration: batches of training rows, for methods that need them.
 
     Returns:
-        A PeftModel whose adapter has `recipe.dtype`; for full fine-tuning the base's model, partly trainable.
+        A PeftModel whose adapter has the recipe's dtype; for full fine-tuning the base's model, partly trainable.
 
     Raises:
         AdapterError: no module of the base has one of the target names, the method does not work on this base, or PEFT
@@ -50,8 +50,9 @@ def attach_adapter(
         model = get_peft_model(base.model, config, autocast_adapter_dtype=False)
     except (ValueError, TypeError) as error:
         raise AdapterError(f"adapter: {error}") from error
+    dtype = getattr(torch, recipe.dtype_on(str(base.model.dtype).removeprefix("torch.")))
     for _, tensor in adapter_tensors(model):
-        tensor.data = tensor.data.to(getattr(torch, recipe.dtype))
+        tensor.data = tensor.data.to(dtype)
     method.prepare(model)
     return model
 

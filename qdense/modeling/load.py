@@ -19,7 +19,7 @@ from qdense.device import choose_device, has_bfloat16, memory_free
 from qdense.errors import ModelError, counted, listed
 from qdense.modeling.fingerprint import Fingerprint, fingerprint_of
 from qdense.modeling.locate import Tell, folder_name_for_peft, locate_model, locate_tokenizer, require_data_only
-from qdense.planning.skeleton import skeleton, text_config
+from qdense.planning.skeleton import reason_of, skeleton, text_config
 
 if TYPE_CHECKING:
     from qdense.recipe import ModelRecipe
@@ -76,7 +76,7 @@ def load_base(
         else:
             model = _load_quantized(folder, identity, fingerprint, recipe, place, notice, to_divide=to_divide)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{recipe.name}: the model in {folder} cannot be loaded: {_reason(error)}") from error
+        raise ModelError(f"{recipe.name}: the model in {folder} cannot be loaded: {reason_of(error)}") from error
     model.config.use_cache = False
     stored_as: str = recipe.quantization if recipe.quantization != "none" else recipe.dtype
     if for_training:
@@ -104,7 +104,7 @@ def load_skeleton(recipe: ModelRecipe, notice: Tell = lambda text: None) -> Base
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{recipe.name}: the model in {folder} cannot be loaded: {_reason(error)}") from error
+        raise ModelError(f"{recipe.name}: the model in {folder} cannot be loaded: {reason_of(error)}") from error
     return _frozen(model, folder, recipe, tokenizer, fingerprint, device, "nothing")
 
 
@@ -112,7 +112,11 @@ def _located(recipe: ModelRecipe, notice: Tell) -> tuple[Path, str, Any]:
     """The base's folder, a text that changes when its files do, and its tokenizer."""
     folder, identity = locate_model(recipe.name, recipe.revision, notice)
     require_data_only(recipe.name, folder)
-    if text_config(folder)[1]:
+    try:
+        _, is_part = text_config(folder)
+    except ValueError as error:
+        raise ModelError(f"{recipe.name}: config.json in {folder} cannot be read: {error}") from error
+    if is_part:
         notice(
             f"{recipe.name} reads more than text: only its decoder is loaded, and an adapter fits that decoder alone"
         )
@@ -146,14 +150,7 @@ def _tokenizer(recipe: ModelRecipe, folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exceptions, missing converters ImportErrors
-        raise ModelError(f"{recipe.name}: the tokenizer in {folder} cannot be loaded: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """Why Transformers could not load a model. Its advice to allow the model's own code does not apply here."""
-    if "trust_remote_code" in str(error):
-        return "it needs custom code, which qdense does not run. Use a model whose architecture Transformers has"
-    return str(error)
+        raise ModelError(f"{recipe.name}: the tokenizer in {folder} cannot be loaded: {reason_of(error)}") from error
 
 
 # --- quantizing -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from qdense.planning.shapes import model_shape
 from qdense.runs import CARD_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, find_adapter
 
 if TYPE_CHECKING:
-    from qdense.recipe import ModelRecipe
+    pass
 
 Tell = Callable[[str], None]
 
@@ -44,13 +45,15 @@ def locate_tokenizer(name: str, revision: str | None, notice: Tell) -> Path:
     return _fetch_from_hub(hub_id, revision, notice, patterns=_TOKENIZER_FILES)
 
 
-def fetched_shape(recipe: ModelRecipe) -> CatalogModel:
-    """The model's shapes. Its files are fetched if there is no other way to know them. Raises ModelError."""
+def fetched_shape(name: str, revision: str | None = None) -> CatalogModel:
+    """The model's shapes. Of a model on the hub that is not built in, config.json is fetched. Raises ModelError."""
+    if os.path.isdir(name) or not is_hub_id(name):
+        return model_shape(name)
     try:
-        return model_shape(recipe.name)
+        return model_shape(name)
     except ModelError:
-        folder, _ = locate_model(recipe.name, recipe.revision, lambda text: None)
-        return model_shape(str(folder))
+        folder = _fetch_from_hub(name, revision, lambda text: None, patterns=("config.json",))
+    return replace(model_shape(str(folder)), name=name, hub_id=name)
 
 
 # Only files that are loaded: no pickles, no adapter, and not the second copy in original/ of Meta's repositories.

@@ -43,7 +43,14 @@ def _readable() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(reason_of(error)) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Why Transformers could not read or load a model. Its advice to allow the model's own code does not apply here."""
+    if "trust_remote_code" in str(error):
+        return "it needs custom code, which qdense does not run. Use a model whose architecture Transformers has"
+    return str(error)
 
 
 def skeleton_shape(name: str, config: Any) -> CatalogModel:

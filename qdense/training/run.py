@@ -175,7 +175,7 @@ def _prepare(recipe: Recipe, resumed: Resumed | None, data_dir: Path | None, emi
     if recipe.adapter.unused:
         keys = ", ".join(f"adapter.{key}" for key in recipe.adapter.unused)
         emit(Notice(f"not read by method {recipe.adapter.method}: {keys}"))
-    shape = fetched_shape(recipe.model)
+    shape = fetched_shape(recipe.model.name, recipe.model.revision)
     plan = _plan(recipe, shape, resumed.layout if resumed else None, emit)
     base = load_base(recipe.model, lambda text: emit(Notice(text)), to_divide=recipe.training.shard)
     recipe = _with_data(recipe, recipe.data.model_copy(update={"template": _template(recipe, base, emit)}))

@@ -312,7 +312,7 @@ def test_a_run_that_will_not_fit_is_reported_before_the_model_is_loaded(tiny_mod
     small = Machine("a small card", Kernels(True, True, True), 2**20, 0)
     monkeypatch.setattr(run_module, "this_machine", lambda recipe, shape: small)
 
-    def not_yet(*arguments):
+    def not_yet(*arguments, **options):
         raise InterruptedError
 
     monkeypatch.setattr(run_module, "load_base", not_yet)

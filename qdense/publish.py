@@ -45,7 +45,7 @@ def push(run: Path, repository: str, *, base: str | None, is_public: bool) -> st
     Raises:
         QDenseError: there is no adapter, the base has no hub id, or the hub refuses.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
     if not is_hub_id(repository):
@@ -63,10 +63,11 @@ def push(run: Path, repository: str, *, base: str | None, is_public: bool) -> st
             raise QDenseError(f"the hub refused {repository}: {str(error).splitlines()[0]}.{advice}") from None
         except Exception as error:  # the hub's client passes on errors of its HTTP library, which differs by version
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise QDenseError(
-                f"{repository} cannot be uploaded: {reason}. Check the connection, and that you are logged in (`hf auth login`, "
-                "or HF_TOKEN)."
-            ) from None
+            if get_token() is None:
+                raise QDenseError(
+                    f"{repository}: you are not logged in. Run `hf auth login`, or set HF_TOKEN."
+                ) from None
+            raise QDenseError(f"{repository} cannot be uploaded: {reason}. Check the connection.") from None
     return str(created)
 
 

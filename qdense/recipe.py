@@ -54,6 +54,8 @@ _RENAMED = {
     "training.warmup_ratio": "is called training.warmup_steps here, a number of steps; omitted, a share of the run",
     "model.load_in_4bit": 'is called model.quantization = "nf4" here, which is the default',
     "model.load_in_8bit": 'is called model.quantization = "int8" here',
+    "training.per_device_train_batch_size": "is training.micro_batch_size here (rows at a time; omitted, as many as "
+    "fit); training.batch_size is the rows of a whole step",
     **{
         key: f"is called {here} here"
         for here, keys in {
@@ -65,7 +67,6 @@ _RENAMED = {
             "data.max_length": ("data.max_seq_length", "data.cutoff_len", "data.sequence_len"),
             "training.learning_rate": ("training.lr",),
             "training.epochs": ("training.num_train_epochs", "training.num_epochs"),
-            "training.batch_size": ("training.per_device_train_batch_size",),
             "training.schedule": ("training.lr_scheduler", "training.lr_scheduler_type"),
             "training.optimizer": ("training.optim",),
         }.items()
@@ -86,7 +87,8 @@ def _known_model(name: str) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return name
     raise RefusedError(
-        f"unknown model{did_you_mean(name, CATALOG)}; or a hub id (owner/name), or a local folder with config.json"
+        f"unknown model{did_you_mean(name, CATALOG)}; or a hub id, such as Qwen/Qwen3-8B (`qdense models` lists families), or a "
+        "local folder with config.json"
     )
 
 
@@ -112,7 +114,8 @@ def _module_names(value: Any) -> Any:
         letters = [MODULE_LETTERS.get(letter) for letter in value]
         if not value or None in letters or len(set(value)) < len(value):
             raise RefusedError(
-                f"the letters are {', '.join(f'{k} ({v})' for k, v in MODULE_LETTERS.items())}, each once"
+                f"the letters are {', '.join(f'{k} ({v})' for k, v in MODULE_LETTERS.items())}, each once, so all linear modules "
+                'are "QKVOGUD"; other modules are given as a list of names'
             )
         return letters
     return value

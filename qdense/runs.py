@@ -278,7 +278,8 @@ def newest_finished_run(folder: Path) -> RunFolder:
     cards = [path for pattern in patterns for path in folder.glob(pattern)]
     if not cards:
         raise AdapterError(
-            f"no finished run under {folder}/: name one with --adapter RUN, or score a bare base with --model NAME"
+            f"no finished run under {folder}/: train one (`qdense train RECIPE`; --resume finishes a stopped one), or name "
+            "a run's folder, or a bare base with --model NAME"
         )
     return RunFolder(max(cards, key=lambda path: path.stat().st_mtime_ns).parent.parent)
 

@@ -5,6 +5,7 @@ Recipes and experiments are such files. Each field's description says what is ac
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -50,7 +51,23 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         ValueError,
         RecursionError,
     ) as error:  # also for a number with thousands of digits, which is not a TOMLDecodeError
-        raise RecipeError(f"{path}: not valid TOML: {error}") from None
+        if str(path).endswith((".yml", ".yaml")):
+            raise RecipeError(
+                f"{path}: is YAML; a recipe is TOML. `qdense init DATA` writes one for your data"
+            ) from None
+        raise RecipeError(f"{path}: not valid TOML: {error}{_shown_line(text, str(error))}") from None
+
+
+def _shown_line(text: str, fault: str) -> str:
+    """The line that a fault of tomllib names, and what is most often wrong with it."""
+    number = re.search(r"at line (\d+)", fault)
+    lines = text.splitlines()
+    if number is None or not 0 < int(number[1]) <= len(lines):
+        return ""
+    line = lines[int(number[1]) - 1].strip()
+    value = line.partition("=")[2].strip()
+    hint = f'; text needs quotes: "{shortened(value)}"' if re.fullmatch(r"[A-Za-z_./~][^\"'=]*", value) else ""
+    return f": {shortened(line)}{hint}"
 
 
 def apply_override(tables: dict[str, Any], override: str, *, least_parts: int = 2) -> None:

@@ -199,7 +199,7 @@ def test_provenance(tmp_path):
 
 
 def test_the_newest_finished_run(tmp_path):
-    with pytest.raises(AdapterError, match=r"no finished run under .*--adapter RUN"):
+    with pytest.raises(AdapterError, match=r"no finished run under .*name a run's folder"):
         newest_finished_run(tmp_path)
     for name, age in (("old", 100), ("deeper/new", 10), ("older", 200), ("far/too/deep", 0)):
         finished(tmp_path / name, age=age)

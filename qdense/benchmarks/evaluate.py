@@ -26,7 +26,7 @@ from qdense.cache import require_free_space, write_atomically
 from qdense.data.contamination import overlaps
 from qdense.data.rows import Row
 from qdense.data.sources import DataSet, load_named_or_file, load_training_set
-from qdense.errors import EvaluationError
+from qdense.errors import EvaluationError, QDenseError, counted
 from qdense.events import Emit, EvaluationDone, EvaluationStarted, Notice, ignore
 from qdense.inference.generation import Completion
 from qdense.inference.loaded import load_model
@@ -52,6 +52,8 @@ def evaluate(request: EvaluationRequest, emit: Emit) -> dict[str, Any]:
         emit = ignore
     data = {task.name: load_items(task, request.data_dir, emit) for task in request.tasks}
     adapter = locate_adapter(request.adapter, lambda text: emit(Notice(text))) if request.adapter is not None else None
+    if adapter is not None:
+        _warn_of_trained_rows(request, adapter, data, emit)
     clean = _clean_items(request, adapter, data, emit) if request.clean else {}
     sources = first_alone(lambda: _completion_sources(request, adapter, data, emit))
     asked = sources[-1]
@@ -110,6 +112,29 @@ def _completion_sources(
     if request.with_base and adapter is not None:
         return [LocalModel(loaded, request, emit, with_adapter=False), asked]
     return [asked]
+
+
+def _warn_of_trained_rows(request: EvaluationRequest, adapter: Path, data: Mapping[str, DataSet], emit: Emit) -> None:
+    """Report items of a person's own files on which the adapter was trained. (For benchmarks, training reports them.)"""
+    own = [task.name for task in request.tasks if isinstance(task.file, Path)]
+    recipe_file = RunFolder.of_adapter(adapter).recipe
+    if not own or not recipe_file.is_file():
+        return
+    try:
+        training = load_training_set(load_recipe(recipe_file).data, request.data_dir)
+    except QDenseError:  # its data is no longer there
+        return
+    seen = {(row.instruction, row.input, row.messages) for row in training.rows}
+    for name in own:
+        rows = data[name].rows[: request.limit]
+        if known := sum((row.instruction, row.input, row.messages) in seen for row in rows):
+            emit(
+                Notice(
+                    f"{name}: of {counted(len(rows), 'item')}, {known:,} also in its training data: the score "
+                    "says little about new questions. Keep a test file apart",
+                    "warning",
+                )
+            )
 
 
 def _clean_items(

@@ -196,6 +196,9 @@ class _Parser(argparse.ArgumentParser):
             keys = keys_named(name.removeprefix("--").replace("-", "_"))
             if keys:
                 hint = "; values of a recipe are given as " + " or ".join(f"--set {key}={value}" for key in keys)
+        if not name and "--set" in argv and unknown and "[--set " in usage:
+            key = argv[argv.index("--set") + 1]
+            hint = f"; a value of a recipe is given as one word: --set {key.partition('=')[0]}={unknown[0]}"
         if name and not hint and (close := closest(name, re.findall(r"--[\w-]+", usage))):
             hint = f"; did you mean {close}?"
         self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")

@@ -188,8 +188,12 @@ def must_launch(arguments: argparse.Namespace, device: str) -> bool:
         import torch
 
         if arguments.gpus > torch.cuda.device_count():
-            has = counted(torch.cuda.device_count(), "GPU")
-            raise QDenseError(f"--gpus {arguments.gpus}: torch finds {has} on this machine. Give at most as many")
+            has = torch.cuda.device_count()
+            if not has:
+                raise QDenseError(
+                    f"--gpus {arguments.gpus}: torch finds no GPU on this machine (`qdense doctor` says why). Omit it"
+                )
+            raise QDenseError(f"--gpus {arguments.gpus}: this machine has {counted(has, 'GPU')}. Give at most {has}")
     return True
 
 

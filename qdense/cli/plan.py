@@ -67,11 +67,19 @@ def run(arguments: argparse.Namespace) -> None:
     from qdense.ui.tables import show_plan
 
     show_plan(make_console(), plan, f"{recipe.adapter.method} on {recipe.model.name}", longest)
-    if plan.fits and recipe.data.path is not None and os.path.isfile(recipe.data.path):
+    if recipe.data.path is not None and not os.path.isfile(recipe.data.path):
+        print(
+            f'data.path = "{recipe.data.path}": no such file here, so the run\'s length is not predicted',
+            file=sys.stderr,
+        )
+    elif plan.fits and recipe.data.path is not None:
         from qdense.cli.estimate import predicted_time
+        from qdense.data.examples import split_rows
         from qdense.data.sources import load_training_set
 
-        rows = load_training_set(recipe.data.model_copy(update={"bad_rows": "skip"}), None).rows
+        data = recipe.data
+        rows = load_training_set(data.model_copy(update={"bad_rows": "skip"}), None).rows
+        split_rows(len(rows), validation_rows=data.validation_rows, fraction=data.fraction, seed=data.seed)
         print(f"this run: {predicted_time(plan, recipe, rows)}")
 
 

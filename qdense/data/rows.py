@@ -61,8 +61,8 @@ class Columns(NamedTuple):
 
 STANDARD_COLUMNS = Columns()
 _NAME_THEM = (
-    'Name them in the recipe, for instance: [data.columns] instruction = "prompt", output = "completion"; qdense init takes '
-    '--columns instruction=prompt,output=completion. A column of whole texts is text = "..."'
+    'Rename them, or name them in the recipe, under [data]: columns = { instruction = "prompt", output = "completion" }; '
+    '`qdense init` takes --columns instruction=prompt,output=completion. A column of whole texts is text = "..."'
 )
 
 # Names by which columns are recognised if a recipe names none. `input` is the instruction only if there is no other.

@@ -21,7 +21,7 @@ from qdense.catalogs.datasets import TRAINING_SETS, UPSTREAM_URL, UpstreamFile
 from qdense.data import wordproblems
 from qdense.data.download import download, git_blob_id
 from qdense.data.rows import FORMATS, STANDARD_COLUMNS, Columns, Row, RowError, Rows, read_rows, rows_from_records
-from qdense.errors import DataError, did_you_mean
+from qdense.errors import DataError, did_you_mean, near_file
 from qdense.events import Download, Emit, ignore
 
 if TYPE_CHECKING:
@@ -71,6 +71,11 @@ def load_training_set(
     options: dict[str, Any] = {"gold": "output" if needs_output else None, "skip_bad": data.bad_rows == "skip"}
     try:
         if data.path is not None:
+            if not Path(data.path).exists() and not Path(data.path).is_absolute():
+                near = near_file(data.path, FORMATS)
+                raise DataError(
+                    f'data.path = "{data.path}": no such file in {Path.cwd()}, from where paths count{near}'
+                )
             return _data_set(read_rows(data.path, columns, **options), data.path)
         assert data.name is not None  # a recipe has one of the two
         if data.name == "wordproblems":

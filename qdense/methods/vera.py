@@ -66,7 +66,7 @@ def _module(at: Computation, d_in: int, d_out: int) -> ModuleCosts:
 
 METHOD = Method(
     name="vera",
-    summary="VeRA, PEFT's: two vectors for each layer, on one frozen random pair",
+    summary="VeRA, PEFT's: two vectors for each module, on one frozen random pair",
     learning_rate=lambda adapter: 3e-2,
     # adapter.r is not read: VeRA's ranks are of another order of magnitude (PEFT's default and the paper's: 256).
     adapter_keys=frozenset({"dropout", "target_modules"}),

@@ -142,8 +142,8 @@ class EvaluationDisplay(Display):
         counts = "" if self._has_room_for_counts else self._counts_line() + ". "
         if self.started and self.started.are_own:
             counts += (
-                "An answer is right if it equals the completion in your file: a base model often words it differently, and of "
-                "free text this says little; --show 5 prints answers. "
+                "An answer is right if it equals the completion in your file; for free text this says little (--show 5 prints "
+                "answers). "
             )
         return f"{counts}95% Wilson intervals; completions and summary.json in {self.done.summary['folder']}"
 

@@ -126,7 +126,7 @@ def test_mistakes_are_explained_and_nothing_is_overwritten(tmp_path, monkeypatch
     for arguments, message in (
         (["own.jsonl"], "own.toml: exists, and is left as it is. Name another file with --output."),
         (["none.jsonl"], "none.jsonl: no such file"),
-        (["odd.jsonl"], "qdense init takes --columns instruction=prompt,output=completion"),
+        (["odd.jsonl"], "`qdense init` takes --columns instruction=prompt,output=completion"),
         (
             ["odd.jsonl"],
             "cannot tell which column holds the instruction and which the output. Its columns: text, label.",

@@ -71,7 +71,7 @@ def test_as_a_module_and_as_a_script(command):
         (["train", DEMO, "--set", "seed=8"], "did you mean --set data.seed=8 or --set training.seed=8?"),
         (["train", DEMO, "--set", "adapter.r=0"], "adapter.r = 0"),
         (["train", DEMO, "--fraction", "7"], "data.fraction = 7.0"),
-        (["train", DEMO, "--set", "data.path=none.json", "--output", "OUT"], "none.json: no such file"),
+        (["train", DEMO, "--set", "data.path=none.json", "--output", "OUT"], '"none.json": no such file'),
         (
             ["train", DEMO, "--set", "data.name=math10k", "--data-dir", "nowhere", "--output", "OUT"],
             "no such data folder",

@@ -415,7 +415,7 @@ columns = {{ instruction = "question", output = "reply" }}
     assert 'row 1: column "question" is blank' in " ".join(err.split())
     (tmp_path / "own.json").write_text(json.dumps([{"words": "x"}]))
     assert main(["data", "check", str(tmp_path / "own.json"), "addsub", "--data-dir", str(data_dir)]) == 2
-    assert "Name them in the recipe, for instance: [data.columns]" in capsys.readouterr().err
+    assert "Rename them, or name them in the recipe, under [data]" in capsys.readouterr().err
 
 
 def test_data_check_for_a_person(data_dir, capsys):
@@ -436,7 +436,7 @@ def test_data_check_for_a_person(data_dir, capsys):
     ("arguments", "message"),
     [
         (["math10", "gsm8k"], 'unknown training set; did you mean "math10k"'),
-        (["nowhere.json", "gsm8k"], "nowhere.json: no such file"),
+        (["nowhere.json", "gsm8k"], '"nowhere.json": no such file'),
         (["math10k", "gsm9k"], 'did you mean "gsm8k"'),
         (["wordproblems", "gsm8k", "--data-dir", "nowhere"], "no such data folder"),
         ([".", "wordproblems"], "is a folder; name a file in it"),
@@ -486,7 +486,7 @@ def test_every_benchmark_has_its_test_set_and_no_other():
 def warnings_of_training(monkeypatch, tmp_path, data_dir, **data):
     """What `train` says before it would load the base."""
 
-    def stop(*arguments):
+    def stop(*arguments, **options):
         raise RunError("far enough")
 
     monkeypatch.setattr(run_module, "load_base", stop)

@@ -416,7 +416,7 @@ def test_what_a_person_sees(talks, capsys):
 def test_mistakes_of_data_show(talks, capsys):
     for arguments, message in (
         (["data", "show", "nothing.toml"], "nothing.toml: no such file"),
-        (["data", "show", talks, "--set", "data.path=none.jsonl"], "none.jsonl: no such file"),
+        (["data", "show", talks, "--set", "data.path=none.jsonl"], '"none.jsonl": no such file'),
         (["data", "show", talks, "--set", "data.max_length=8"], "no row has any of its response left"),
         (["data", "show", talks, "--set", "model.name=./nowhere"], "no such folder"),
     ):

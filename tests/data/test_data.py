@@ -70,7 +70,7 @@ def test_columns_are_recognised_by_their_names(tmp_path, names, columns):
     assert detect_columns(names) == columns
     (tmp_path / "a.jsonl").write_text(json.dumps({name: f"the {name}" for name in names}))
     if columns is None:
-        with pytest.raises(DataError, match=f"Its columns: {', '.join(names)}\\. Name them in the recipe"):
+        with pytest.raises(DataError, match=f"Its columns: {', '.join(names)}\\. Rename them"):
             read_rows(tmp_path / "a.jsonl")
         return
     read = read_rows(tmp_path / "a.jsonl")

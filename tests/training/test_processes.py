@@ -333,7 +333,7 @@ def test_completions_of_a_killed_process_are_not_lost(one, tmp_path):
 @pytest.mark.parametrize(
     ("environment", "arguments", "message"),
     [
-        ({}, ["--gpus", "2"], "--gpus 2: torch finds 0 GPUs on this machine"),
+        ({}, ["--gpus", "2"], "--gpus 2: torch finds no GPU on this machine"),
         ({"RANK": "0"}, ["--gpus", "2"], "--gpus 2: this process was started by a launcher"),
         ({}, ["--gpus", "0"], "--gpus: "),
     ],

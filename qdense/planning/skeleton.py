@@ -67,7 +67,7 @@ def skeleton_shape(name: str, config: Any) -> CatalogModel:
     if family is not None:
         linears = {kind: shape for kind, shape in linears.items() if kind in family.modules}
     if not linears:
-        raise ValueError(f"the layers of {type(model).__name__} have no linear modules")
+        raise ValueError(f"{type(model).__name__} has no list of layers with linear modules")
     shape = CatalogModel(
         name=name,
         hub_id=name,
@@ -109,9 +109,7 @@ def _given(config: Any, name: str) -> Any:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The longest list of equal modules that contain linear ones. Raises ValueError if there is none."""
-    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    """The longest list of modules that contain linear ones; empty if there is none."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     found = [layers for layers in lists if any(isinstance(module, nn.Linear) for module in layers[0].modules())]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no list of layers with linear modules")
-    return max(found, key=len)
+    return max(found, key=len, default=[])

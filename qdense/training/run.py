@@ -70,10 +70,9 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, ac
     Raises:
         QDenseError: the run cannot start or continue; RunStopped after a signal.
     """
-    recipe = recipe.settled(has_bfloat16=has_bfloat16(choose_device(recipe.model.device)))
+    require_ranks()
     require_trackers(recipe)
     _require_kernels(recipe)
-    require_ranks()
     if recipe.training.shard and place()[1] == 1:
         raise RunError("training.shard = true: there is one process. Start several with --gpus N, or set it to false")
     run = RunFolder(Path(recipe.output.dir))
@@ -96,8 +95,11 @@ def train(recipe: Recipe, *, resume: bool, data_dir: Path | None, emit: Emit, ac
             )
         )
 
+        recipe = resumed.recipe if resumed else recipe
+        recipe = recipe.settled(has_bfloat16=has_bfloat16(choose_device(recipe.model.device)))
+
         def prepare() -> _Prepared:
-            prepared = _prepare(resumed.recipe if resumed else recipe, resumed, data_dir, emit)
+            prepared = _prepare(recipe, resumed, data_dir, emit)
             if resumed is not None and is_first:
                 refuse_other_inputs(
                     run,

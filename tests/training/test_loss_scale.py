@@ -8,9 +8,10 @@ import torch
 from qdense.cli import main
 from qdense.errors import RecipeError
 from qdense.events import StepDone
-from qdense.recipe import recipe_from_tables
+from qdense.recipe import load_recipe, recipe_from_tables
 from qdense.runs import RunFolder
 from qdense.training import loss_scale
+from qdense.training import run as run_module
 from qdense.training.checkpoint import Checkpoint
 from qdense.training.loop import TrainingLoop
 from qdense.training.loss_scale import LossScale
@@ -117,6 +118,17 @@ def test_what_auto_stands_for():
         assert settled.settled(has_bfloat16=not has_bfloat16) == settled
     assert recipe_of(model__dtype="float16").settled(has_bfloat16=True).adapter.dtype == "float32"
     assert recipe.choices() == recipe.settled(has_bfloat16=True).choices()  # results of before have the same key
+
+
+def test_a_run_goes_on_in_the_dtype_that_it_began_in(tiny_model, tmp_path, monkeypatch):
+    """Also on a card where "auto" stands for another."""
+    killed_run(recipe_for(tiny_model, tmp_path / "run"), step=3)
+    monkeypatch.setattr(run_module, "has_bfloat16", lambda device: False)
+    run(recipe_for(tiny_model, tmp_path / "run"), resume=True)
+    assert load_recipe(RunFolder(tmp_path / "run").recipe).model.dtype == "bfloat16"
+    run(recipe_for(tiny_model, tmp_path / "new"))
+    recipe = load_recipe(RunFolder(tmp_path / "new").recipe)
+    assert (recipe.model.dtype, recipe.adapter.dtype) == ("float16", "float32")
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,12 @@ def _setup(results: _Results) -> Table:
     rows = [
         [
             "base model",
-            joined([f"{r.model.name} ({r.model.quantization}, computing in {r.model.dtype})" for r in recipes]),
+            joined(
+                [
+                    f"{r.model.name} ({r.model.quantization}, computing in {r.model.settled(has_bfloat16=True).dtype})"
+                    for r in recipes
+                ]
+            ),
         ],
         ["training data", joined([_data_of(arm) for arm in results.arms])],
         ["adapted modules", joined(["+".join(r.adapter.target_modules) for r in recipes])],

@@ -120,7 +120,8 @@ def _arm_standing(experiment: Experiment, arm: Arm, folder: SweepFolder) -> ArmS
 
 
 def base_key(model: ModelRecipe) -> str:
-    """A bare model as text."""
+    """A bare model as text. "auto" is what it stands for on most devices, as in `Recipe.choices`."""
+    model = model.settled(has_bfloat16=True)
     return json.dumps(model.model_dump(exclude={"device"}, exclude_none=True), sort_keys=True)
 
 

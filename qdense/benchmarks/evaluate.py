@@ -52,7 +52,7 @@ def evaluate(request: EvaluationRequest, emit: Emit) -> dict[str, Any]:
         emit = ignore
     data = {task.name: load_items(task, request.data_dir, emit) for task in request.tasks}
     adapter = locate_adapter(request.adapter, lambda text: emit(Notice(text))) if request.adapter is not None else None
-    if adapter is not None:
+    if adapter is not None and is_first():
         _warn_of_trained_rows(request, adapter, data, emit)
     clean = _clean_items(request, adapter, data, emit) if request.clean else {}
     sources = first_alone(lambda: _completion_sources(request, adapter, data, emit))

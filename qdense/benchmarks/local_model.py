@@ -27,9 +27,9 @@ class LocalModel(OwnModel):
         self.adapter_name = "adapter" if adapter is not None else None
         self.batch_size = request.batch_size or self._planned_batch_size()
         self.settings |= {"batch_size": self.batch_size, "device": device_name(self.base.device)}
-        # How the weights are stored depends on free memory and does not change results.
         if (num_processes := place()[1]) > 1:
             self.session["num_processes"] = num_processes
+        # How the weights are stored depends on free memory and does not change results.
         self.session |= {"stored_as": self.base.stored_as, "batch_sizes": [self.batch_size]}
         name, templates, recipe = self.base.name, self.settings["template"], loaded.recipe
         self.facts: tuple[tuple[str, str], ...] = (

@@ -84,24 +84,28 @@ class CatalogModel:
         modules = self.family.modules if self.family else ()
         return {kind: shape for kind, shape in shapes.items() if kind in modules}
 
-    def module_of(self, kind: str) -> str:
-        """The module of a layer that holds `kind`: itself, or on some families a fused one."""
-        return self.family.module_of(kind) if self.family else kind
+    @property
+    def adapted_parameters(self) -> int:
+        """Weights of the linear modules of all layers that can be adapted."""
+        return self.num_layers * sum(d_in * d_out for d_in, d_out in self.linear_shapes().values())
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of all linear modules, which are those that are quantized."""
+        return self.adapted_parameters + self.other_linears
 
     @property
     def token_products(self) -> int:
         """Weights of all layers that a token is multiplied by."""
-        linears = sum(d_in * d_out for d_in, d_out in self.linear_shapes().values())
         has_experts = self.family is not None and self.family.has_experts
-        return self.num_layers * (linears + (3 * self.hidden_size * self.intermediate_size if has_experts else 0))
+        experts = 3 * self.num_layers * self.hidden_size * self.intermediate_size if has_experts else 0
+        return self.adapted_parameters + experts
 
     @property
     def num_parameters(self) -> int:
         """All parameters of the base, norms and embeddings included."""
-        linears = sum(d_in * d_out for d_in, d_out in self.linear_shapes().values())
         embeddings = self.vocab_size * self.hidden_size * (1 if self.has_tied_embeddings else 2)
-        others = self.other_linears + self.other_parameters
-        return self.num_layers * linears + embeddings + self.norm_parameters + others
+        return self.linear_parameters + embeddings + self.norm_parameters + self.other_parameters
 
     @property
     def norm_parameters(self) -> int:

@@ -187,12 +187,12 @@ def must_launch(arguments: argparse.Namespace, device: str) -> bool:
     if device != "cpu":
         import torch
 
-        if arguments.gpus > torch.cuda.device_count():
-            has = torch.cuda.device_count()
-            if not has:
-                raise QDenseError(
-                    f"--gpus {arguments.gpus}: torch finds no GPU on this machine (`qdense doctor` says why). Omit it"
-                )
+        has = torch.cuda.device_count()
+        if not has:
+            raise QDenseError(
+                f"--gpus {arguments.gpus}: torch finds no GPU on this machine (`qdense doctor` says why). Omit it"
+            )
+        if arguments.gpus > has:
             raise QDenseError(f"--gpus {arguments.gpus}: this machine has {counted(has, 'GPU')}. Give at most {has}")
     return True
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from qdense.data.templates import check_template
-from qdense.device import choose_device, has_bfloat16, memory_total
+from qdense.device import memory_total
 from qdense.errors import AdapterError, DataError
 from qdense.events import Emit, Notice
 from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card
-from qdense.modeling.load import BaseModel, load_base
+from qdense.modeling.load import BaseModel, load_base, on_device
 from qdense.planning.generation import sequences_that_fit
 from qdense.planning.shapes import shape_of_decoder
 from qdense.recipe import ModelRecipe, model_recipe
@@ -130,19 +130,14 @@ def load_model(
 
 def recipe_of_base(asked: Mapping[str, Any], adapters: Sequence[tuple[Path, AdapterCard]]) -> ModelRecipe:
     """How to load the base: as requested, else as the adapters recorded. Raises QDenseError if these differ."""
-
-    def settled(table: Mapping[str, Any], source: str) -> ModelRecipe:
-        recipe = model_recipe(table, source)
-        return recipe.settled(has_bfloat16=has_bfloat16(choose_device(recipe.device)))
-
     if not adapters:
-        return settled(asked, "the model to load")
+        return on_device(model_recipe(asked, "the model to load"))
     recipes: list[tuple[Path, ModelRecipe]] = []
     for folder, card in adapters:
         recorded = dict(card.model)
         if "name" in asked:
             recorded.pop("revision", None)  # a different folder may have a different history
-        recipes.append((folder, settled({**recorded, **asked}, f"{folder}, its base")))
+        recipes.append((folder, on_device(model_recipe({**recorded, **asked}, f"{folder}, its base"))))
     (first, recipe), *others = recipes
     for folder, other in others:
         differing = [key for key, value in recipe if getattr(other, key) != value]

@@ -47,6 +47,11 @@ class BaseModel:
     stored_as: str
 
 
+def on_device(recipe: ModelRecipe) -> ModelRecipe:
+    """With the dtype that "auto" stands for on the recipe's device. Raises ModelError if that does not exist."""
+    return recipe.settled(has_bfloat16=has_bfloat16(choose_device(recipe.device)))
+
+
 def load_base(
     recipe: ModelRecipe, notice: Tell = lambda text: None, *, for_training: bool = True, to_divide: bool = False
 ) -> BaseModel:
@@ -64,8 +69,7 @@ def load_base(
     Raises:
         ModelError: the model cannot be found, reached or read, or the device does not exist.
     """
-    device = choose_device(recipe.device)
-    recipe = recipe.settled(has_bfloat16=has_bfloat16(device))
+    device, recipe = choose_device(recipe.device), on_device(recipe)
     place = torch.device("cpu") if to_divide else device
     folder, identity, tokenizer = _located(recipe, notice)
     try:

@@ -8,16 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qdense.catalogs.models import CATALOG, CatalogModel, is_hub_id
 from qdense.errors import ModelError
 from qdense.modeling.smollm2 import prepare_smollm2
 from qdense.planning.shapes import model_shape
 from qdense.runs import CARD_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, find_adapter
-
-if TYPE_CHECKING:
-    pass
 
 Tell = Callable[[str], None]
 

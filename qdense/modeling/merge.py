@@ -19,12 +19,11 @@ from qdense.cache import appearing_folder, require_free_space
 from qdense.compat.peft import refuse_unmergeable
 from qdense.data.templates import template_named
 from qdense.data.wordproblems import test_rows
-from qdense.device import choose_device, has_bfloat16
 from qdense.errors import AdapterError
 from qdense.methods import METHODS
 from qdense.modeling.adapter_files import AdapterCard, load_adapter, read_card, refuse_used_folder
 from qdense.modeling.attach import adapter_tensors
-from qdense.modeling.load import BaseModel, load_base, quantize_folder
+from qdense.modeling.load import BaseModel, load_base, on_device, quantize_folder
 from qdense.modeling.locate import Tell, locate_adapter
 from qdense.recipe import ModelRecipe, model_recipe
 from qdense.runs import CARD_FILE, PEFT_CONFIG_FILE
@@ -120,8 +119,7 @@ def _refuse_activation(folder: Path) -> None:
 def _base_recipe(folder: Path, card: AdapterCard, onto: str) -> ModelRecipe:
     """How to load the base for the adapter in `folder`."""
     model = {**card.model, "quantization": "none" if onto == "original" else "nf4"}
-    recipe = model_recipe(model, source=str(folder / CARD_FILE))
-    return recipe.settled(has_bfloat16=has_bfloat16(choose_device(recipe.device)))
+    return on_device(model_recipe(model, source=str(folder / CARD_FILE)))
 
 
 def _report(

@@ -51,7 +51,8 @@ def why_no_liger(model_type: str) -> str | None:
     """Why a base of this type cannot use Liger's kernels; None if it can."""
     if importlib.util.find_spec("liger_kernel") is None:
         return 'liger-kernel is not installed (pip install "qdense[cuda]")'
-    if model_type not in (tested := [family.model_type for family in FAMILIES.values() if family.has_liger]):
+    tested = [family.model_type for family in FAMILIES.values() if family.has_liger]
+    if model_type not in tested:
         return f"Liger's kernels are tested for {', '.join(tested)}, not for {model_type}"
     return None
 

@@ -156,14 +156,12 @@ def memory_of(
 def base_bytes(model: ModelRecipe, shape: CatalogModel, *, unpacked: bool = False) -> tuple[int, int]:
     """The base's layers, and its embeddings with the output layer; `unpacked` counts NF4 weights in the compute dtype."""
     width = model.dtype_bytes
-    linears = shape.num_layers * sum(d_in * d_out for d_in, d_out in shape.linear_shapes().values())
-    linears += shape.other_linears
     per_element = {"nf4": NF4_BYTES, "int8": _INT8_BYTES, "none": float(width)}[model.quantization]
     if unpacked and model.quantization == "nf4":
         per_element = float(width)
     others = (shape.norm_parameters + shape.other_parameters) * width
     tables = shape.vocab_size * shape.hidden_size * (1 if shape.has_tied_embeddings else 2) * width
-    return int(linears * per_element) + others, tables
+    return int(shape.linear_parameters * per_element) + others, tables
 
 
 def _divided_bytes(model: ModelRecipe, shape: CatalogModel) -> int:
@@ -171,10 +169,7 @@ def _divided_bytes(model: ModelRecipe, shape: CatalogModel) -> int:
     layers, _ = base_bytes(model, shape)
     if model.quantization != "nf4":
         return layers
-    linears = (
-        shape.num_layers * sum(d_in * d_out for d_in, d_out in shape.linear_shapes().values()) + shape.other_linears
-    )
-    return layers - int(linears * (NF4_BYTES - 0.5))
+    return layers - int(shape.linear_parameters * (NF4_BYTES - 0.5))
 
 
 def gathered_bytes(model: ModelRecipe, shape: CatalogModel, num_shards: int) -> int:

@@ -85,8 +85,8 @@ def skeleton_shape(name: str, config: Any) -> CatalogModel:
     )
     head = model.get_output_embeddings()
     modules = (module for module in model.modules() if isinstance(module, nn.Linear) and module is not head)
-    counted = shape.num_layers * sum(d_in * d_out for d_in, d_out in linears.values())
-    shape = replace(shape, other_linears=sum(module.weight.numel() for module in modules) - counted)
+    num_linear = sum(module.weight.numel() for module in modules)
+    shape = replace(shape, other_linears=num_linear - shape.adapted_parameters)
     return replace(shape, other_parameters=model.num_parameters() - shape.num_parameters)
 
 

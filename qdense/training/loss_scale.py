@@ -17,8 +17,11 @@ _GOOD_STEPS = 500  # until it doubles
 
 
 class LossScale:
-    """Attributes:
-    value: 1 where it is not used.
+    """What the loss of each step is multiplied by.
+
+    Attributes:
+        value: 1 where it is not used.
+        num_good: steps since it last changed.
     """
 
     def __init__(self, *, is_used: bool) -> None:

@@ -334,13 +334,13 @@ def test_completions_of_a_killed_process_are_not_lost(one, tmp_path):
     ("environment", "arguments", "message"),
     [
         ({}, ["--gpus", "2"], "--gpus 2: torch finds no GPU on this machine"),
+        ({"GPUS": "3"}, ["--gpus", "4"], "--gpus 4: this machine has 3 GPUs. Give at most 3"),
         ({"RANK": "0"}, ["--gpus", "2"], "--gpus 2: this process was started by a launcher"),
         ({}, ["--gpus", "0"], "--gpus: "),
     ],
 )
 def test_numbers_of_gpus_that_cannot_be(environment, arguments, message, monkeypatch, capsys):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has GPUs")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(environment.get("GPUS", 0)))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     try:
